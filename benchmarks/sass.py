@@ -1,0 +1,210 @@
+"""Compile every shipped launch configuration without a GPU and read what the compiler made of it.
+
+    python benchmarks/sass.py                 # sm_80 and sm_90a, all kernels
+    python benchmarks/sass.py --json FILE     # the same table as JSON lines
+
+The launchers run as they are, on meta tensors of the seed network's shapes, with a driver that
+stands in for the GPU: what is compiled is what would be launched. Exits 1 if a kernel spills
+registers, if ptxas serialises a WGMMA, if a WGMMA takes its left operand from registers, or if
+the shared memory does not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from fastunet import kernels
+from fastunet.kernels import tuning
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ARCHES = {80: "sm_80", 90: "sm_90a"}
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block, CUDA programming guide, table of limits
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What one compiled kernel uses."""
+
+    kernel: str
+    arch: str
+    dtype: str
+    tile: str
+    registers: int
+    spills: int
+    shared: int
+    mma: str
+    faults: tuple[str, ...]
+
+
+class StandInDriver:
+    """As much of a driver as compiling needs: which device, which target."""
+
+    def __init__(self, arch: int) -> None:
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # compiled kernels are cached per device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+@contextlib.contextmanager
+def compiled_for(arch: int) -> Iterator[list[tuple[dict[str, Any], Any]]]:
+    """Within the block every launch is compiled for ``arch`` and collected, and none is made."""
+    collected: list[tuple[dict[str, Any], Any]] = []
+    run, capability = JITFunction.run, tuning.capability
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        compiled = run(self, *args, grid=grid, warmup=True, **options)
+        if all(compiled is not seen for _, seen in collected):
+            collected.append((options, compiled))
+        return compiled
+
+    modules = [module for module in vars(kernels).values() if hasattr(module, "capability")]
+    JITFunction.run = compile_only  # type: ignore[method-assign]
+    for module in modules:
+        module.capability = lambda device: divmod(arch, 10)
+    driver.set_active(StandInDriver(arch))
+    try:
+        yield collected
+    finally:
+        JITFunction.run = run  # type: ignore[method-assign]
+        for module in modules:
+            module.capability = capability
+
+
+def launches(dtype: torch.dtype, tf32: bool) -> Iterator[Any]:
+    """One call for each distinct configuration that the seed network (64..1024) and its kin launch."""
+
+    def t(*shape: int) -> torch.Tensor:
+        layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+        return torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
+
+    for c in (1, 3):
+        yield lambda c=c: kernels.stem_fwd(t(1, c, 256, 256), t(64, c, 3, 3), t(64), slope=0.0, tf32=tf32)
+    for c, o, size in ((64, 64, 256), (128, 128, 128), (1024, 1024, 16), (256, 256, 8), (96, 96, 64), (24, 160, 64), (17, 40, 64)):
+        yield lambda c=c, o=o, size=size: kernels.conv_fwd(
+            t(1, c, size, size), t(o, c, 3, 3), t(o), slope=0.0, pool=True, tf32=tf32
+        )
+    yield lambda: kernels.conv_fwd(t(1, 128, 64, 64), t(128, 128, 3, 3), None, slope=0.01, tf32=tf32)
+    yield lambda: kernels.conv_fwd(t(1, 64, 256, 256), t(2, 64, 1, 1), t(2), slope=1.0, tf32=tf32)
+    yield lambda: kernels.conv_fwd(t(1, 1024, 16, 16), t(512, 1024, 1, 1), t(512), slope=1.0, tf32=tf32)
+    yield lambda: kernels.conv_transpose2x2_fwd(t(1, 128, 128, 128), t(128, 64, 2, 2), t(64), tf32=tf32)
+    yield lambda: kernels.conv_transpose2x2_fwd(t(1, 1024, 16, 16), t(1024, 512, 2, 2), t(512), tf32=tf32)
+    for mode, corners in (("nearest", False), ("bilinear", False), ("bilinear", True)):
+        for c, o, size in ((64, 64, 128), (512, 512, 16)):
+            yield lambda mode=mode, corners=corners, c=c, o=o, size=size: kernels.upconcat_conv3x3_fwd(
+                t(1, 2 * c, size, size), t(1, c, 2 * size, 2 * size), t(o, 3 * c, 3, 3), t(o),
+                mode=mode, align_corners=corners, slope=0.0, tf32=tf32,
+            )  # fmt: skip
+        if tf32:
+            yield lambda mode=mode, corners=corners: kernels.upsample_concat_fwd(
+                t(1, 128, 128, 128), t(1, 64, 256, 256), mode=mode, align_corners=corners
+            )
+    for c, o, size in ((64, 64, 256), (512, 512, 32)):
+        yield lambda c=c, o=o, size=size: kernels.upconcat_conv3x3_fwd(
+            t(1, c, size, size), t(1, c, size, size), t(o, 2 * c, 3, 3), t(o),
+            mode="none", align_corners=False, slope=0.0, tf32=tf32,
+        )  # fmt: skip
+
+
+def examine(options: dict[str, Any], compiled: Any, arch: int, dtype: str) -> Row:
+    """Assemble the PTX once more, for ptxas's own report, and count instructions in the result."""
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        ptx.write_text(compiled.asm["ptx"])
+        report = subprocess.run(
+            [TOOLS / "ptxas", "-v", f"--gpu-name={ARCHES[arch]}", ptx, "-o", cubin], capture_output=True, text=True, check=True
+        ).stderr
+        sass = subprocess.run([TOOLS / "nvdisasm", cubin], capture_output=True, text=True, check=True).stdout
+    registers = int(re.findall(r"Used (\d+) registers", report)[0])
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report))
+    opcodes = collections.Counter(re.findall(r"\b(HGMMA|HMMA|FFMA|UTMALDG)\b", sass))
+    # HGMMA names its left operand first: gdesc[...] is shared memory, R... are registers.
+    from_registers = len(re.findall(r"HGMMA\S* R\d+, R\d+", sass))
+    shared = int(compiled.metadata.shared)
+    faults = []
+    if spills:
+        faults.append(f"spills {spills} bytes")
+    if re.search(r"wgmma.*serialized|C7510|C7514|C7515", report, re.IGNORECASE):
+        faults.append("wgmma serialized")
+    if from_registers:
+        faults.append(f"{from_registers} HGMMA read their left operand from registers")
+    if shared > SHARED_LIMIT[arch]:
+        faults.append(f"shared memory {shared} of {SHARED_LIMIT[arch]} bytes")
+    names = ("BLOCK_CO", "BLOCK_N", "BLOCK_H", "BLOCK_W", "BLOCK_K", "BLOCK_P", "BLOCK_C")
+    tile = "x".join(str(options[name]) for name in names if name in options)
+    mma = next((name for name in ("HGMMA", "HMMA") if opcodes[name]), "FFMA" if opcodes["FFMA"] else "-")
+    mode = options.get("MODE")
+    return Row(
+        kernel=compiled.metadata.name.strip("_").removesuffix("_kernel") + (f" {mode}" if mode else ""),
+        arch=ARCHES[arch],
+        dtype=dtype,
+        tile=f"{tile} w{options['num_warps']}" + (f" s{options['num_stages']}" if "num_stages" in options else ""),
+        registers=registers,
+        spills=spills,
+        shared=shared,
+        mma=mma + (" +TMA" if opcodes["UTMALDG"] else ""),
+        faults=tuple(faults),
+    )
+
+
+def compile_all(job: tuple[int, str]) -> list[Row]:
+    """Rows of one architecture and dtype."""
+    arch, dtype = job
+    with compiled_for(arch) as collected:
+        for launch in launches(DTYPES[dtype], tf32=dtype != "ieee"):
+            launch()
+    return [examine(options, compiled, arch, dtype) for options, compiled in collected]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, action="append", choices=sorted(ARCHES), help="80 or 90; default both")
+    parser.add_argument("--dtype", action="append", choices=sorted(DTYPES), help="default all")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON lines")
+    arguments = parser.parse_args()
+    jobs = [(arch, dtype) for arch in arguments.arch or ARCHES for dtype in arguments.dtype or DTYPES]
+    with ProcessPoolExecutor(max_workers=2) as pool:
+        rows = [row for part in pool.map(compile_all, jobs) for row in part]
+    table = Table(title=f"Ahead-of-time compilation, Triton {triton.__version__}")
+    for name in ("kernel", "arch", "dtype", "tile", "registers", "spills", "shared", "MMA", "faults"):
+        table.add_column(name, justify="right" if name in ("registers", "spills", "shared") else "left", no_wrap=True)
+    for row in rows:
+        cells = dataclasses.astuple(row)
+        table.add_row(*map(str, cells[:-1]), "; ".join(row.faults), style="red" if row.faults else None)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    if arguments.json:
+        arguments.json.write_text("".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
+    bad = [row for row in rows if row.faults]
+    print(f"{len(rows)} kernels compiled, {len(bad)} with faults")
+    return 1 if bad or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

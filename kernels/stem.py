@@ -1,0 +1,78 @@
+"""The first convolution of an image: 3x3, 1 to 4 input channels, bias, activation.
+
+    y[n, o, h, w] = act(b[o] + sum over c, i, j of weight[o, c, i, j] x[n, c, h + i - 1, w + j - 1])
+
+Tiling: one program computes BLOCK_CO output channels of BLOCK_N x BLOCK_H x BLOCK_W pixels. All
+9 * C products of a pixel are one step of at most 64 (9 of 16 for a grey image), so that few
+channels are not padded to a whole block of them, nine times over. Writing y is the cost.
+
+Shapes: x (N, C, H, W) of any strides, so images are read as they come; weight (O, C, 3, 3),
+bias (O,); float16, bfloat16 or float32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .implicit_gemm import add_bias_activate, dot, store_tile, tile_origin, tile_pixels
+from .tensors import empty_channels_last, packed_weight
+from .tuning import ConvConfig, power_of_2, stem_config
+
+MAX_CHANNELS = 4
+
+
+@triton.jit
+def _stem_fwd_kernel(
+    x_ptr, w_ptr, bias_ptr, y_ptr,
+    N, H, W, O, stride_xn, stride_xc, stride_xh, stride_xw,
+    C: tl.constexpr, HAS_BIAS: tl.constexpr, SLOPE: tl.constexpr,
+    BLOCK_CO: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    n0, h0, w0, co0 = tile_origin(H, W, O, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W)
+    n, h, col = tile_pixels(n0, h0, w0, BLOCK_N, BLOCK_H, BLOCK_W)
+    k = tl.arange(0, BLOCK_K)  # (tap, channel), as in the packed weight
+    row = h[:, None] + (k // (3 * C) - 1)[None, :]  # [BLOCK_P, BLOCK_K]
+    column = col[:, None] + (k // C % 3 - 1)[None, :]
+    inside = (n < N)[:, None] & (row >= 0) & (row < H) & (column >= 0) & (column < W) & (k < 9 * C)[None, :]
+    offset = n.to(tl.int64)[:, None] * stride_xn + (k % C).to(tl.int64)[None, :] * stride_xc
+    offset += row.to(tl.int64) * stride_xh + column.to(tl.int64) * stride_xw
+    x = tl.load(x_ptr + offset, mask=inside, other=0.0)
+    co = co0 + tl.arange(0, BLOCK_CO)
+    w_mask = (co < O)[:, None] & (k < 9 * C)[None, :]
+    w = tl.load(w_ptr + co[:, None] * (9 * C) + k[None, :], mask=w_mask, other=0.0)
+    acc = dot(w, x, tl.zeros([BLOCK_CO, BLOCK_N * BLOCK_H * BLOCK_W], tl.float32), PRECISION)
+    acc = add_bias_activate(acc, bias_ptr, co0, O, HAS_BIAS, SLOPE, BLOCK_CO)
+    store_tile(y_ptr, acc, n, h, col, co0, N, H, W, O, BLOCK_CO)
+
+
+def stem_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    slope: float,
+    tf32: bool = True,
+    config: ConvConfig | None = None,
+) -> Tensor:
+    """Launch the kernel; arguments as in :func:`conv_fwd`. Returns y (N, O, H, W), channels_last."""
+    n, c, h, w = x.shape
+    o = weight.shape[0]
+    y = empty_channels_last(x, o, h, w)
+    if y.numel() == 0:
+        return y
+    config = config or stem_config(o, h, w)
+    tile = (config.block_n, config.block_h, config.block_w)
+    grid = (
+        triton.cdiv(n, tile[0]) * triton.cdiv(h, tile[1]) * triton.cdiv(w, tile[2]) * triton.cdiv(o, config.block_co),
+    )
+    _stem_fwd_kernel[grid](
+        x, packed_weight(weight), bias, y, n, h, w, o, *x.stride(),
+        C=c, HAS_BIAS=bias is not None, SLOPE=slope,
+        BLOCK_CO=config.block_co, BLOCK_N=tile[0], BLOCK_H=tile[1], BLOCK_W=tile[2],
+        BLOCK_K=power_of_2(9 * c, 16, 64), PRECISION="tf32" if tf32 else "ieee",
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return y

@@ -1,0 +1,43 @@
+"""What launchers do to tensors on the host: layouts, outputs, TMA descriptors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+def unit_channel_stride(x: Tensor) -> Tensor:
+    """``x`` (N, C, H, W) with adjacent channels adjacent in memory; copied only if it is not so."""
+    return x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
+
+
+def empty_channels_last(x: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """Uninitialised (N, channels, height, width) beside ``x``, in channels_last memory."""
+    shape = (x.shape[0], channels, height, width)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def packed_weight(weight: Tensor) -> Tensor:
+    """(O, C, K, K) -> (O, K * K * C) rows; free when the weight is channels_last already."""
+    return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1).contiguous()
+
+
+def tma_serves(x: Tensor) -> bool:
+    """Whether a TMA descriptor can address ``x`` (N, C, H, W): 16-byte base, strides and rows."""
+    if x.numel() == 0 or x.data_ptr() % 16 or x.stride(1) != 1 or max(x.shape) >= 2**31:
+        return False
+    return all(
+        stride > 0 and stride * x.element_size() % 16 == 0 for stride in (x.stride(0), x.stride(2), x.stride(3))
+    )
+
+
+def pixel_descriptor(x: Tensor, block_n: int, block_h: int, block_w: int, block_k: int) -> TensorDescriptor:
+    """TMA boxes of (block_n, block_h, block_w, block_k) of ``x``, seen as NHWC."""
+    nhwc = x.permute(0, 2, 3, 1)
+    return TensorDescriptor(nhwc, list(nhwc.shape), list(nhwc.stride()), [block_n, block_h, block_w, block_k])
+
+
+def weight_descriptor(weight: Tensor, block_co: int, block_k: int) -> TensorDescriptor:
+    """TMA boxes of (block_co, block_k) of packed weight rows."""
+    return TensorDescriptor(weight, list(weight.shape), list(weight.stride()), [block_co, block_k])

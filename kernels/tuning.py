@@ -1,0 +1,121 @@
+"""Launch configurations: frozen, chosen by shape before the launch, each with its reason.
+
+The numbers are argued from the tile arithmetic and checked by ahead-of-time compilation (no
+spills, shared memory that fits); what a GPU has not confirmed is listed in benchmarks/PENDING.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+HOPPER = (9, 0)  # the first with TMA
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """Tile of an implicit GEMM: block_co output channels x (block_n x block_h x block_w) pixels."""
+
+    block_co: int
+    block_n: int
+    block_h: int
+    block_w: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+
+    @property
+    def pixels(self) -> int:
+        return self.block_n * self.block_h * self.block_w
+
+
+@dataclass(frozen=True)
+class PointwiseConfig:
+    """Tile of a memory-bound kernel: block_p pixels x block_c channels."""
+
+    block_p: int
+    block_c: int
+    num_warps: int
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; a device without one (the interpreter's CPU) takes the newest path."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else HOPPER
+
+
+def power_of_2(value: int, low: int, high: int) -> int:
+    """The smallest power of 2 that is at least ``value``, kept within [low, high]."""
+    return max(low, min(high, 1 << (value - 1).bit_length()))
+
+
+def _tile(pixels: int, height: int, width: int) -> tuple[int, int, int]:
+    """(block_n, block_h, block_w): as square as the map allows, several images where it is small.
+
+    Square tiles re-read the least border: 10 x 18 for 8 x 16 pixels is 1.4x, 3 x 130 would be 3x.
+    Rows and columns come in pairs, for the pool.
+    """
+    block_w = power_of_2(width, 2, 16)
+    block_h = power_of_2(height, 2, min(16, pixels // block_w))
+    return pixels // (block_w * block_h), block_h, block_w
+
+
+def conv_config(
+    channels: tuple[int, ...],
+    out_channels: int,
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    *,
+    precise: bool = False,
+    tma: bool = False,
+    interpolating: bool = False,
+) -> ConvConfig:
+    """Tile for a convolution.
+
+    Args:
+        channels: input channels of each source.
+        precise: float32 without tf32, on the plain cores.
+        tma: every tensor can be addressed by a TMA descriptor.
+        interpolating: a source is upsampled on the way to the product.
+    """
+    size = 4 if dtype == torch.float32 else 2
+    # 128 bytes of channels a step: one swizzled row of shared memory, one full cache line. Less,
+    # if that divides every source evenly and still feeds an MMA: no masked tail, and TMA serves.
+    common = math.gcd(*channels)
+    divisor = common & -common
+    block_k = min(divisor, 128 // size) if divisor >= 16 else power_of_2(min(channels), 16, 128 // size)
+    # 16 rows for a head of few classes: it is memory-bound, so padding the product costs nothing.
+    block_co = power_of_2(out_channels, 16, 128)
+    if precise:
+        # Operands and accumulators of plain multiply-adds all live in registers: 32 x 32 spills nothing.
+        return ConvConfig(min(block_co, 32), *_tile(32, height, width), 16, num_warps=4, num_stages=2)
+    if interpolating:
+        # Four neighbours, their weights and the sum live beside the accumulators.
+        return ConvConfig(min(block_co, 64), *_tile(64, height, width), min(block_k, 32), num_warps=4, num_stages=2)
+    hopper = capability >= HOPPER
+    use_tma = tma and hopper and block_co >= 64 and all(c % block_k == 0 for c in channels)
+    # 64 output channels: twice the pixels, so that the accumulator stays 128 registers a thread.
+    # Without TMA the pixels' addresses want those registers, in float32 twice as many.
+    pixels = 256 if block_co == 64 and use_tma else 128
+    if size == 4 and not use_tma:
+        block_co = min(block_co, 64)
+    # 96 KB of stages fit sm_86 and sm_89 too (99 KB); Hopper has 227 KB.
+    stages = 4 if hopper else 3
+    return ConvConfig(
+        block_co, *_tile(pixels, height, width), block_k, num_warps=8, num_stages=stages, tma=use_tma
+    )
+
+
+def stem_config(out_channels: int, height: int, width: int) -> ConvConfig:
+    """Tile for 1 to 4 input channels: memory-bound on its output, one short product a tile."""
+    return ConvConfig(power_of_2(out_channels, 16, 64), *_tile(128, height, width), 0, num_warps=4, num_stages=1)
+
+
+def pointwise_config(channels: int, dtype: torch.dtype) -> PointwiseConfig:
+    """Tile for a pass over memory: 16 bytes a thread and access, 32 elements a thread in all."""
+    block_c = power_of_2(channels, 1, 64)
+    return PointwiseConfig(block_p=max(1, 4096 // block_c), block_c=block_c, num_warps=4)

@@ -1,0 +1,150 @@
+"""Upsample, concatenate, convolve, add the bias and activate: nothing in between is written.
+
+    y[n, o] = act(b[o] + weight[o, :C1] * pad(up(x))[n] + weight[o, C1:] * skip[n])     (* is 3x3, zeros around)
+
+The concatenation is two runs of the same loop, one a source. The upsampled pixels are interpolated
+on their way to the product, rounded to the dtype that the reference would have stored.
+
+Tiling: as conv3x3.py. ``mode="none"`` takes an x that is upsampled already (a transposed
+convolution) and needs no more than its own two-source loop, TMA included.
+
+Shapes: x (N, C1, h, w), skip (N, C2, H, W), weight (O, C1 + C2, 3, 3), bias (O,) -> y (N, O, H, W).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .implicit_gemm import accumulate, add_bias_activate, dot, load_weights, store_tile, tile_origin, tile_pixels
+from .tensors import (
+    empty_channels_last,
+    packed_weight,
+    pixel_descriptor,
+    tma_serves,
+    unit_channel_stride,
+    weight_descriptor,
+)
+from .tuning import ConvConfig, capability, conv_config
+from .upsample_concat import load_upsampled
+
+
+@triton.jit
+def _accumulate_upsampled(
+    acc, x_ptr, w_ptr, co0, O, w_channels,
+    n0, h0, w0, N, H, W, C, height, width, top, left, stride_xn, stride_xh, stride_xw,
+    MODE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, BLOCK_CO: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc += the 3x3 product with the upsampled x; its channels come first in the weight."""
+    n, h, col = tile_pixels(n0, h0, w0, BLOCK_N, BLOCK_H, BLOCK_W)
+    origin = n.to(tl.int64) * stride_xn
+    steps = tl.cdiv(C, BLOCK_K)
+    for k in range(0, 9 * steps):
+        tap = k // steps
+        c0 = (k % steps) * BLOCK_K
+        c = c0 + tl.arange(0, BLOCK_K)
+        row, column = h + tap // 3 - 1, col + tap % 3 - 1
+        u, v = row - top, column - left
+        inside = (n < N) & (row >= 0) & (row < H) & (column >= 0) & (column < W)
+        inside &= (u >= 0) & (u < 2 * height) & (v >= 0) & (v < 2 * width)
+        x_tile = load_upsampled(
+            x_ptr, origin, c, u, v, inside[:, None] & (c < C)[None, :],
+            height, width, stride_xh, stride_xw, MODE, ALIGN_CORNERS,
+        ).to(x_ptr.dtype.element_ty)  # fmt: skip
+        w_tile = load_weights(
+            w_ptr, co0, O - co0, tap * w_channels + c0, 9 * w_channels, C - c0, False, BLOCK_CO, BLOCK_K
+        )
+        acc = dot(w_tile, x_tile, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def _upconcat_conv3x3_fwd_kernel(
+    x, skip, w, bias_ptr, y_ptr,
+    N, C1, C2, H, W, O, x_height, x_width, top, left,
+    stride_xn, stride_xh, stride_xw, stride_sn, stride_sh, stride_sw,
+    MODE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, HAS_BIAS: tl.constexpr, SLOPE: tl.constexpr,
+    BLOCK_CO: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_K: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    n0, h0, w0, co0 = tile_origin(H, W, O, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W)
+    acc = tl.zeros([BLOCK_CO, BLOCK_N * BLOCK_H * BLOCK_W], tl.float32)
+    if MODE == "none":
+        acc = accumulate(
+            acc, x, w, co0, O - co0, 0, C1 + C2,
+            n0, h0, w0, N, H, W, C1, x_height, x_width, top, left, stride_xn, stride_xh, stride_xw,
+            3, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K, USE_TMA, PRECISION,
+        )  # fmt: skip
+    else:
+        acc = _accumulate_upsampled(
+            acc, x, w, co0, O, C1 + C2,
+            n0, h0, w0, N, H, W, C1, x_height, x_width, top, left, stride_xn, stride_xh, stride_xw,
+            MODE, ALIGN_CORNERS, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    acc = accumulate(
+        acc, skip, w, co0, O - co0, C1, C1 + C2,
+        n0, h0, w0, N, H, W, C2, H, W, 0, 0, stride_sn, stride_sh, stride_sw,
+        3, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K, USE_TMA, PRECISION,
+    )  # fmt: skip
+    acc = add_bias_activate(acc, bias_ptr, co0, O, HAS_BIAS, SLOPE, BLOCK_CO)
+    n, h, col = tile_pixels(n0, h0, w0, BLOCK_N, BLOCK_H, BLOCK_W)
+    store_tile(y_ptr, acc, n, h, col, co0, N, H, W, O, BLOCK_CO)
+
+
+def upconcat_conv3x3_fwd(
+    x: Tensor,
+    skip: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    mode: str,
+    align_corners: bool,
+    slope: float,
+    tf32: bool = True,
+    config: ConvConfig | None = None,
+) -> Tensor:
+    """Launch the kernel.
+
+    Args:
+        mode: ``"bilinear"``, ``"nearest"``, or ``"none"`` for an x of the skip's scale.
+        slope, tf32, config: as in :func:`conv_fwd`.
+
+    Returns:
+        y (N, O, H, W), channels_last.
+    """
+    x, skip = unit_channel_stride(x), unit_channel_stride(skip)
+    c1, (n, c2, h, w), o = x.shape[1], skip.shape, weight.shape[0]
+    y = empty_channels_last(skip, o, h, w)
+    if y.numel() == 0:
+        return y
+    scale = 1 if mode == "none" else 2
+    top, left = (h - scale * x.shape[2]) // 2, (w - scale * x.shape[3]) // 2
+    rows = packed_weight(weight)
+    if config is None:
+        # Outside its box a descriptor reads zeros: right for padding, wrong for cropping.
+        tma = mode == "none" and top >= 0 and left >= 0 and tma_serves(x) and tma_serves(skip)
+        config = conv_config(
+            (c1, c2), o, h, w, x.dtype, capability(x.device),
+            precise=x.dtype == torch.float32 and not tf32,
+            tma=tma and rows.data_ptr() % 16 == 0,
+            interpolating=mode != "none",
+        )  # fmt: skip
+    tile = (config.block_n, config.block_h, config.block_w)
+    grid = (
+        triton.cdiv(n, tile[0]) * triton.cdiv(h, tile[1]) * triton.cdiv(w, tile[2]) * triton.cdiv(o, config.block_co),
+    )
+    _upconcat_conv3x3_fwd_kernel[grid](
+        pixel_descriptor(x, *tile, config.block_k) if config.tma else x,
+        pixel_descriptor(skip, *tile, config.block_k) if config.tma else skip,
+        weight_descriptor(rows, config.block_co, config.block_k) if config.tma else rows,
+        bias, y, n, c1, c2, h, w, o, x.shape[2], x.shape[3], top, left,
+        x.stride(0), x.stride(2), x.stride(3), skip.stride(0), skip.stride(2), skip.stride(3),
+        MODE=mode, ALIGN_CORNERS=align_corners, HAS_BIAS=bias is not None, SLOPE=slope,
+        BLOCK_CO=config.block_co, BLOCK_N=tile[0], BLOCK_H=tile[1], BLOCK_W=tile[2], BLOCK_K=config.block_k,
+        USE_TMA=config.tma, PRECISION="tf32" if tf32 else "ieee",
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return y
