@@ -1,0 +1,13 @@
+"""FastUNet: the U-Net as a drop-in PyTorch module on fused Triton kernels.
+
+>>> import torch, fastunet
+>>> model = fastunet.FastUNet(in_channels=1, out_channels=2, features=(8, 16)).eval()
+>>> model(torch.rand(1, 1, 32, 32)).shape
+torch.Size([1, 2, 32, 32])
+"""
+
+from . import dispatch, ops, reference
+from .config import UNetConfig
+from .model import FastUNet
+
+__all__ = ["FastUNet", "UNetConfig", "dispatch", "ops", "reference"]

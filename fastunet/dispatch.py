@@ -31,7 +31,8 @@ class Choice:
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether Triton can be imported."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -42,7 +43,7 @@ def interpreting() -> bool:
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why the Triton kernels cannot serve ``device`` and ``dtype``; None if they can."""
-    if not _has_triton():
+    if not has_triton():
         return "Triton is not installed"
     if dtype not in TRITON_DTYPES:
         return f"{str(dtype).removeprefix('torch.')} is not a Triton kernel's dtype"

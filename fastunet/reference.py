@@ -18,19 +18,19 @@ from .config import UNetConfig
 # --- functionals: what the fused operators compute -------------------------------------------
 
 
-def activation(x: Tensor, slope: float | None) -> Tensor:
-    """ReLU (``slope`` 0), leaky ReLU (``slope`` > 0) or nothing (``slope`` None)."""
-    if slope is None:
+def activate_(x: Tensor, slope: float) -> Tensor:
+    """Activation in place. ``slope`` for negative values: 0 is a ReLU, 1 none, between them leaky."""
+    if slope == 1:
         return x
-    return F.relu(x) if slope == 0 else F.leaky_relu(x, slope)
+    return F.relu_(x) if slope == 0 else F.leaky_relu_(x, slope)
 
 
-def conv2d_relu(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float | None) -> Tensor:
+def conv2d_relu(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> Tensor:
     """Stride-1 convolution that keeps the size, then the activation.
 
     Shapes: x (N, C, H, W), weight (O, C, K, K) with K odd, bias (O,) -> (N, O, H, W).
     """
-    return activation(F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2), slope)
+    return activate_(F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2), slope)
 
 
 def upsample(x: Tensor, mode: str, align_corners: bool) -> Tensor:
@@ -41,16 +41,20 @@ def upsample(x: Tensor, mode: str, align_corners: bool) -> Tensor:
     return F.interpolate(x, scale_factor=2, mode=mode, align_corners=corners)
 
 
+def padding(from_size: tuple[int, int], to_size: tuple[int, int]) -> list[int]:
+    """``F.pad``'s [left, right, top, bottom] from one (H, W) to another; the odd one right or below."""
+    rows, cols = to_size[0] - from_size[0], to_size[1] - from_size[1]
+    return [cols // 2, cols - cols // 2, rows // 2, rows - rows // 2]
+
+
 def pad_to(x: Tensor, height: int, width: int) -> Tensor:
     """Zero-pad (N, C, H, W) to ``height`` x ``width``; the odd row or column goes below or right.
 
     Poolings drop the last odd row and column, so an upsampled map may be one smaller than its
-    skip. A map larger than its skip is cropped by the same rule.
+    skip. A map larger than its skip is cropped instead.
     """
-    rows, cols = height - x.shape[-2], width - x.shape[-1]
-    if rows == 0 and cols == 0:
-        return x
-    return F.pad(x, [cols // 2, cols - cols // 2, rows // 2, rows - rows // 2])
+    pad = padding((x.shape[-2], x.shape[-1]), (height, width))
+    return F.pad(x, pad) if any(pad) else x
 
 
 def upsample_concat(x: Tensor, skip: Tensor, mode: str, align_corners: bool) -> Tensor:
@@ -66,7 +70,7 @@ def upsample_concat_conv2d_relu(
     bias: Tensor | None,
     mode: str,
     align_corners: bool,
-    slope: float | None,
+    slope: float,
 ) -> Tensor:
     """:func:`conv2d_relu` of :func:`upsample_concat`."""
     return conv2d_relu(upsample_concat(x, skip, mode, align_corners), weight, bias, slope)

@@ -5,8 +5,15 @@ Every launcher takes logical NCHW tensors of any strides and returns channels_la
 
 from .conv3x3 import conv_fwd
 from .conv_transpose2x2 import conv_transpose2x2_fwd
-from .stem import stem_fwd
+from .stem import STEM_CHANNELS, stem_fwd
 from .upconcat_conv3x3 import upconcat_conv3x3_fwd
 from .upsample_concat import upsample_concat_fwd
 
-__all__ = ["conv_fwd", "conv_transpose2x2_fwd", "stem_fwd", "upconcat_conv3x3_fwd", "upsample_concat_fwd"]
+__all__ = [
+    "STEM_CHANNELS",
+    "conv_fwd",
+    "conv_transpose2x2_fwd",
+    "stem_fwd",
+    "upconcat_conv3x3_fwd",
+    "upsample_concat_fwd",
+]

@@ -66,15 +66,11 @@ def conv_transpose2x2_fwd(
             precise=x.dtype == torch.float32 and not tf32,
             tma=tma_serves(x) and rows.data_ptr() % 16 == 0,
         )  # fmt: skip
-    tile = (config.block_n, config.block_h, config.block_w)
-    tiles = triton.cdiv(n, tile[0]) * triton.cdiv(h, tile[1]) * triton.cdiv(w, tile[2])
-    _conv_transpose2x2_fwd_kernel[(tiles * triton.cdiv(o, config.block_co), 4)](
-        pixel_descriptor(x, *tile, config.block_k) if config.tma else x,
-        weight_descriptor(rows, config.block_co, config.block_k) if config.tma else rows,
+    _conv_transpose2x2_fwd_kernel[(config.tiles(n, h, w, o), 4)](
+        pixel_descriptor(x, config) if config.tma else x,
+        weight_descriptor(rows, config) if config.tma else rows,
         bias, y, n, c, h, w, o, x.stride(0), x.stride(2), x.stride(3),
         HAS_BIAS=bias is not None,
-        BLOCK_CO=config.block_co, BLOCK_N=tile[0], BLOCK_H=tile[1], BLOCK_W=tile[2], BLOCK_K=config.block_k,
-        USE_TMA=config.tma, PRECISION="tf32" if tf32 else "ieee",
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        USE_TMA=config.tma, PRECISION="tf32" if tf32 else "ieee", **config.options(),
     )  # fmt: skip
     return y

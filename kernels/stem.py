@@ -18,9 +18,9 @@ from torch import Tensor
 
 from .implicit_gemm import add_bias_activate, dot, store_tile, tile_origin, tile_pixels
 from .tensors import empty_channels_last, packed_weight
-from .tuning import ConvConfig, power_of_2, stem_config
+from .tuning import ConvConfig, stem_config
 
-MAX_CHANNELS = 4
+STEM_CHANNELS = 4
 
 
 @triton.jit
@@ -63,16 +63,10 @@ def stem_fwd(
     y = empty_channels_last(x, o, h, w)
     if y.numel() == 0:
         return y
-    config = config or stem_config(o, h, w)
-    tile = (config.block_n, config.block_h, config.block_w)
-    grid = (
-        triton.cdiv(n, tile[0]) * triton.cdiv(h, tile[1]) * triton.cdiv(w, tile[2]) * triton.cdiv(o, config.block_co),
-    )
-    _stem_fwd_kernel[grid](
+    config = config or stem_config(c, o, h, w)
+    _stem_fwd_kernel[(config.tiles(n, h, w, o),)](
         x, packed_weight(weight), bias, y, n, h, w, o, *x.stride(),
         C=c, HAS_BIAS=bias is not None, SLOPE=slope,
-        BLOCK_CO=config.block_co, BLOCK_N=tile[0], BLOCK_H=tile[1], BLOCK_W=tile[2],
-        BLOCK_K=power_of_2(9 * c, 16, 64), PRECISION="tf32" if tf32 else "ieee",
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        PRECISION="tf32" if tf32 else "ieee", **config.options(),
     )  # fmt: skip
     return y

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .tuning import ConvConfig
+
 
 def unit_channel_stride(x: Tensor) -> Tensor:
     """``x`` (N, C, H, W) with adjacent channels adjacent in memory; copied only if it is not so."""
@@ -32,12 +34,13 @@ def tma_serves(x: Tensor) -> bool:
     )
 
 
-def pixel_descriptor(x: Tensor, block_n: int, block_h: int, block_w: int, block_k: int) -> TensorDescriptor:
+def pixel_descriptor(x: Tensor, config: ConvConfig) -> TensorDescriptor:
     """TMA boxes of (block_n, block_h, block_w, block_k) of ``x``, seen as NHWC."""
     nhwc = x.permute(0, 2, 3, 1)
-    return TensorDescriptor(nhwc, list(nhwc.shape), list(nhwc.stride()), [block_n, block_h, block_w, block_k])
+    box = [config.block_n, config.block_h, config.block_w, config.block_k]
+    return TensorDescriptor(nhwc, list(nhwc.shape), list(nhwc.stride()), box)
 
 
-def weight_descriptor(weight: Tensor, block_co: int, block_k: int) -> TensorDescriptor:
+def weight_descriptor(rows: Tensor, config: ConvConfig) -> TensorDescriptor:
     """TMA boxes of (block_co, block_k) of packed weight rows."""
-    return TensorDescriptor(weight, list(weight.shape), list(weight.stride()), [block_co, block_k])
+    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [config.block_co, config.block_k])

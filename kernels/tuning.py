@@ -27,9 +27,22 @@ class ConvConfig:
     num_stages: int
     tma: bool = False
 
-    @property
-    def pixels(self) -> int:
-        return self.block_n * self.block_h * self.block_w
+    def tiles(self, n: int, h: int, w: int, out_channels: int) -> int:
+        """How many tiles cover ``n`` maps of ``h`` x ``w`` pixels and ``out_channels`` channels."""
+        blocks = ((n, self.block_n), (h, self.block_h), (w, self.block_w), (out_channels, self.block_co))
+        return math.prod(-(-size // block) for size, block in blocks)
+
+    def options(self) -> dict[str, int]:
+        """The keyword arguments of a launch."""
+        return {
+            "BLOCK_CO": self.block_co,
+            "BLOCK_N": self.block_n,
+            "BLOCK_H": self.block_h,
+            "BLOCK_W": self.block_w,
+            "BLOCK_K": self.block_k,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
 
 
 @dataclass(frozen=True)
@@ -110,9 +123,10 @@ def conv_config(
     )
 
 
-def stem_config(out_channels: int, height: int, width: int) -> ConvConfig:
+def stem_config(channels: int, out_channels: int, height: int, width: int) -> ConvConfig:
     """Tile for 1 to 4 input channels: memory-bound on its output, one short product a tile."""
-    return ConvConfig(power_of_2(out_channels, 16, 64), *_tile(128, height, width), 0, num_warps=4, num_stages=1)
+    block_k = power_of_2(9 * channels, 16, 64)
+    return ConvConfig(power_of_2(out_channels, 16, 64), *_tile(128, height, width), block_k, num_warps=4, num_stages=1)
 
 
 def pointwise_config(channels: int, dtype: torch.dtype) -> PointwiseConfig:

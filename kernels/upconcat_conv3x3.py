@@ -132,19 +132,13 @@ def upconcat_conv3x3_fwd(
             tma=tma and rows.data_ptr() % 16 == 0,
             interpolating=mode != "none",
         )  # fmt: skip
-    tile = (config.block_n, config.block_h, config.block_w)
-    grid = (
-        triton.cdiv(n, tile[0]) * triton.cdiv(h, tile[1]) * triton.cdiv(w, tile[2]) * triton.cdiv(o, config.block_co),
-    )
-    _upconcat_conv3x3_fwd_kernel[grid](
-        pixel_descriptor(x, *tile, config.block_k) if config.tma else x,
-        pixel_descriptor(skip, *tile, config.block_k) if config.tma else skip,
-        weight_descriptor(rows, config.block_co, config.block_k) if config.tma else rows,
+    _upconcat_conv3x3_fwd_kernel[(config.tiles(n, h, w, o),)](
+        pixel_descriptor(x, config) if config.tma else x,
+        pixel_descriptor(skip, config) if config.tma else skip,
+        weight_descriptor(rows, config) if config.tma else rows,
         bias, y, n, c1, c2, h, w, o, x.shape[2], x.shape[3], top, left,
         x.stride(0), x.stride(2), x.stride(3), skip.stride(0), skip.stride(2), skip.stride(3),
         MODE=mode, ALIGN_CORNERS=align_corners, HAS_BIAS=bias is not None, SLOPE=slope,
-        BLOCK_CO=config.block_co, BLOCK_N=tile[0], BLOCK_H=tile[1], BLOCK_W=tile[2], BLOCK_K=config.block_k,
-        USE_TMA=config.tma, PRECISION="tf32" if tf32 else "ieee",
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        USE_TMA=config.tma, PRECISION="tf32" if tf32 else "ieee", **config.options(),
     )  # fmt: skip
     return y

@@ -1,0 +1,414 @@
+"""The fused operators: the only home of torch.library names.
+
+Each is one custom operator with a fake kernel, so that ``torch.compile`` traces through it, an
+autograd formula, and a body that asks :mod:`fastunet.dispatch` whether a Triton kernel or the
+plain reference computes it. The functions without underscore are what users call: they check
+their arguments, apply the autocast rule, and speak logical NCHW.
+
+Autocast: convolutions run in the autocast dtype, as ``torch.conv2d`` does; ``upsample_concat``
+takes the widest dtype of its inputs, as ``torch.cat`` does. float64 is left alone.
+
+Gradients are first-order. What is saved for backward is each operator's input and output; the
+upsampled and the concatenated map are computed again.
+"""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import dispatch, reference
+
+if dispatch.has_triton():
+    from . import kernels
+
+aten = torch.ops.aten
+_MODES = ("bilinear", "nearest", "none")
+
+
+def _takes_triton(x: Tensor) -> bool:
+    return dispatch.choose(x.device, x.dtype).implementation == "triton"
+
+
+def _on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Launch where the tensor lives: Triton launches on the current device."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _tf32() -> bool:
+    # Answers for torch.backends.cudnn.allow_tf32 too, and does not raise when the two APIs are mixed.
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def _empty(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    shape = (like.shape[0], channels, height, width)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """``x`` with exactly the strides that :func:`_empty` gives, which fake kernels promise."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        n, c, h, w = x.shape
+        return x.as_strided(x.shape, (h * w * c, 1, w * c, c))  # strides of size-1 axes are arbitrary until here
+    return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
+
+
+# --- conv2d_relu -----------------------------------------------------------------------------
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float, pool: bool) -> tuple[Tensor, Tensor | None]:
+    if _takes_triton(x):
+        with _on_device(x):
+            if x.shape[1] <= kernels.STEM_CHANNELS and weight.shape[-1] == 3 and not pool:
+                return kernels.stem_fwd(x, weight, bias, slope=slope, tf32=_tf32()), None
+            return kernels.conv_fwd(x, weight, bias, slope=slope, pool=pool, tf32=_tf32())
+    # channels_last is the faster layout of torch's CPU convolutions as well.
+    y = reference.conv2d_relu(x.contiguous(memory_format=torch.channels_last), weight, bias, slope)
+    y = _channels_last(y)
+    return y, _channels_last(F.max_pool2d(y, 2)) if pool else None
+
+
+@torch.library.custom_op("fastunet::conv2d_relu", mutates_args=())
+def _conv2d_relu(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> Tensor:
+    return _conv(x, weight, bias, slope, pool=False)[0]
+
+
+@_conv2d_relu.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> Tensor:
+    return _empty(x, weight.shape[0], x.shape[2], x.shape[3])
+
+
+@torch.library.custom_op("fastunet::conv2d_relu_pool", mutates_args=())
+def _conv2d_relu_pool(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> tuple[Tensor, Tensor]:
+    y, pooled = _conv(x, weight, bias, slope, pool=True)
+    assert pooled is not None
+    return y, pooled
+
+
+@_conv2d_relu_pool.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> tuple[Tensor, Tensor]:
+    o, h, w = weight.shape[0], x.shape[2], x.shape[3]
+    return _empty(x, o, h, w), _empty(x, o, h // 2, w // 2)
+
+
+def _save_conv(ctx, inputs, output) -> None:
+    x, weight, bias, slope = inputs
+    y = output[0] if isinstance(output, tuple) else output
+    ctx.slope, ctx.bias_sizes = slope, None if bias is None else [weight.shape[0]]
+    ctx.save_for_backward(x, weight, y)
+
+
+def _activation_backward(grad: Tensor, y: Tensor, slope: float) -> Tensor:
+    """Gradient before the activation, from the activation's output ``y``."""
+    if slope == 1:
+        return grad
+    return aten.threshold_backward(grad, y, 0) if slope == 0 else aten.leaky_relu_backward(grad, y, slope, True)
+
+
+def _convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias_sizes: list[int] | None, mask: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    pad = weight.shape[-1] // 2
+    return aten.convolution_backward(
+        grad, x, weight, bias_sizes, [1, 1], [pad, pad], [1, 1], False, [0, 0], 1, mask
+    )
+
+
+def _conv2d_relu_backward(ctx, grad: Tensor):
+    x, weight, y = ctx.saved_tensors
+    grad = _activation_backward(grad, y, ctx.slope)
+    return *_convolution_backward(grad, x, weight, ctx.bias_sizes, ctx.needs_input_grad[:3]), None
+
+
+def _conv2d_relu_pool_backward(ctx, grad: Tensor, grad_pooled: Tensor):
+    y = ctx.saved_tensors[2]
+    _, indices = aten.max_pool2d_with_indices(y, [2, 2], [2, 2])
+    grad = grad + aten.max_pool2d_with_indices_backward(
+        grad_pooled, y, [2, 2], [2, 2], [0, 0], [1, 1], False, indices
+    )
+    return _conv2d_relu_backward(ctx, grad)
+
+
+_conv2d_relu.register_autograd(_conv2d_relu_backward, setup_context=_save_conv)
+_conv2d_relu_pool.register_autograd(_conv2d_relu_pool_backward, setup_context=_save_conv)
+
+
+# --- upsample_concat -------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fastunet::upsample_concat", mutates_args=())
+def _upsample_concat(x: Tensor, skip: Tensor, mode: str, align_corners: bool) -> Tensor:
+    if _takes_triton(x):
+        with _on_device(x):
+            return kernels.upsample_concat_fwd(x, skip, mode=mode, align_corners=align_corners)
+    return _channels_last(reference.upsample_concat(x, skip, mode, align_corners))
+
+
+@_upsample_concat.register_fake
+def _(x: Tensor, skip: Tensor, mode: str, align_corners: bool) -> Tensor:
+    return _empty(skip, x.shape[1] + skip.shape[1], skip.shape[2], skip.shape[3])
+
+
+def _upsample_backward(grad: Tensor, x_shape: list[int], mode: str, align_corners: bool) -> Tensor:
+    """Gradient of x from that of the padded, upsampled map."""
+    n, c, h, w = x_shape
+    scale = 1 if mode == "none" else 2
+    pad = reference.padding((scale * h, scale * w), (grad.shape[2], grad.shape[3]))
+    grad = F.pad(grad, [-p for p in pad])  # a negative pad crops what the forward padded
+    if mode == "bilinear":
+        return aten.upsample_bilinear2d_backward(grad, [2 * h, 2 * w], x_shape, align_corners, 2.0, 2.0)
+    if mode == "nearest":
+        return aten.upsample_nearest2d_backward(grad, [2 * h, 2 * w], x_shape, 2.0, 2.0)
+    return grad
+
+
+def _save_upsample(ctx, inputs, output) -> None:
+    x, _, ctx.mode, ctx.align_corners = inputs
+    ctx.x_shape = list(x.shape)
+
+
+def _upsample_concat_backward(ctx, grad: Tensor):
+    channels = ctx.x_shape[1]
+    grad_x = grad_skip = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _upsample_backward(grad[:, :channels], ctx.x_shape, ctx.mode, ctx.align_corners)
+    if ctx.needs_input_grad[1]:
+        grad_skip = grad[:, channels:].contiguous(memory_format=torch.channels_last)
+    return grad_x, grad_skip, None, None
+
+
+_upsample_concat.register_autograd(_upsample_concat_backward, setup_context=_save_upsample)
+
+
+# --- upsample_concat_conv2d_relu -------------------------------------------------------------
+
+
+@torch.library.custom_op("fastunet::upsample_concat_conv2d_relu", mutates_args=())
+def _upsample_concat_conv2d_relu(
+    x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None, mode: str, align_corners: bool, slope: float
+) -> Tensor:
+    if _takes_triton(x):
+        with _on_device(x):
+            return kernels.upconcat_conv3x3_fwd(
+                x, skip, weight, bias, mode=mode, align_corners=align_corners, slope=slope, tf32=_tf32()
+            )
+    x, skip = (t.contiguous(memory_format=torch.channels_last) for t in (x, skip))
+    y = reference.upsample_concat_conv2d_relu(x, skip, weight, bias, mode, align_corners, slope)
+    return _channels_last(y)
+
+
+@_upsample_concat_conv2d_relu.register_fake
+def _(
+    x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None, mode: str, align_corners: bool, slope: float
+) -> Tensor:
+    return _empty(skip, weight.shape[0], skip.shape[2], skip.shape[3])
+
+
+def _save_upsample_conv(ctx, inputs, output) -> None:
+    x, skip, weight, bias, ctx.mode, ctx.align_corners, ctx.slope = inputs
+    ctx.bias_sizes = None if bias is None else [weight.shape[0]]
+    ctx.save_for_backward(x, skip, weight, output)
+
+
+def _upsample_concat_conv2d_relu_backward(ctx, grad: Tensor):
+    x, skip, weight, y = ctx.saved_tensors
+    need_x, need_skip, need_weight, need_bias = ctx.needs_input_grad[:4]
+    grad = _activation_backward(grad, y, ctx.slope)
+    both = reference.upsample_concat(x, skip, ctx.mode, ctx.align_corners)
+    grad_both, grad_weight, grad_bias = _convolution_backward(
+        grad, both, weight, ctx.bias_sizes, (need_x or need_skip, need_weight, need_bias)
+    )
+    grad_x = grad_skip = None
+    if need_x:
+        grad_x = _upsample_backward(grad_both[:, : x.shape[1]], list(x.shape), ctx.mode, ctx.align_corners)
+    if need_skip:
+        grad_skip = grad_both[:, x.shape[1] :].contiguous(memory_format=torch.channels_last)
+    return grad_x, grad_skip, grad_weight, grad_bias, None, None, None
+
+
+_upsample_concat_conv2d_relu.register_autograd(
+    _upsample_concat_conv2d_relu_backward, setup_context=_save_upsample_conv
+)
+
+
+# --- conv_transpose2x2 -----------------------------------------------------------------------
+
+
+@torch.library.custom_op("fastunet::conv_transpose2x2", mutates_args=())
+def _conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if _takes_triton(x):
+        with _on_device(x):
+            return kernels.conv_transpose2x2_fwd(x, weight, bias, tf32=_tf32())
+    x = x.contiguous(memory_format=torch.channels_last)
+    return _channels_last(reference.conv_transpose2x2(x, weight, bias))
+
+
+@_conv_transpose2x2.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _empty(x, weight.shape[1], 2 * x.shape[2], 2 * x.shape[3])
+
+
+def _save_transpose(ctx, inputs, output) -> None:
+    x, weight, bias = inputs
+    ctx.bias_sizes = None if bias is None else [weight.shape[1]]
+    ctx.save_for_backward(x, weight)
+
+
+def _conv_transpose2x2_backward(ctx, grad: Tensor):
+    x, weight = ctx.saved_tensors
+    return aten.convolution_backward(
+        grad, x, weight, ctx.bias_sizes, [2, 2], [0, 0], [1, 1], True, [0, 0], 1, ctx.needs_input_grad[:3]
+    )
+
+
+_conv_transpose2x2.register_autograd(_conv_transpose2x2_backward, setup_context=_save_transpose)
+
+
+# --- what users call -------------------------------------------------------------------------
+
+
+def _check(condition: bool, argument: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{argument}: expected {expected}, got {got}")
+
+
+def _check_conv(x: Tensor, channels: int, weight: Tensor, bias: Tensor | None) -> None:
+    _check(x.dim() == 4, "x", "shape (N, C, H, W)", tuple(x.shape))
+    _check(weight.dim() == 4, "weight", "shape (O, C, K, K)", tuple(weight.shape))
+    k = weight.shape[2]
+    _check(k in (1, 3) and weight.shape[3] == k, "weight", "a 1x1 or 3x3 filter", tuple(weight.shape))
+    _check(weight.shape[1] == channels, "weight", f"{channels} input channels", tuple(weight.shape))
+    if bias is not None:
+        _check(bias.shape == weight.shape[:1], "bias", f"shape ({weight.shape[0]},)", tuple(bias.shape))
+
+
+def _check_alike(x: Tensor, **others: Tensor | None) -> None:
+    for name, other in others.items():
+        if other is not None:
+            _check(other.dtype == x.dtype, name, f"x's dtype {x.dtype}", other.dtype)
+            _check(other.device == x.device, name, f"x's device {x.device}", other.device)
+
+
+def _check_sources(x: Tensor, skip: Tensor, mode: str) -> None:
+    _check(mode in _MODES, "mode", f"one of {_MODES}", repr(mode))
+    _check(x.dim() == 4, "x", "shape (N, C, H, W)", tuple(x.shape))
+    _check(skip.dim() == 4, "skip", "shape (N, C, H, W)", tuple(skip.shape))
+    _check(skip.shape[0] == x.shape[0], "skip", f"x's batch of {x.shape[0]}", tuple(skip.shape))
+
+
+def _autocast(x: Tensor, *others: Tensor | None) -> tuple:
+    """Cast to the autocast dtype, where autocast is on and the tensor is not float64."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, *others
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *others))
+
+
+def _slope(relu: bool, negative_slope: float) -> float:
+    _check(0 <= negative_slope < 1, "negative_slope", "a number in [0, 1)", negative_slope)
+    return float(negative_slope) if relu else 1.0
+
+
+def conv2d_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    relu: bool = True,
+    negative_slope: float = 0.0,
+    pool: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Same-size convolution, bias, ReLU and, on request, 2x2 max-pool, in one pass.
+
+    Args:
+        x: (N, C, H, W), any strides; float16, bfloat16, float32 (float64 through plain torch).
+        weight: (O, C, 3, 3) or (O, C, 1, 1), of x's dtype; channels_last spares a copy.
+        bias: (O,) or None.
+        relu: apply the activation.
+        negative_slope: of a leaky ReLU; 0 is the plain one.
+        pool: also return the 2x2 max-pool.
+
+    Returns:
+        y (N, O, H, W), channels_last; with ``pool`` also (N, O, H // 2, W // 2).
+
+    Raises:
+        ValueError: names the argument, its value and what was expected.
+    """
+    x, weight, bias = _autocast(x, weight, bias)
+    _check_conv(x, x.shape[1], weight, bias)
+    _check_alike(x, weight=weight, bias=bias)
+    slope = _slope(relu, negative_slope)
+    if not pool:
+        return _conv2d_relu(x, weight, bias, slope)
+    _check(x.shape[2] >= 2 and x.shape[3] >= 2, "x", "H and W of at least 2 to pool", tuple(x.shape))
+    return _conv2d_relu_pool(x, weight, bias, slope)
+
+
+def upsample_concat(x: Tensor, skip: Tensor, *, mode: str = "bilinear", align_corners: bool = True) -> Tensor:
+    """``[upsampled, skip]`` on channels, in one pass.
+
+    Args:
+        x: (N, C1, h, w), any strides.
+        skip: (N, C2, H, W), any strides. Where H or W differs from the doubled map, the map is
+            zero-padded (or cropped) evenly, the odd pixel below or right.
+        mode: ``"bilinear"``, ``"nearest"``, or ``"none"`` for an x of the skip's scale.
+
+    Returns:
+        (N, C1 + C2, H, W), channels_last. Errors as in :func:`conv2d_relu`.
+    """
+    dtype = torch.promote_types(x.dtype, skip.dtype)
+    if torch.is_autocast_enabled(x.device.type):
+        x, skip = x.to(dtype), skip.to(dtype)
+    _check_sources(x, skip, mode)
+    _check_alike(x, skip=skip)
+    return _upsample_concat(x, skip, mode, align_corners)
+
+
+def upsample_concat_conv2d_relu(
+    x: Tensor,
+    skip: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    mode: str = "bilinear",
+    align_corners: bool = True,
+    relu: bool = True,
+    negative_slope: float = 0.0,
+) -> Tensor:
+    """3x3 :func:`conv2d_relu` of :func:`upsample_concat`, with neither map materialised.
+
+    Args:
+        x: (N, C1, h, w). skip: (N, C2, H, W). weight: (O, C1 + C2, 3, 3). bias: (O,) or None.
+
+    Returns:
+        (N, O, H, W), channels_last. Errors as in :func:`conv2d_relu`.
+    """
+    x, skip, weight, bias = _autocast(x, skip, weight, bias)
+    _check_sources(x, skip, mode)
+    _check_conv(x, x.shape[1] + skip.shape[1], weight, bias)
+    _check(weight.shape[2] == 3, "weight", "a 3x3 filter", tuple(weight.shape))
+    _check_alike(x, skip=skip, weight=weight, bias=bias)
+    slope = _slope(relu, negative_slope)
+    return _upsample_concat_conv2d_relu(x, skip, weight, bias, mode, align_corners, slope)
+
+
+def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """2x2 stride-2 transposed convolution and bias.
+
+    Args:
+        x: (N, C, H, W), any strides. weight: (C, O, 2, 2). bias: (O,) or None.
+
+    Returns:
+        (N, O, 2H, 2W), channels_last. Errors as in :func:`conv2d_relu`.
+    """
+    x, weight, bias = _autocast(x, weight, bias)
+    _check(x.dim() == 4, "x", "shape (N, C, H, W)", tuple(x.shape))
+    _check(
+        weight.dim() == 4 and weight.shape[0] == x.shape[1] and tuple(weight.shape[2:]) == (2, 2),
+        "weight", f"shape ({x.shape[1]}, O, 2, 2)", tuple(weight.shape),
+    )  # fmt: skip
+    if bias is not None:
+        _check(bias.shape == weight.shape[1:2], "bias", f"shape ({weight.shape[1]},)", tuple(bias.shape))
+    _check_alike(x, weight=weight, bias=bias)
+    return _conv_transpose2x2(x, weight, bias)
