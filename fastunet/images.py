@@ -3,84 +3,107 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
+import tifffile
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+from .files import atomic_write
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's "L"
+_SAMPLE = 4_000_000  # values that estimate a percentile to well below one grey level
+_ROWS = 256  # of an image that are scaled at a time, in float64
 
 
 class ImageError(ValueError):
-    """A file that cannot be used as an image; the message is one line and names the file."""
+    """A file or array that cannot be used as an image; the message is one line and says which."""
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """Read a PNG, JPEG or TIFF.
+    """Read a PNG, JPEG or TIFF, told apart by their content.
 
     Returns:
-        (H, W) or (H, W, 3) array of uint8 or uint16; float TIFFs stay float32. Alpha is dropped,
-        palettes are resolved. Pillow reads 16-bit RGB PNGs by their high byte.
+        (H, W) or (H, W, 3) array of uint8 or uint16; TIFFs of other types become float32. Of several
+        pages the first; upright, where a camera noted its orientation; alpha dropped, palettes and
+        CMYK resolved to RGB. Pillow reads 16-bit RGB PNGs by their high byte.
 
     Raises:
-        ImageError: missing file, not an image, corrupt, or not one 2-D plane.
+        ImageError: missing file, not an image, corrupt, or not one grey or RGB plane.
     """
     path = Path(path)
     if not path.is_file():
         raise ImageError(f"{path}: no such file")
     try:
-        image = _read_tiff(path) if path.suffix.lower() in (".tif", ".tiff") else _read_pillow(path)
-    except UnidentifiedImageError:
-        raise ImageError(f"{path}: not an image (expected {', '.join(SUFFIXES)})") from None
+        with path.open("rb") as file:
+            tiff = file.read(2) in (b"II", b"MM")  # its byte order comes first
+        image = _read_tiff(path) if tiff else _read_pillow(path)
+    except (UnidentifiedImageError, tifffile.TiffFileError):
+        raise ImageError(f"{path}: not an image, expected a PNG, JPEG or TIFF") from None
     except Exception as error:  # decoders raise many types on corrupt files; each is one line to the user
-        raise ImageError(f"{path}: cannot be decoded ({str(error).splitlines()[0] if str(error) else error!r})") from None
-    if image.ndim == 3 and image.shape[2] in (2, 4):
-        image = image[:, :, : image.shape[2] - 1]
-    if image.ndim == 3 and image.shape[2] == 1:
-        image = image[:, :, 0]
+        reason = str(error).partition("\n")[0] or repr(error)
+        raise ImageError(f"{path}: cannot be read ({reason})") from None
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3) or image.size == 0:
         raise ImageError(f"{path}: expected one grey or RGB plane, got an array of shape {image.shape}")
     return image
 
 
 def _read_pillow(path: Path) -> np.ndarray:
-    with Image.open(path) as file:
-        if file.mode.startswith("I;16"):
-            return np.asarray(file, dtype=np.uint16)
-        if file.mode == "I":
-            return np.asarray(file).clip(0, 65535).astype(np.uint16)
-        grey = file.mode in ("1", "L", "LA")
-        return np.asarray(file.convert("L" if grey else "RGB"))
+    # Through a handle: given a path, Pillow 13 maps uncompressed TIFFs and scrambles turned ones.
+    with path.open("rb") as handle, Image.open(handle, formats=("PNG", "JPEG", "TIFF")) as file:
+        # The mask carries no orientation tag, so it must be upright itself to lie over the image.
+        upright = ImageOps.exif_transpose(file)
+        if upright.mode.startswith("I;16"):
+            return np.asarray(upright, dtype=np.uint16)
+        if upright.mode in ("I", "F"):
+            return np.asarray(upright, dtype=np.float32)
+        grey = upright.mode in ("1", "L", "LA", "La")
+        return np.asarray(upright.convert("L" if grey else "RGB"))
 
 
 def _read_tiff(path: Path) -> np.ndarray:
-    import tifffile
-
-    try:
-        with tifffile.TiffFile(path) as file:
-            page = file.pages[0]
+    """The first page; tifffile knows the integer and float types that Pillow does not."""
+    with tifffile.TiffFile(path) as file:
+        page = file.pages.first
+        photometric = page.photometric
+        turned = 274 in page.tags and page.tags[274].value != 1  # Orientation
+        plain = photometric in (
+            tifffile.PHOTOMETRIC.MINISWHITE, tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB
+        )  # fmt: skip
+        if turned or not plain:  # tifffile would give what is stored: palette indices, CMYK, YCbCr
+            return _read_pillow(path)
+        try:
             image = page.asarray()
-            if getattr(page, "planarconfig", 1) == 2 and image.ndim == 3:
-                image = np.moveaxis(image, 0, -1)
-    except tifffile.TiffFileError:
-        raise UnidentifiedImageError from None
-    except ValueError:
-        # LZW and JPEG compression need a codec package in tifffile; Pillow brings libtiff.
-        return _read_pillow(path)
+        except ValueError:
+            # LZW and JPEG compression need a codec package in tifffile; Pillow brings libtiff.
+            return _read_pillow(path)
+        if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and image.ndim == 3:
+            image = np.moveaxis(image, 0, -1)
     if image.dtype == bool:
         image = image.astype(np.uint8) * 255
-    return image.astype(np.float32) if image.dtype not in (np.uint8, np.uint16) else image
+    if photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+        image = np.iinfo(image.dtype).max - image if image.dtype.kind == "u" else -image
+    if image.ndim == 3:
+        # One sample beyond the colours is alpha; more are a stack of channels, which is no image.
+        colours = 3 if image.shape[2] == 3 or photometric == tifffile.PHOTOMETRIC.RGB else 1
+        if image.shape[2] - colours in (0, 1):
+            image = image[:, :, :colours] if colours == 3 else image[:, :, 0]
+    if image.dtype in (np.uint8, np.uint16):
+        return image
+    if image.dtype.kind not in "uif":
+        raise ValueError(f"expected real pixels, got {image.dtype}")
+    return image.astype(np.float32)
 
 
 def normalise(image: np.ndarray, channels: int) -> Tensor:
     """Scale an image to about [0, 1] by its own 1st and 99.8th percentile.
 
     Microscopes write 8, 12 and 16-bit images of any exposure, so a fixed full scale would leave
-    many of them black. A constant image becomes zeros.
+    many of them black. A constant image becomes zeros. Values stop at 1.5. The percentiles of a very
+    large image are those of an evenly spaced sample of some four million values.
 
     Args:
         image: (H, W) or (H, W, 3), any real dtype.
@@ -90,50 +113,52 @@ def normalise(image: np.ndarray, channels: int) -> Tensor:
         float32 tensor (channels, H, W).
 
     Raises:
-        ImageError: ``channels`` is neither, or the image holds NaN or infinity.
+        ImageError: ``channels`` is neither, the shape is another, or the image holds NaN or infinity.
     """
     if channels not in (1, 3):
-        raise ImageError(f"channels: an image gives 1 or 3, the model wants {channels}")
+        raise ImageError(f"channels: expected 1 or 3, which is what an image has, got {channels}")
+    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3) or image.size == 0:
+        raise ImageError(f"image: expected shape (H, W) or (H, W, 3), got {image.shape}")
     x = image.astype(np.float32)
     if not np.isfinite(x).all():
         raise ImageError("image: expected finite values, found NaN or infinity")
     if x.ndim == 3 and channels == 1:
         x = x @ _LUMA
-    low, high = np.percentile(x, [1, 99.8])
+    step = max(1, round((x.size / _SAMPLE) ** 0.5))
+    low, high = np.percentile(x[::step, ::step], [1, 99.8])
     if high <= low:  # more than 98.8% of the pixels equal: fall back on the whole range
         low, high = float(x.min()), float(x.max())
-    x = (x - low) / (high - low) if high > low else np.zeros_like(x)
-    if x.ndim == 2:
-        x = np.broadcast_to(x, (channels, *x.shape))
-    else:
-        x = np.moveaxis(x, -1, 0)
-    return torch.from_numpy(np.ascontiguousarray(x.clip(0, 1.5), dtype=np.float32))
+    scaled = np.zeros((channels, *x.shape[:2]), dtype=np.float32)
+    if high > low:
+        for top in range(0, len(x), _ROWS):
+            rows = ((x[top : top + _ROWS] - low) / (high - low)).clip(0, 1.5)
+            scaled[:, top : top + _ROWS] = rows if rows.ndim == 2 else np.moveaxis(rows, -1, 0)
+    return torch.from_numpy(scaled)
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int] = (255, 64, 64)) -> np.ndarray:
-    """The image in grey or colour, the mask tinted and its outline drawn. Returns (H, W, 3) uint8."""
-    grey = normalise(image, 3).clamp(0, 1).permute(1, 2, 0).numpy() * 255
+    """The image in grey or colour, the mask tinted and its outline drawn.
+
+    Args:
+        image: (H, W) or (H, W, 3), any real dtype.
+        mask: (H, W); foreground is whatever is above 0.
+        colour: RGB of tint and outline, each 0 to 255.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    picture = normalise(image, 3).clamp_(0, 1).mul_(255).permute(1, 2, 0).numpy()
     inside = mask > 0
     edge = np.zeros_like(inside)
     edge[:-1] |= inside[:-1] != inside[1:]
     edge[:, :-1] |= inside[:, :-1] != inside[:, 1:]
     tint = np.array(colour, dtype=np.float32)
-    grey[inside] = 0.75 * grey[inside] + 0.25 * tint
-    grey[edge] = tint
-    return grey.round().astype(np.uint8)
+    picture[inside] = 0.75 * picture[inside] + 0.25 * tint
+    picture[edge] = tint
+    return picture.round().astype(np.uint8)
 
 
 def write_png(path: str | os.PathLike[str], array: np.ndarray) -> None:
-    """Write an 8-bit PNG under a temporary name, then rename: the file is whole or not there."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            Image.fromarray(array).save(file, format="PNG")
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp gives 0600
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    """Write (H, W) or (H, W, 3) uint8 as a PNG; the file is whole or not there."""
+    with atomic_write(path) as temporary:
+        Image.fromarray(array).save(temporary, format="PNG")

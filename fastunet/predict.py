@@ -20,78 +20,26 @@ from .images import normalise
 from .reference import UNet
 
 TILE = 1024  # pixels; a 64..1024 U-Net in float32 needs about 2 GB at this size
-RAMP = 32  # pixels over which two neighbouring tiles are blended
+RAMP = 32  # pixels over which two neighbouring tiles are blended, at least
 
 
 def receptive_radius(config: UNetConfig) -> int:
-    """How far, in pixels, an output looks into the input; a multiple of the pooling.
+    """How far, in pixels, an output looks into the input, rounded up to a multiple of the pooling.
 
-    At level i a pixel is 2**i wide and two 3x3 convolutions reach two of them, in the encoder
-    and again in the decoder; bilinear upsampling reaches one pixel of the level below.
+    Follows the interval that one output pixel reads down the decoder and up the encoder: a 3x3
+    convolution widens it by a pixel of its level, interpolation by one of the level below.
     """
-    reach = 2 * 2**config.depth
-    for level in range(config.depth):
-        reach += 4 * 2**level + 2 ** (level + 1)
     step = config.minimum_size
-    return -(-reach // step) * step
-
-
-def _spans(size: int, tile: int, overlap: int, step: int) -> list[tuple[int, int]]:
-    """Cover [0, size) with windows of at most ``tile`` whose starts are multiples of ``step``."""
-    if size <= tile:
-        return [(0, size)]
-    stride = (tile - overlap) // step * step
-    starts = list(range(0, size - overlap, stride))
-    return [(start, min(start + tile, size)) for start in starts]
-
-
-def _window(start: int, stop: int, size: int, halo: int) -> Tensor:
-    """Blending weights of one span: 0 in the halo, a linear ramp, 1 inside; 1 at image borders."""
-    position = torch.arange(stop - start, dtype=torch.float32)
-    weight = torch.ones(stop - start)
-    if start > 0:
-        weight = torch.minimum(weight, ((position - halo + 0.5) / RAMP).clamp(0, 1))
-    if stop < size:
-        weight = torch.minimum(weight, ((stop - start - halo - position - 0.5) / RAMP).clamp(0, 1))
-    return weight
-
-
-def _bands(model: UNet, x: Tensor, tile: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield (first row, logits (C, rows, W)) of finished bands, top to bottom."""
-    config = model.config
-    parameter = next(model.parameters())
-    halo = receptive_radius(config)
-    _, height, width = x.shape
-    overlap = 2 * halo + RAMP
-    step = config.minimum_size
-    if tile < 2 * overlap:
-        raise ValueError(f"tile: expected at least {2 * overlap} pixels for this network, got {tile}")
-    rows, cols = _spans(height, tile, overlap, step), _spans(width, tile, overlap, step)
-    carried = carried_weight = None
-    for index, (top, bottom) in enumerate(rows):
-        band = torch.zeros(config.out_channels, bottom - top, width)
-        weight = torch.zeros(bottom - top, width)
-        if carried is not None and carried_weight is not None:
-            band[:, : carried.shape[1]], weight[: carried.shape[1]] = carried, carried_weight
-        vertical = _window(top, bottom, height, halo)
-        for left, right in cols:
-            part = x[None, :, top:bottom, left:right].to(parameter.device, parameter.dtype)
-            logits = _run(model, part)
-            window = vertical[:, None] * _window(left, right, width, halo)[None]
-            band[:, :, left:right] += logits * window
-            weight[:, left:right] += window
-        done = rows[index + 1][0] - top if index + 1 < len(rows) else bottom - top
-        yield top, band[:, :done] / weight[:done]
-        carried, carried_weight = band[:, done:], weight[done:]
-
-
-def _run(model: UNet, x: Tensor) -> Tensor:
-    """Logits (C, H, W) in float32 on the CPU; maps smaller than the network allows are edge-padded."""
-    height, width = x.shape[-2:]
-    least = model.config.minimum_size
-    if height < least or width < least:
-        x = F.pad(x, [0, max(0, least - width), 0, max(0, least - height)], mode="replicate")
-    return model(x)[0, :, :height, :width].float().cpu()
+    radius = 0
+    for pixel in range(step):  # its place in the pooling window changes the reach
+        low = high = pixel
+        for _ in range(config.depth):
+            low, high = (low - 2 - 1) // 2, (high + 2 + 1) // 2
+        low, high = low - 2, high + 2
+        for _ in range(config.depth):
+            low, high = 2 * low - 2, 2 * high + 1 + 2
+        radius = max(radius, pixel - low, high - pixel)
+    return -(-radius // step) * step
 
 
 @torch.inference_mode()
@@ -105,20 +53,82 @@ def predict_logits(model: UNet, image: np.ndarray, *, tile: int = TILE) -> Tenso
 
     Returns:
         float32 tensor (out_channels, H, W) on the CPU.
+
+    Raises:
+        ImageError: another shape, NaN or infinity, or the model takes neither 1 nor 3 channels.
+        ValueError: ``model`` is in train mode, or the image needs tiles and ``tile`` is too small
+            for this network.
     """
-    x = normalise(image, model.config.in_channels)
-    return torch.cat([band for _, band in _bands(model, x, tile)], dim=1)
+    return torch.cat([band for _, band in _bands(model, image, tile)], dim=1)
 
 
 @torch.inference_mode()
 def predict_mask(model: UNet, image: np.ndarray, *, tile: int = TILE) -> np.ndarray:
     """Class of each pixel, uint8 (H, W). One output channel: 1 where its logit is above 0.
 
-    Only one band of tiles is held in memory at a time. Arguments: :func:`predict_logits`.
+    Only one row of tiles is held in memory at a time. Arguments and errors: :func:`predict_logits`;
+    also ValueError for a model of more than 256 classes.
     """
-    x = normalise(image, model.config.in_channels)
-    mask = np.empty(x.shape[1:], dtype=np.uint8)
-    for top, band in _bands(model, x, tile):
-        found = band[0] > 0 if band.shape[0] == 1 else band.argmax(0)
+    if model.config.out_channels > 256:
+        raise ValueError(f"model: expected at most 256 classes, got {model.config.out_channels}")
+    mask = np.empty(image.shape[:2], dtype=np.uint8)
+    for top, band in _bands(model, image, tile):
+        found = band[0] > 0 if len(band) == 1 else band.argmax(0)
         mask[top : top + band.shape[1]] = found.numpy()
     return mask
+
+
+def _bands(model: UNet, image: np.ndarray, tile: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first row, float32 logits (out_channels, rows, W) on the CPU), top to bottom."""
+    if model.training:
+        # Batch norm would normalise each tile by itself, and remember it.
+        raise ValueError("model: expected eval mode, got train mode; call model.eval() first")
+    config = model.config
+    x = normalise(image, config.in_channels)
+    height, width = x.shape[1:]
+    # Maps smaller than the poolings allow are edge-padded, and what they gain is cut off again.
+    # Instance norm cannot normalise a bottleneck of one pixel: there it gets two.
+    least = config.minimum_size
+    wide = 2 * least if config.norm == "instance" and height < 2 * least else least
+    if height < least or width < wide:
+        x = F.pad(x[None], [0, max(0, wide - width), 0, max(0, least - height)], mode="replicate")[0]
+
+    halo, ramp = receptive_radius(config), max(RAMP, config.minimum_size)
+    rows, cols = (_spans(size, tile, 2 * halo + ramp, least) for size in x.shape[1:])
+    parameter = next(model.parameters())
+    band = torch.zeros(config.out_channels, 0, x.shape[2])
+    weight = torch.zeros(0, x.shape[2])
+    for index, (top, bottom) in enumerate(rows):
+        # The rows that the tiles above reached into are begun; the others are new.
+        band = F.pad(band, [0, 0, 0, bottom - top - band.shape[1]])
+        weight = F.pad(weight, [0, 0, 0, bottom - top - len(weight)])
+        vertical = _window(top, bottom, x.shape[1], halo, ramp)
+        for left, right in cols:
+            part = x[None, :, top:bottom, left:right].to(parameter.device, parameter.dtype)
+            window = vertical[:, None] * _window(left, right, x.shape[2], halo, ramp)
+            band[:, :, left:right] += model(part)[0].float().cpu() * window
+            weight[:, left:right] += window
+        done = rows[index + 1][0] - top if index + 1 < len(rows) else bottom - top
+        yield top, (band[:, :done] / weight[:done])[:, : height - top, :width]
+        band, weight = band[:, done:], weight[done:]
+
+
+def _spans(size: int, tile: int, overlap: int, step: int) -> list[tuple[int, int]]:
+    """Cover [0, size) with windows of at most ``tile`` that start at multiples of ``step``."""
+    if size <= tile:
+        return [(0, size)]
+    tile = tile // step * step  # so that poolings cut a tile where they cut the whole image
+    if tile < overlap + step:
+        raise ValueError(f"tile: expected at least {overlap + step} pixels for this network, got {tile}")
+    return [(start, min(start + tile, size)) for start in range(0, size - overlap, tile - overlap)]
+
+
+def _window(start: int, stop: int, size: int, halo: int, ramp: int) -> Tensor:
+    """Blending weights (stop - start,): 0 in the halo, a linear ramp, 1 inside; 1 at image borders."""
+    position = torch.arange(start, stop) + 0.5
+    weight = torch.ones(stop - start)
+    if start > 0:
+        weight = torch.minimum(weight, ((position - start - halo) / ramp).clamp(0, 1))
+    if stop < size:
+        weight = torch.minimum(weight, ((stop - halo - position) / ramp).clamp(0, 1))
+    return weight

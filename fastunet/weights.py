@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import pickle
+import warnings
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 from torch import Tensor
 
 from .config import UNetConfig
+from .files import atomic_write
+from .model import FastUNet
 from .reference import UNet
 
 #: The small nuclei model that ships with the package (see ``nuclei.md`` beside it).
 NUCLEI = Path(__file__).parent / "weights" / "nuclei.safetensors"
+#: Its configuration, assumed for files that carry none.
+NUCLEI_CONFIG = UNetConfig(features=(16, 32, 64, 128, 256), align_corners=False, norm="batch")
 _KEY = "fastunet_config"
 
 
@@ -24,20 +29,32 @@ class WeightsError(ValueError):
 
 
 def save(model: UNet, path: str | os.PathLike[str]) -> None:
-    """Write a model's weights and configuration, under a temporary name first."""
-    path = Path(path)
+    """Write a model's weights and configuration as safetensors; the file is whole or not there."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
-        save_file(state, temporary, metadata={_KEY: model.config.to_json()})
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic_write(path) as temporary:
+        # Not save_file, which makes the file readable by its owner alone.
+        temporary.write_bytes(serialise(state, metadata={_KEY: model.config.to_json()}))
+
+
+def load(
+    path: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> FastUNet:
+    """Build the network a weights file describes, in eval mode.
+
+    Args:
+        path: as for :func:`read`; a file without a configuration is taken for ``NUCLEI_CONFIG``.
+        device: where to put the model.
+        dtype: of its floating-point weights; float32 by default, whatever the file holds.
+
+    Raises:
+        WeightsError: as :func:`read` and :func:`load_into`.
+    """
+    config, state = read(path)
+    model = FastUNet(**vars(config or NUCLEI_CONFIG))
+    load_into(model, state, str(path))
+    return model.to(device=device, dtype=dtype).eval()
 
 
 def read(path: str | os.PathLike[str]) -> tuple[UNetConfig | None, dict[str, Tensor]]:
@@ -53,22 +70,30 @@ def read(path: str | os.PathLike[str]) -> tuple[UNetConfig | None, dict[str, Ten
         try:
             with safe_open(path, framework="pt") as file:
                 text = (file.metadata() or {}).get(_KEY)
-                state = {name: file.get_tensor(name) for name in file.keys()}
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             return (UNetConfig.from_json(text) if text else None), state
-        except (SafetensorError, ValueError) as error:
+        except (SafetensorError, OSError, TypeError, ValueError) as error:
             raise WeightsError(f"{path}: not a usable safetensors file ({error})") from None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises many types on files it refuses
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
-        raise WeightsError(f"{path}: not a checkpoint of plain tensors ({reason[:120]})") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the protocol of pickles that are refused anyway
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        # torch's own message advises to load the file with code allowed; ours must not.
+        raise WeightsError(f"{path}: refused, damaged or more than a checkpoint of plain tensors") from None
+    except Exception as error:  # damaged archives raise many types
+        reason = str(error).partition(".")[0] or repr(error)
+        raise WeightsError(f"{path}: not a checkpoint of plain tensors ({reason})") from None
+    if not isinstance(state, dict):
         raise WeightsError(f"{path}: expected a state_dict of tensors, got {type(state).__name__}")
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise WeightsError(f"{path}: expected a state_dict of tensors, {key!r} is {type(value).__name__}")
     return None, state
 
 
 def load_into(model: UNet, state: dict[str, Tensor], source: str) -> None:
-    """Load strictly, or raise WeightsError naming the first key or shape that differs."""
+    """Load strictly, or raise WeightsError naming ``source`` and the first key or shape that differs."""
     wanted = model.state_dict()
     for key, tensor in wanted.items():
         if key not in state:

@@ -1,0 +1,146 @@
+"""Which implementation each layer takes, and why, without running anything."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import dispatch
+from .config import UNetConfig
+from .model import FastUNet
+from .trace import Layer, Shape, describe_flops, totals, trace
+
+
+@dataclass(frozen=True)
+class Row:
+    """One fused operator and the implementation that serves it."""
+
+    layer: Layer
+    choice: dispatch.Choice
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as text, one entry for each of :data:`COLUMNS`."""
+        layer = self.layer
+        return (
+            layer.name,
+            layer.op,
+            " + ".join(map(describe_shape, layer.in_shapes)),
+            describe_shape(layer.out_shape),
+            f"{layer.parameters:,}",
+            describe_flops(layer.flops),
+            self.choice.implementation,
+            self.choice.reason,
+        )
+
+
+COLUMNS = ("layer", "operator", "in", "out", "parameters", "work", "runs on", "because")
+NUMERIC = ("parameters", "work")  # columns that read best flush right
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What :func:`explain` found; ``str()`` is a table, one line per operator, totals below."""
+
+    input_size: Shape
+    device: torch.device
+    dtype: torch.dtype
+    rows: tuple[Row, ...]
+
+    @property
+    def parameters(self) -> int:
+        return totals([row.layer for row in self.rows])[0]
+
+    @property
+    def flops(self) -> int:
+        return totals([row.layer for row in self.rows])[1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts, ready for JSON."""
+        return {
+            "input_size": list(self.input_size),
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "parameters": self.parameters,
+            "flops": self.flops,
+            "layers": [
+                {**dataclasses.asdict(row.layer), **dataclasses.asdict(row.choice)} for row in self.rows
+            ],
+        }
+
+    def headline(self) -> str:
+        """Input, device, dtype and totals in one line."""
+        return (
+            f"input {describe_shape(self.input_size)}, {str(self.dtype).removeprefix('torch.')} on "
+            f"{self.device}: {self.parameters:,} parameters, {describe_flops(self.flops)}"
+        )
+
+    def __str__(self) -> str:
+        table = [COLUMNS, *(row.cells() for row in self.rows)]
+        widths = [max(len(line[i]) for line in table) for i in range(len(COLUMNS))]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if column in NUMERIC else cell.ljust(width)
+                for column, cell, width in zip(COLUMNS, line, widths, strict=True)
+            ).rstrip()
+            for line in table
+        ]
+        return "\n".join([*lines, self.headline()])
+
+
+def describe_shape(shape: Shape) -> str:
+    """``describe_shape((1, 64, 256, 256))`` is ``"1x64x256x256"``."""
+    return "x".join(map(str, shape))
+
+
+def explain(
+    model: FastUNet,
+    input_size: Sequence[int],
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Explanation:
+    """Say which implementation every layer of ``model`` takes for inputs of ``input_size``, and why.
+
+    Args:
+        model: whose forward pass, in eval mode, is described.
+        input_size: (N, C, H, W).
+        device, dtype: of the input; the model's own by default.
+
+    Raises:
+        ValueError: ``model`` is no FastUNet, or ``input_size`` cannot go through it.
+    """
+    if not isinstance(model, FastUNet):
+        raise ValueError(f"model: expected a FastUNet, got {type(model).__name__}")
+    parameter = next(model.parameters())
+    return explain_config(
+        model.config,
+        input_size,
+        parameter.device if device is None else torch.device(device),
+        parameter.dtype if dtype is None else dtype,
+    )
+
+
+def explain_config(
+    config: UNetConfig, input_size: Sequence[int], device: torch.device, dtype: torch.dtype
+) -> Explanation:
+    """:func:`explain` of a FastUNet that need not exist: nothing is allocated."""
+    size = tuple(input_size) if isinstance(input_size, Sequence) else (input_size,)
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in size)
+    least = config.minimum_size
+    if len(size) != 4 or not whole or size[1] != config.in_channels or min(size[2:]) < least:
+        raise ValueError(
+            f"input_size: expected four positive integers (N, {config.in_channels}, H, W) with H and W of "
+            f"at least {least} ({config.depth} poolings), got {size}"
+        )
+    batch, channels, height, width = size
+    choice = dispatch.choose(device, dtype)
+    return Explanation(
+        (batch, channels, height, width),
+        device,
+        dtype,
+        tuple(Row(layer, choice) for layer in trace(config, height, width, batch)),
+    )

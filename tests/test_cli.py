@@ -1,0 +1,466 @@
+"""The command line: what it writes, what it says, and how it fails."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import fastunet
+from fastunet import images, weights
+from fastunet.cli import main, output_names
+from fastunet.config import UPSAMPLE, UNetConfig
+from fastunet.predict import predict_mask
+from fastunet.reference import UNet
+from fastunet.trace import totals, trace
+
+COMMANDS = ("segment", "summary", "info")
+
+
+class Run(NamedTuple):
+    """What one command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        return self.err.splitlines()
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
+    def call(*arguments: object) -> Run:
+        before = capsys.readouterr().out  # the seed, which a failure must still show
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse's way out
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        print(before, end="")  # noqa: T201
+        return Run(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def model(seed: int) -> UNet:
+    return UNet(1, 2, (4, 8, 16), upsample="nearest").eval()
+
+
+@pytest.fixture
+def file(model: UNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    weights.save(model, path)
+    return path
+
+
+@pytest.fixture
+def rng(seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def picture(rng: np.random.Generator, tmp_path: Path) -> Path:
+    return draw(tmp_path / "in" / "cell.png", rng)
+
+
+def draw(path: Path, rng: np.random.Generator, size: tuple[int, ...] = (20, 31)) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(path)
+    return path
+
+
+def listing(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# --- segment: what it writes -----------------------------------------------------------------
+
+
+def test_segment_writes_the_mask_and_the_overlay(
+    run, model: UNet, file: Path, picture: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "new" / "out"
+    done = run("segment", picture, "--out", out, "--weights", file)
+    assert (done.code, done.err) == (0, "")
+    assert listing(out) == {"cell_mask.png", "cell_overlay.png"}
+    image = images.read_image(picture)
+    mask = predict_mask(model, image)
+    np.testing.assert_array_equal(images.read_image(out / "cell_mask.png"), mask * 255)
+    np.testing.assert_array_equal(images.read_image(out / "cell_overlay.png"), images.overlay(image, mask))
+    row = next(line for line in done.out.splitlines() if "cell.png" in line)
+    assert "20x31" in row
+    assert f"{(mask > 0).mean():.1%}" in row
+    assert "cell_mask.png" in row
+    assert "1 of 1 done" in done.out
+
+
+@pytest.mark.parametrize(("classes", "values"), [(1, {0, 255}), (2, {0, 255}), (4, {0, 1, 2, 3})])
+def test_mask_values(run, picture: Path, tmp_path: Path, classes: int, values: set[int]) -> None:
+    torch.manual_seed(0)
+    weights.save(UNet(1, classes, (4, 8)), tmp_path / "w.safetensors")
+    assert (
+        run("segment", picture, "--out", tmp_path / "out", "--weights", tmp_path / "w.safetensors").code == 0
+    )
+    assert set(np.unique(images.read_image(tmp_path / "out" / "cell_mask.png")).tolist()) <= values
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_segment_in_half_precision(run, file: Path, picture: Path, tmp_path: Path, dtype: str) -> None:
+    done = run("segment", picture, "--out", tmp_path / "out", "--weights", file, "--dtype", dtype)
+    assert (done.code, done.err) == (0, "")
+
+
+def test_folders_are_sorted_not_entered_and_taken_once(run, rng, file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    for name in ("b.png", "a.tif", "c.JPG", ".hidden.png"):
+        draw(folder / name, rng)
+    draw(folder / "deeper.png" / "d.png", rng)  # a folder named like an image
+    (folder / "notes.txt").write_text("no image")
+    done = run("segment", folder, folder / "b.png", "--out", tmp_path / "out", "--weights", file)
+    assert (done.code, done.err) == (0, "")
+    assert re.findall(r"(\w)_mask\.png", done.out) == ["a", "b", "c"]
+    assert len(listing(tmp_path / "out")) == 6
+
+
+def test_images_of_one_name_do_not_overwrite_each_other(
+    run, rng, model: UNet, file: Path, tmp_path: Path
+) -> None:
+    paths = [draw(tmp_path / name, rng) for name in ("p/cell.png", "q/cell.png", "p/cell.tif", "p/other.png")]
+    out = tmp_path / "out"
+    assert run("segment", *paths, "--out", out, "--weights", file).code == 0
+    names = ["p_cell_png", "q_cell_png", "p_cell_tif", "other"]
+    assert listing(out) == {f"{name}_{kind}.png" for name in names for kind in ("mask", "overlay")}
+    for path, name in zip(paths, names, strict=True):
+        expected = predict_mask(model, images.read_image(path)) * 255
+        np.testing.assert_array_equal(images.read_image(out / f"{name}_mask.png"), expected)
+
+
+@given(
+    st.lists(
+        st.builds(
+            "/data/{}/{}.{}".format,
+            st.sampled_from(["a", "b", "A", "a_b"]),
+            st.sampled_from(["x", "X", "a_x", "x_png", "b_x_2", "{0}"]),
+            st.sampled_from(["png", "tif", "PNG"]),
+        ),
+        unique=True,
+        max_size=12,
+    )
+)
+def test_output_names_are_distinct_and_plain_where_they_can_be(paths: list[str]) -> None:
+    found = output_names([Path(path) for path in paths])
+    assert len({name.casefold() for name in found}) == len(paths)
+    stems = [Path(path).stem.casefold() for path in paths]
+    for path, name in zip(paths, found, strict=True):
+        if stems.count(Path(path).stem.casefold()) == 1:
+            assert name == Path(path).stem
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["a/x.png", "a/y.png"], ["x", "y"]),
+        (["a/x.png", "a/x.tif"], ["x_png", "x_tif"]),
+        (["a/x.png", "b/x.png"], ["a_x", "b_x"]),
+        (["r/a/x.png", "s/a/x.png"], ["a_x_png", "a_x_png_2"]),
+    ],
+    ids=["distinct", "extension", "folder", "number"],
+)
+def test_output_names(paths: list[str], names: list[str]) -> None:
+    assert output_names([Path(path) for path in paths]) == names
+
+
+def test_file_names_are_not_markup(run, rng, file: Path, tmp_path: Path) -> None:
+    picture = draw(tmp_path / "[red]:smile: a.png", rng)
+    done = run("segment", picture, tmp_path / "[bold]none.png", "--out", tmp_path / "out", "--weights", file)
+    assert "[red]:smile: a.png" in done.out
+    assert "[bold]none.png" in done.err
+    assert "[red]:smile: a_mask.png" in listing(tmp_path / "out")
+
+
+def test_pillows_limit_does_not_stop_large_images(
+    run, file: Path, picture: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    done = run("segment", picture, "--out", tmp_path / "out", "--weights", file)
+    assert (done.code, done.err) == (0, "")
+
+
+def test_the_nuclei_model_is_the_default(run, picture: Path, file: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(weights, "NUCLEI", file)
+    assert run("segment", picture, "--out", tmp_path / "out").code == 0
+
+
+# --- segment: how it fails -------------------------------------------------------------------
+
+
+def test_every_bad_image_is_one_line_and_the_others_are_done(run, rng, file: Path, tmp_path: Path) -> None:
+    folder, empty = tmp_path / "in", tmp_path / "empty"
+    empty.mkdir()
+    good = [draw(folder / "a.png", rng), draw(folder / "z.png", rng)]
+    (folder / "text.png").write_text("no image")
+    (folder / "cut.png").write_bytes(good[0].read_bytes()[:-300])
+    images.tifffile.imwrite(folder / "nan.tif", np.full((9, 9), np.nan, np.float32))
+    out = tmp_path / "out"
+    done = run("segment", folder, tmp_path / "none.png", empty, "--out", out, "--weights", file)
+    assert done.code == 1
+    assert len(done.errors) == 5
+    for path, reason in (
+        (folder / "text.png", "not an image, expected a PNG, JPEG or TIFF"),
+        (folder / "cut.png", "cannot be read (image file is truncated"),
+        (folder / "nan.tif", "image: expected finite values, found NaN or infinity"),
+        (tmp_path / "none.png", "no such file"),
+        (empty, "no images in this folder (expected .png, .jpg, .jpeg, .tif, .tiff)"),
+    ):
+        line = next(line for line in done.errors if line.startswith(f"fastunet: {path}: "))
+        assert reason in line
+        assert line.count(str(path)) == 1
+    assert listing(out) == {f"{name}_{kind}.png" for name in "az" for kind in ("mask", "overlay")}
+    assert done.out.count("failed") == 5
+    assert "2 of 7 done" in done.out
+
+
+def test_an_input_is_never_overwritten(run, rng, file: Path, tmp_path: Path) -> None:
+    image, truth = draw(tmp_path / "a.png", rng), draw(tmp_path / "a_mask.png", rng)
+    before = truth.read_bytes()
+    done = run("segment", image, truth, "--out", tmp_path, "--weights", file)
+    assert done.code == 1
+    assert done.errors == [f"fastunet: {image}: its output would overwrite the input {truth}"]
+    assert truth.read_bytes() == before
+    assert "a_mask_mask.png" in listing(tmp_path)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
+    run, rng, file: Path, tmp_path: Path, monkeypatch
+) -> None:
+    first, second = draw(tmp_path / "a.png", rng), draw(tmp_path / "b.png", rng)
+    save = Image.Image.save
+    calls = []
+
+    def full(image: Image.Image, path: Path, **options) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(image, path, **options)
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    done = run("segment", first, second, "--out", tmp_path / "out", "--weights", file)
+    assert done.code == 1
+    assert done.errors == [f"fastunet: {first}: [Errno 28] No space left on device"]
+    assert listing(tmp_path / "out") == {"b_mask.png", "b_overlay.png"}
+
+
+def missing(file: Path) -> tuple[Path, str]:
+    return file.with_name("none.safetensors"), "no such file"
+
+
+def cut(file: Path) -> tuple[Path, str]:
+    path = file.with_name("cut.safetensors")
+    path.write_bytes(file.read_bytes()[:-100])
+    return path, "not a usable safetensors file"
+
+
+def other_shape(file: Path) -> tuple[Path, str]:
+    path = file.with_name("other.pt")
+    torch.save(UNet(3, 2, (16, 32, 64, 128, 256), norm="batch").state_dict(), path)
+    return path, "key 'downs.0.conv.net.0.weight' has shape (16, 3, 3, 3), expected (16, 1, 3, 3)"
+
+
+def five_channels(file: Path) -> tuple[Path, str]:
+    path = file.with_name("five.safetensors")
+    weights.save(UNet(5, 2, (2, 2)), path)
+    return path, "expected a model of 1 or 3 channels, got 5"
+
+
+@pytest.mark.parametrize("broken", [missing, cut, other_shape, five_channels])
+def test_bad_weights_start_nothing(run, file: Path, picture: Path, tmp_path: Path, broken) -> None:
+    path, reason = broken(file)
+    done = run("segment", picture, "--out", tmp_path / "out", "--weights", path)
+    assert (done.code, done.out) == (2, "")
+    assert len(done.errors) == 1
+    assert done.err.startswith(f"fastunet: {path}: {reason}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_cannot_be(run, file: Path, picture: Path, tmp_path: Path) -> None:
+    for out in (file, file / "below"):  # a file is in the way
+        done = run("segment", picture, "--out", out, "--weights", file)
+        assert (done.code, done.out, len(done.errors)) == (2, "", 1)
+        assert done.err.startswith(f"fastunet: --out: cannot write to {out} (")
+
+
+def test_an_output_folder_that_is_read_from(run, file: Path, picture: Path) -> None:
+    done = run("segment", picture.parent, "--out", picture.parent, "--weights", file)
+    assert (done.code, done.out) == (2, "")
+    assert done.errors == [f"fastunet: --out: expected another folder than {picture.parent}, which is read"]
+    assert listing(picture.parent) == {"cell.png"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("segment a.png", "the following arguments are required: --out"),
+        ("segment --out b", "the following arguments are required: IMAGE_OR_FOLDER"),
+        ("segment a.png --out b --device tpu", "argument --device: expected cpu, cuda or cuda:N, got 'tpu'"),
+        ("segment a.png --out b --dtype int8", "argument --dtype: invalid choice: 'int8'"),
+        ("summary --size 12by9", "argument --size: expected a side or HEIGHTxWIDTH in pixels, got '12by9'"),
+        ("summary --batch 0", "argument --batch: expected a positive integer, got '0'"),
+        ("summary --upsample cubic", "argument --upsample: invalid choice: 'cubic'"),
+        ("summary --upsample nearest --weights a.pt", "not allowed with argument"),
+        ("paint", "invalid choice: 'paint'"),
+        ("", "the following arguments are required: COMMAND"),
+    ],
+)
+def test_wrong_usage_is_one_line(run, arguments: str, named: str) -> None:
+    done = run(*arguments.split())
+    assert (done.code, done.out, len(done.errors)) == (2, "", 1)
+    assert named in done.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is available here")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"], ids=["current", "first"])
+def test_cuda_asked_for_but_not_available(run, device: str) -> None:
+    done = run("summary", "--device", device)
+    assert (done.code, len(done.errors)) == (2, 1)
+    assert f"argument --device: expected cpu, as CUDA is not available here, got '{device}'" in done.err
+
+
+def test_ctrl_c(run, file: Path, picture: Path, tmp_path: Path, monkeypatch) -> None:
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastunet.cli.predict_mask", interrupt)
+    done = run("segment", picture, "--out", tmp_path / "out", "--weights", file)
+    assert (done.code, done.errors) == (130, ["fastunet: interrupted"])
+    assert listing(tmp_path / "out") == set()
+
+
+# --- summary and info ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "parsed"), [("256", (256, 256)), ("48x64", (48, 64)), ("50x33", (50, 33))])
+@pytest.mark.parametrize("upsample", UPSAMPLE)
+def test_summary_shows_every_layer_and_the_totals(
+    run, size: str, parsed: tuple[int, int], upsample: str
+) -> None:
+    done = run("summary", "--size", size, "--batch", "3", "--upsample", upsample)
+    assert (done.code, done.err) == (0, "")
+    layers = trace(UNetConfig(upsample=upsample), *parsed, batch=3)
+    shown = [line.split() for line in done.out.splitlines()]
+    for layer in layers:
+        row = next(words for words in shown if words[:1] == [layer.name])
+        assert layer.op in row
+        assert "x".join(map(str, layer.out_shape)) in row
+        assert f"{layer.parameters:,}" in row
+    assert f"{totals(layers)[0]:,} parameters" in done.out
+    assert "torch: the device is a CPU" in done.out or torch.cuda.is_available()
+    assert "the bottleneck is 16x16" in done.out
+
+
+def test_summary_builds_no_network(run, monkeypatch) -> None:
+    def refuse(*_, **__) -> None:
+        raise AssertionError("a module was built")
+
+    monkeypatch.setattr(torch.nn.Module, "__init__", refuse)
+    assert run("summary").code == 0
+
+
+def test_summary_of_a_file(run, file: Path, model: UNet) -> None:
+    done = run("summary", "--weights", file, "--size", "64")
+    assert done.code == 0
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in done.out
+    assert "tutorial" not in done.out
+
+
+def test_summary_of_too_small_a_size(run) -> None:
+    done = run("summary", "--size", "15x300")
+    assert (done.code, done.out) == (2, "")
+    assert done.errors == ["fastunet: --size: expected at least 16x16 for this network, got 15x300"]
+
+
+def test_info(run) -> None:
+    done = run("info")
+    assert (done.code, done.err) == (0, "")
+    for name in ("fastunet", "torch", "triton", "python", "CUDA", "cuDNN", "capability", "SMs"):
+        assert name in done.out
+    assert torch.__version__ in done.out
+    for dtype in ("fp32", "fp16", "bf16"):
+        assert re.search(rf"cpu +{dtype} +(usable|not usable: )", done.out)
+
+
+# --- help and processes ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_has_examples_that_parse(run, command: str, monkeypatch) -> None:
+    shown = run(*command.split(), "--help")
+    assert (shown.code, shown.err) == (0, "")
+    examples = shown.out.partition("Examples:\n")[2].splitlines()
+    assert examples
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in COMMANDS:
+        monkeypatch.setattr(f"fastunet.cli.{name}", lambda arguments: 0)
+    for example in examples:
+        assert run(*example.split()[1:]).code == 0, example
+
+
+def process(*arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(fastunet.__file__).parents[1])}
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_python_m_fastunet() -> None:
+    child = process("-m", "fastunet", "summary", "--size", "8")
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, out) == (2, "")
+    assert err == "fastunet: --size: expected at least 16x16 for this network, got 8x8\n"
+
+
+def test_a_kill_while_writing_leaves_nothing(file: Path, picture: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    program = f"""
+import time
+from PIL import Image
+from fastunet.cli import main
+
+def slow(image, path, format):
+    path.write_bytes(b"half")
+    time.sleep(60)
+
+Image.Image.save = slow
+raise SystemExit(main(["segment", {str(picture)!r}, "--out", {str(out)!r}, "--weights", {str(file)!r}]))
+"""
+    child = process("-c", program)
+    deadline = time.monotonic() + 60
+    while not (out.is_dir() and list(out.glob(".*.tmp"))):
+        assert child.poll() is None, child.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    child.send_signal(signal.SIGTERM)
+    _, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (130, "fastunet: interrupted\n")
+    assert listing(out) == set()

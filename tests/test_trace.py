@@ -1,0 +1,135 @@
+"""The trace on paper against what PyTorch really does, seen through forward hooks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastunet.config import NORM, UPSAMPLE, UNetConfig
+from fastunet.reference import UNet
+from fastunet.trace import describe_flops, totals, trace
+
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+
+configs = st.builds(
+    UNetConfig,
+    in_channels=st.integers(1, 3),
+    out_channels=st.integers(1, 4),
+    features=st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple),
+    upsample=st.sampled_from(UPSAMPLE),
+    norm=st.sampled_from(NORM),
+)
+sizes = st.integers(8, 27)  # three poolings need 8; odd sizes among them
+
+
+def run_with_hooks(model: UNet, x: torch.Tensor) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(input shape, output shape) of every convolution, by module path, in the order they run."""
+    seen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+
+    def hook(name: str) -> Any:
+        def note(module: nn.Module, args: tuple[torch.Tensor], out: torch.Tensor) -> None:
+            seen[name] = (tuple(args[0].shape), tuple(out.shape))
+
+        return note
+
+    for name, module in model.named_modules():
+        if isinstance(module, CONVOLUTIONS):
+            module.register_forward_hook(hook(name))
+    with torch.no_grad():
+        model.eval()(x)
+    return seen
+
+
+@settings(max_examples=40, deadline=None)
+@given(configs, sizes, sizes, st.integers(1, 2))
+def test_shapes_and_order_are_those_of_the_reference(
+    config: UNetConfig, height: int, width: int, batch: int
+) -> None:
+    # PyTorch's instance norm refuses a bottleneck of one pixel.
+    assume(config.norm != "instance" or max(height, width) >= 2 * config.minimum_size)
+    model = UNet.from_config(config)
+    seen = run_with_hooks(model, torch.zeros(batch, config.in_channels, height, width))
+    layers = trace(config, height, width, batch)
+
+    assert [layer.name for layer in layers] == list(seen)
+    for layer in layers:
+        into, out = seen[layer.name]
+        if config.upsample == "bilinear_conv" and layer.name.endswith(".up.1"):
+            # The reference interpolates first; we do after the 1x1 convolution.
+            into, out = ((*shape[:2], shape[2] // 2, shape[3] // 2) for shape in (into, out))
+        assert layer.out_shape == out, layer.name
+        if layer.op == "upsample_concat_conv2d_relu":
+            x, skip = layer.in_shapes
+            assert x[1] + skip[1] == into[1]
+            assert skip[2:] == into[2:]
+        else:
+            assert layer.in_shapes == (into,), layer.name
+
+
+@settings(max_examples=40, deadline=None)
+@given(configs)
+def test_parameters_are_counted_layer_by_layer(config: UNetConfig) -> None:
+    model = UNet.from_config(config)
+    layers = trace(config, 16, 16)
+    assert totals(layers)[0] == sum(parameter.numel() for parameter in model.parameters())
+    modules = dict(model.named_modules())
+    for layer in layers:
+        expected = sum(p.numel() for p in modules[layer.name].parameters())
+        parent, _, index = layer.name.rpartition(".")
+        if config.norm is not None and parent.endswith("net"):
+            expected += sum(p.numel() for p in modules[f"{parent}.{int(index) + 1}"].parameters())
+        assert layer.parameters == expected, layer.name
+
+
+# bilinear_conv is left out: PyTorch's count is of its 1x1 convolution at the higher resolution.
+@pytest.mark.parametrize("upsample", ["bilinear", "nearest", "transpose"])
+@pytest.mark.parametrize("size", [(64, 64), (35, 50)], ids=["64x64", "35x50"])
+def test_flops_are_those_of_pytorchs_counter(upsample: str, size: tuple[int, int]) -> None:
+    model = UNet(3, 2, (4, 8, 16), upsample=upsample)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(2, 3, *size))
+    assert totals(trace(model.config, *size, batch=2))[1] == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("norm", NORM)
+def test_only_instance_norm_keeps_the_pooling_apart(norm: str | None) -> None:
+    ops = [layer.op for layer in trace(UNetConfig(features=(4, 8, 16), norm=norm), 16, 16)]
+    assert ops.count("conv2d_relu_pool") == (0 if norm == "instance" else 2)
+    assert ops.count("upsample_concat_conv2d_relu") == 2
+
+
+def test_the_tutorials_sizes() -> None:
+    """Four poolings of 256 end at 16, and its bilinear code concatenates 1536 channels."""
+    layers = {layer.name: layer for layer in trace(UNetConfig(), 256, 256)}
+    assert layers["bottleneck.net.0"].in_shapes == ((1, 512, 16, 16),)
+    assert layers["ups.0.conv.net.0"].in_shapes == ((1, 1024, 16, 16), (1, 512, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("size", "named"),
+    [((15, 16, 1), "height: expected at least 16"), ((16, 1, 1), "width: "), ((16, 16, 0), "batch: ")],
+    ids=["height", "width", "batch"],
+)
+def test_impossible_sizes_are_named(size: tuple[int, int, int], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        trace(UNetConfig(), *size)
+
+
+@pytest.mark.parametrize(
+    ("flops", "text"),
+    [
+        (0, "0 FLOP"),
+        (999, "999 FLOP"),
+        (999_999, "1 MFLOP"),
+        (1_230_000_000, "1.23 GFLOP"),
+        (3 * 10**16, "30 PFLOP"),
+    ],
+)
+def test_flops_in_words(flops: int, text: str) -> None:
+    assert describe_flops(flops) == text
