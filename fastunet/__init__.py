@@ -8,6 +8,7 @@ torch.Size([1, 2, 32, 32])
 
 from . import dispatch, ops, reference
 from .config import UNetConfig
+from .explain import explain
 from .model import FastUNet
 
-__all__ = ["FastUNet", "UNetConfig", "dispatch", "ops", "reference"]
+__all__ = ["FastUNet", "UNetConfig", "dispatch", "explain", "ops", "reference"]

@@ -69,7 +69,7 @@ class UNetConfig:
         ):
             if value not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
-        if not 0 <= self.negative_slope < 1:
+        if not (isinstance(self.negative_slope, (int, float)) and 0 <= self.negative_slope < 1):
             # A slope of 1 or more would make the sign of the output differ from max(x, slope * x).
             raise ValueError(f"negative_slope: expected a number in [0, 1), got {self.negative_slope!r}")
 

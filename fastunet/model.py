@@ -97,7 +97,8 @@ class FastUNet(UNet):
         """Weight and bias for an operator, ``norm`` folded in."""
         sources = [conv.weight, conv.bias]
         if norm is not None:
-            sources += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+            # Training updates the running statistics without counting a version; the batch counter tells.
+            sources += [norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked]
         tensors = [t for t in sources if t is not None]
         if torch.compiler.is_compiling() or not _cacheable(tensors):
             return _fold(conv.weight, conv.bias, norm)

@@ -7,13 +7,16 @@ operator of :mod:`fastunet.ops` must equal, written with nothing but torch.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import UNetConfig
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing.Self is new in Python 3.11
 
 # --- functionals: what the fused operators compute -------------------------------------------
 
@@ -214,7 +217,7 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(c.features[0], c.out_channels, 1)
 
     @classmethod
-    def from_config(cls, config: UNetConfig) -> UNet:
+    def from_config(cls, config: UNetConfig) -> Self:
         """Build the network that ``config`` describes, with fresh weights."""
         return cls(**vars(config))
 
@@ -223,10 +226,13 @@ class UNet(nn.Module):
         c = self.config
         if x.dim() != 4 or x.shape[1] != c.in_channels:
             raise ValueError(f"x: expected shape (N, {c.in_channels}, H, W), got {tuple(x.shape)}")
+        bottleneck = (x.shape[2] >> c.depth) * (x.shape[3] >> c.depth)
         if min(x.shape[2], x.shape[3]) < c.minimum_size:
             raise ValueError(
                 f"x: expected H and W of at least {c.minimum_size} ({c.depth} poolings), got {tuple(x.shape)}"
             )
+        if c.norm == "instance" and bottleneck == 1:
+            raise ValueError(f"x: instance norm needs more than one pixel at the bottleneck, got {tuple(x.shape)}")
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)

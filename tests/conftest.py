@@ -1,0 +1,50 @@
+"""Shared by all tests: where kernels run, poisoned memory, fresh random inputs."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is decorated
+
+import pytest  # noqa: E402
+
+DEVICE = "cuda" if CUDA else "cpu"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not CUDA:
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(skip)
+
+
+@pytest.fixture
+def device() -> str:
+    """Where kernels run: the GPU if there is one, else the CPU through Triton's interpreter."""
+    return DEVICE
+
+
+@pytest.fixture
+def seed() -> int:
+    """A fresh seed, printed; pytest shows it when the test fails. FASTUNET_SEED repeats one."""
+    value = int(os.environ.get("FASTUNET_SEED", torch.seed() % 2**31))
+    print(f"FASTUNET_SEED={value}")
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty returns NaN, so that an element nobody wrote is seen."""
+    empty = torch.empty
+
+    def poison(*args, **kwargs) -> torch.Tensor:
+        out = empty(*args, **kwargs)
+        return out.fill_(torch.nan) if out.is_floating_point() and out.device.type != "meta" else out
+
+    monkeypatch.setattr(torch, "empty", poison)

@@ -1,0 +1,46 @@
+"""One way to check a kernel: against the reference in float64, by the rule that users get."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastunet.verify import compare
+
+# float32 appears twice: rounded to tf32 on tensor cores, and exact (the interpreter rounds neither,
+# but the two take different launch configurations).
+PRECISIONS = ("fp16", "bf16", "tf32", "ieee")
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
+
+
+@pytest.fixture(params=PRECISIONS)
+def precision(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def make(seed: int, device: str) -> Callable[..., Tensor]:
+    """make(precision, *shape, fan_in): normal numbers, scaled so that a sum of fan_in is of order 1."""
+
+    def make(precision: str, *shape: int, fan_in: int = 1) -> Tensor:
+        return (torch.randn(shape, device=device) / fan_in**0.5).to(DTYPES[precision])
+
+    return make
+
+
+def check(precision: str, got: Tensor, reference: Callable[..., Tensor], *inputs: Any) -> None:
+    """``got`` must be as near the float64 reference as the reference in the working dtype is."""
+    wide = [t.double().cpu() if isinstance(t, Tensor) else t for t in inputs]
+    tf32 = precision == "tf32" and got.is_cuda
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        parity = compare(got, reference(*inputs), reference(*wide), tf32=tf32)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+    assert parity.ok, str(parity)
+    assert got.numel() == 0 or got.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,244 @@
+"""FastUNet against the reference: the same keys, the same function, the same gradients."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from fastunet import FastUNet, dispatch
+from fastunet.reference import UNet
+from fastunet.verify import compare
+
+FEATURES = (4, 6, 9)
+KINDS = ["bilinear", "bilinear_conv", "nearest", "transpose"]
+NORMS = [None, "batch", "instance"]
+
+
+def pair(**config) -> tuple[UNet, FastUNet]:
+    """A reference and a FastUNet of the same fresh weights and running statistics."""
+    reference = UNet(2, 3, FEATURES, **config)
+    for module in reference.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    fast = FastUNet(2, 3, FEATURES, **config)
+    fast.load_state_dict(reference.state_dict())
+    return reference, fast
+
+
+def assert_close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-12) -> None:
+    assert (a - b).abs().max() <= tolerance * max(1.0, b.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("norm", NORMS, ids=str)
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_same_function_gradients_and_statistics(kind, norm, activation, seed):
+    reference, fast = pair(upsample=kind, norm=norm, activation=activation, align_corners=seed % 2 == 0)
+    reference.double(), fast.double()
+    assert list(reference.state_dict()) == list(fast.state_dict())
+    x = torch.randn(2, 2, 13, 18, dtype=torch.float64)
+    for training in (True, False):
+        reference.train(training), fast.train(training)
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        want, got = reference(a), fast(b)
+        assert_close(got, want)
+        weight = torch.randn_like(want)
+        (want * weight).sum().backward()
+        (got * weight).sum().backward()
+        assert_close(b.grad, a.grad, 1e-9)
+        for (name, p), q in zip(reference.named_parameters(), fast.parameters(), strict=True):
+            assert_close(q.grad, p.grad, 1e-9), name
+        with torch.no_grad():
+            assert_close(fast(x), reference(x))
+    for name, value in reference.state_dict().items():
+        assert_close(fast.state_dict()[name].double(), value.double()), name
+
+
+def test_defaults_are_the_references():
+    with torch.device("meta"):
+        assert FastUNet().config == UNet().config
+        assert {k: v.shape for k, v in FastUNet().state_dict().items()} == {
+            k: v.shape for k, v in UNet().state_dict().items()
+        }
+
+
+def test_weights_load_strictly_both_ways(seed):
+    reference, fast = pair(norm="batch")
+    reference.load_state_dict(fast.state_dict())
+    fast.load_state_dict(reference.state_dict())
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        FastUNet(2, 3, (4, 6, 8), norm="batch").load_state_dict(reference.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("norm", NORMS, ids=str)
+def test_parity_in_working_dtypes(dtype, norm, seed):
+    reference, fast = pair(norm=norm)
+    x = torch.randn(1, 2, 24, 24).to(dtype)
+    reference.eval().to(dtype), fast.eval().to(dtype)
+    with torch.no_grad():
+        candidate, baseline = fast(x), reference(x)
+        truth = copy.deepcopy(reference).double()(x.double())
+    parity = compare(candidate, baseline, truth)
+    assert parity.ok, str(parity)
+    assert candidate.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kernels_serve_the_whole_network(kind, seed, device):
+    """Through Triton end to end; on a CPU that is the interpreter."""
+    reference, fast = pair(upsample=kind, norm="batch")
+    reference.eval().to(device), fast.eval().to(device)
+    x = torch.randn(1, 2, 9, 12, device=device)
+    with torch.no_grad(), dispatch.forced("triton"):
+        candidate = fast(x)
+    with torch.no_grad():
+        truth = copy.deepcopy(reference).double().cpu()(x.double().cpu())
+        parity = compare(candidate, reference(x), truth, tf32=candidate.is_cuda)
+    assert parity.ok, str(parity)
+
+
+class TestFoldedNorm:
+    """Prepared weights must never outlive a change."""
+
+    @pytest.fixture
+    def nets(self, seed):
+        reference, fast = pair(norm="batch")
+        return reference.eval().double(), fast.eval().double()
+
+    def agree(self, reference, fast):
+        x = torch.randn(1, 2, 12, 12, dtype=next(fast.parameters()).dtype)
+        with torch.no_grad():
+            assert_close(fast(x).double(), reference(x).double(), 1e-10 if x.dtype == torch.float64 else 1e-4)
+
+    def test_is_kept_between_calls(self, nets):
+        _, fast = nets
+        self.agree(*nets)
+        kept = {conv: prepared.weight for conv, prepared in fast._prepared.items()}
+        self.agree(*nets)
+        assert kept and all(fast._prepared[conv].weight is weight for conv, weight in kept.items())
+
+    CHANGES = {
+        "optimiser-step": lambda net: [p.grad.copy_(torch.ones_like(p)) if p.grad is not None else setattr(p, "grad", torch.ones_like(p)) for p in net.parameters()] and torch.optim.SGD(net.parameters(), 0.01).step(),
+        "copy-under-no-grad": lambda net: torch._foreach_mul_([p.detach() for p in net.parameters()], 1.5),
+        "load_state_dict": lambda net: net.load_state_dict({k: v * 2 for k, v in net.state_dict().items()}),
+        "running-statistics": lambda net: net.downs[0].conv.net[1].running_mean.add_(1.0),
+        "norm-weight": lambda net: nn.init.constant_(net.bottleneck.net[1].weight, 3.0),
+        "eps-of-the-data": lambda net: setattr(net.head.weight, "data", net.head.weight.data * 2),
+        "replaced-parameter": lambda net: setattr(net.head, "weight", nn.Parameter(net.head.weight.detach() * 3)),
+        "to-float": lambda net: net.float(),
+        "train-then-eval": lambda net: (net.train()(torch.ones(2, 2, 12, 12, dtype=torch.float64)), net.eval()),
+    }  # fmt: skip
+
+    @pytest.mark.parametrize("change", CHANGES)
+    def test_is_folded_anew_after(self, change, nets):
+        self.agree(*nets)
+        for net in nets:
+            self.CHANGES[change](net)
+        self.agree(*nets)
+
+    def test_data_writes_are_seen_after_refresh(self, nets):
+        self.agree(*nets)
+        for net in nets:
+            net.head.weight.data.mul_(2)
+        nets[1].refresh()
+        self.agree(*nets)
+
+    def test_frozen_norm_still_gives_gradients(self, nets):
+        reference, fast = nets
+        x = torch.randn(1, 2, 12, 12, dtype=torch.float64)
+        reference(x).square().sum().backward()
+        fast(x).square().sum().backward()
+        for p, q in zip(reference.parameters(), fast.parameters(), strict=True):
+            assert_close(q.grad, p.grad, 1e-9)
+
+    def test_inference_mode_does_not_leak(self, nets):
+        reference, fast = nets
+        x = torch.randn(1, 2, 12, 12, dtype=torch.float64)
+        with torch.inference_mode():
+            fast(x)
+        fast.requires_grad_(False)
+        x.requires_grad_()
+        fast(x).sum().backward()  # would fail on weights made in inference mode
+        got, x.grad = x.grad, None
+        reference(x).sum().backward()
+        assert_close(got, x.grad, 1e-9)
+
+
+@pytest.mark.parametrize("remake", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["deepcopy", "pickle"])
+def test_copies_are_independent(remake, seed):
+    _, fast = pair(norm="batch")
+    x = torch.randn(1, 2, 12, 12)
+    with torch.no_grad():
+        before = fast.eval()(x)
+        twin = remake(fast)
+        twin.head.weight.mul_(2)
+        assert_close(fast(x), before, 0)
+        assert not torch.equal(twin(x), before)
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=str)
+@pytest.mark.parametrize("kind", ["bilinear", "transpose"])
+def test_compiles_without_a_graph_break(kind, norm, seed):
+    _, fast = pair(upsample=kind, norm=norm)
+    x = torch.randn(1, 2, 13, 12)
+    for training in (False, True):
+        fast.train(training)
+        twin = copy.deepcopy(fast)  # the compiled run updates running statistics too
+        torch.compiler.reset()
+        assert_close(torch.compile(fast, fullgraph=True)(x), twin(x), 1e-5)
+
+
+def test_compiled_training_step_gives_the_same_gradients(seed):
+    reference, fast = pair(upsample="transpose")
+    x = torch.randn(1, 2, 12, 12)
+    torch.compiler.reset()
+    torch.compile(fast, fullgraph=True)(x).square().mean().backward()
+    reference(x).square().mean().backward()
+    for p, q in zip(reference.parameters(), fast.parameters(), strict=True):
+        assert_close(q.grad, p.grad, 1e-4)
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=str)
+def test_autocast(norm, seed):
+    reference, fast = pair(norm=norm)
+    x = torch.randn(1, 2, 16, 16)
+    for net in (reference, fast):
+        net.eval()
+    with torch.no_grad():
+        truth = copy.deepcopy(reference).double()(x.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            candidate, baseline = fast(x), reference(x)
+        after = fast(x)
+    assert candidate.dtype == baseline.dtype == torch.bfloat16
+    parity = compare(candidate, baseline, truth)
+    assert parity.ok, str(parity)
+    assert_close(after, reference(x), 1e-5)  # leaving autocast leaves its weights
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "sliced", "expanded"])
+def test_any_strides_in(layout, seed):
+    reference, fast = pair()
+    x = torch.randn(2, 2, 12, 12)
+    x = {
+        "channels_last": x.to(memory_format=torch.channels_last),
+        "sliced": x.repeat_interleave(2, 3)[..., ::2],
+        "expanded": x[:1].expand(2, -1, -1, -1),
+    }[layout]
+    assert_close(fast(x), reference(x), 1e-5)
+
+
+def test_empty_batch():
+    assert FastUNet(1, 2, FEATURES)(torch.zeros(0, 1, 12, 12)).shape == (0, 2, 12, 12)
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match=r"x: expected shape \(N, 2, H, W\)"):
+        FastUNet(2, 3, FEATURES)(torch.zeros(1, 1, 12, 12))
