@@ -1,0 +1,60 @@
+# `make demo` and `make test` start from nothing but Python 3.11 or newer; the second run is quick.
+# `make gpu` is for a machine whose Python already has PyTorch and pytest.
+
+PYTHON ?= python3
+# Test processes; each loads PyTorch.
+WORKERS ?= 2
+VENV := $(CURDIR)/.venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --quiet --disable-pip-version-check
+# Beside the Triton that PyTorch brings: the oldest we support and the newest we know.
+OTHER_TRITONS := 3.6.0 3.9.0
+# The interpreter of Triton 3.6 makes integers of one-element arrays, which NumPy 2.4 refuses.
+BESIDE_3.6.0 := numpy==2.3.5
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types pytest triton $(OTHER_TRITONS:%=triton-%) bench gpu sass
+
+help: ## this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 10
+
+demo: $(VENV)/installed ## segment a microscope image and check the result against plain PyTorch
+	@$(RUN) examples/demo.py
+
+test: lint types pytest triton ## everything that needs no GPU
+
+lint: $(VENV)/installed ## ruff: rules and format
+	$(RUN) -m ruff check --quiet .
+	$(RUN) -m ruff format --check --quiet .
+
+types: $(VENV)/installed ## pyright
+	$(RUN) -m pyright --pythonpath $(RUN)
+
+pytest: $(VENV)/installed ## the tests, kernels in Triton's interpreter
+	$(RUN) -m pytest -q -n $(WORKERS) --dist loadgroup
+
+triton: sass $(OTHER_TRITONS:%=triton-%) ## the kernels on every Triton we support
+
+sass: $(VENV)/installed ## compile every kernel ahead of time and look for spills
+	$(RUN) benchmarks/sass.py
+
+$(OTHER_TRITONS:%=triton-%): triton-%: $(VENV)/triton-%/installed
+	@PYTHONPATH=$(<D) $(RUN) -c "import triton; print('Triton', triton.__version__); assert triton.__version__ == '$*'"
+	PYTHONPATH=$(<D) $(RUN) -m pytest -q -n $(WORKERS) tests/kernels
+	PYTHONPATH=$(<D) $(RUN) benchmarks/sass.py
+
+bench: $(VENV)/installed ## timings
+	$(RUN) -m pytest benchmarks
+
+gpu: ## the tests that need a CUDA device, in this checkout, with this machine's own Python
+	PYTHONPATH=. $(PYTHON) -m pytest tests -m cuda -q
+
+$(VENV)/installed: setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --constraint constraints.txt setuptools
+	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+$(VENV)/triton-%/installed: $(VENV)/installed
+	$(PIP) install --no-deps --upgrade --target $(@D) triton==$* $(BESIDE_$*)
+	@touch $@
