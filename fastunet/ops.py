@@ -47,10 +47,14 @@ def _empty(like: Tensor, channels: int, height: int, width: int) -> Tensor:
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """``x`` with exactly the strides that :func:`_empty` gives, which fake kernels promise."""
+    """``x`` with exactly the strides that :func:`_empty` gives; copied only if its memory differs.
+
+    Fake kernels promise these strides, and torch goes by them: strides of axes of size 1 are
+    arbitrary, and a grey image with the wrong one would send its convolution to the slow layout.
+    """
     if x.is_contiguous(memory_format=torch.channels_last):
         n, c, h, w = x.shape
-        return x.as_strided(x.shape, (h * w * c, 1, w * c, c))  # strides of size-1 axes are arbitrary until here
+        return x.as_strided(x.shape, (h * w * c, 1, w * c, c))
     return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
 
 
@@ -64,8 +68,7 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float, pool: bo
                 return kernels.stem_fwd(x, weight, bias, slope=slope, tf32=_tf32()), None
             return kernels.conv_fwd(x, weight, bias, slope=slope, pool=pool, tf32=_tf32())
     # channels_last is the faster layout of torch's CPU convolutions as well.
-    y = reference.conv2d_relu(x.contiguous(memory_format=torch.channels_last), weight, bias, slope)
-    y = _channels_last(y)
+    y = _channels_last(reference.conv2d_relu(_channels_last(x), weight, bias, slope))
     return y, _channels_last(F.max_pool2d(y, 2)) if pool else None
 
 
@@ -150,32 +153,47 @@ def _(x: Tensor, skip: Tensor, mode: str, align_corners: bool) -> Tensor:
     return _empty(skip, x.shape[1] + skip.shape[1], skip.shape[2], skip.shape[3])
 
 
-def _upsample_backward(grad: Tensor, x_shape: list[int], mode: str, align_corners: bool) -> Tensor:
-    """Gradient of x from that of the padded, upsampled map."""
-    n, c, h, w = x_shape
+# An operator of its own: torch's bilinear backward cannot be traced with symbolic shapes.
+@torch.library.custom_op("fastunet::upsample_backward", mutates_args=())
+def _upsample_backward(grad: Tensor, height: int, width: int, mode: str, align_corners: bool) -> Tensor:
+    """Gradient of a (N, C, height, width) map from that of its upsampled, padded form."""
+    n, c = grad.shape[:2]
     scale = 1 if mode == "none" else 2
-    pad = reference.padding((scale * h, scale * w), (grad.shape[2], grad.shape[3]))
+    pad = reference.padding((scale * height, scale * width), (grad.shape[2], grad.shape[3]))
     grad = F.pad(grad, [-p for p in pad])  # a negative pad crops what the forward padded
     if mode == "bilinear":
-        return aten.upsample_bilinear2d_backward(grad, [2 * h, 2 * w], x_shape, align_corners, 2.0, 2.0)
-    if mode == "nearest":
-        return aten.upsample_nearest2d_backward(grad, [2 * h, 2 * w], x_shape, 2.0, 2.0)
-    return grad
+        size = [2 * height, 2 * width]
+        grad = aten.upsample_bilinear2d_backward(grad, size, [n, c, height, width], align_corners, 2.0, 2.0)
+    elif mode == "nearest":
+        grad = aten.upsample_nearest2d_backward(grad, [2 * height, 2 * width], [n, c, height, width], 2.0, 2.0)
+    return _channels_last(grad.clone() if mode == "none" else grad)
+
+
+@_upsample_backward.register_fake
+def _(grad: Tensor, height: int, width: int, mode: str, align_corners: bool) -> Tensor:
+    return _empty(grad, grad.shape[1], height, width)
+
+
+def _split_gradient(ctx, grad: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and skip, where wanted, from that of their concatenation."""
+    grad_x = grad_skip = None
+    if ctx.needs_input_grad[0]:
+        assert grad is not None
+        grad_x = _upsample_backward(grad[:, : x.shape[1]], x.shape[2], x.shape[3], ctx.mode, ctx.align_corners)
+    if ctx.needs_input_grad[1]:
+        assert grad is not None
+        grad_skip = grad[:, x.shape[1] :].contiguous(memory_format=torch.channels_last)
+    return grad_x, grad_skip
 
 
 def _save_upsample(ctx, inputs, output) -> None:
     x, _, ctx.mode, ctx.align_corners = inputs
-    ctx.x_shape = list(x.shape)
+    ctx.save_for_backward(x)  # for its shape alone; it is kept by whoever made it anyway
 
 
 def _upsample_concat_backward(ctx, grad: Tensor):
-    channels = ctx.x_shape[1]
-    grad_x = grad_skip = None
-    if ctx.needs_input_grad[0]:
-        grad_x = _upsample_backward(grad[:, :channels], ctx.x_shape, ctx.mode, ctx.align_corners)
-    if ctx.needs_input_grad[1]:
-        grad_skip = grad[:, channels:].contiguous(memory_format=torch.channels_last)
-    return grad_x, grad_skip, None, None
+    (x,) = ctx.saved_tensors
+    return *_split_gradient(ctx, grad, x), None, None
 
 
 _upsample_concat.register_autograd(_upsample_concat_backward, setup_context=_save_upsample)
@@ -193,9 +211,10 @@ def _upsample_concat_conv2d_relu(
             return kernels.upconcat_conv3x3_fwd(
                 x, skip, weight, bias, mode=mode, align_corners=align_corners, slope=slope, tf32=_tf32()
             )
-    x, skip = (t.contiguous(memory_format=torch.channels_last) for t in (x, skip))
-    y = reference.upsample_concat_conv2d_relu(x, skip, weight, bias, mode, align_corners, slope)
-    return _channels_last(y)
+    x, skip = _channels_last(x), _channels_last(skip)
+    return _channels_last(
+        reference.upsample_concat_conv2d_relu(x, skip, weight, bias, mode, align_corners, slope)
+    )
 
 
 @_upsample_concat_conv2d_relu.register_fake
@@ -219,12 +238,7 @@ def _upsample_concat_conv2d_relu_backward(ctx, grad: Tensor):
     grad_both, grad_weight, grad_bias = _convolution_backward(
         grad, both, weight, ctx.bias_sizes, (need_x or need_skip, need_weight, need_bias)
     )
-    grad_x = grad_skip = None
-    if need_x:
-        grad_x = _upsample_backward(grad_both[:, : x.shape[1]], list(x.shape), ctx.mode, ctx.align_corners)
-    if need_skip:
-        grad_skip = grad_both[:, x.shape[1] :].contiguous(memory_format=torch.channels_last)
-    return grad_x, grad_skip, grad_weight, grad_bias, None, None, None
+    return *_split_gradient(ctx, grad_both, x), grad_weight, grad_bias, None, None, None
 
 
 _upsample_concat_conv2d_relu.register_autograd(
@@ -240,8 +254,7 @@ def _conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     if _takes_triton(x):
         with _on_device(x):
             return kernels.conv_transpose2x2_fwd(x, weight, bias, tf32=_tf32())
-    x = x.contiguous(memory_format=torch.channels_last)
-    return _channels_last(reference.conv_transpose2x2(x, weight, bias))
+    return _channels_last(reference.conv_transpose2x2(_channels_last(x), weight, bias))
 
 
 @_conv_transpose2x2.register_fake

@@ -10,6 +10,9 @@ CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is decorated
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # a worker a core; their threads would fight for them
+
 import pytest  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"

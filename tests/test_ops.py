@@ -1,0 +1,221 @@
+"""The fused operators as torch sees them: schema, fake kernels, gradients, autocast, errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastunet import dispatch, ops, reference
+from fastunet.verify import compare
+
+# name -> (call on float inputs, the same with plain torch, input shapes)
+CASES = {
+    "conv2d_relu": (
+        ops.conv2d_relu,
+        lambda x, w, b: reference.conv2d_relu(x, w, b, 0.0),
+        [(2, 3, 5, 6), (4, 3, 3, 3), (4,)],
+    ),
+    "conv2d_leaky_pool": (
+        lambda x, w, b: ops.conv2d_relu(x, w, b, negative_slope=0.2, pool=True),
+        lambda x, w, b: (y := reference.conv2d_relu(x, w, b, 0.2), F.max_pool2d(y, 2)),
+        [(2, 3, 5, 6), (4, 3, 3, 3), (4,)],
+    ),
+    "conv1x1_linear": (
+        lambda x, w: ops.conv2d_relu(x, w, relu=False),
+        lambda x, w: reference.conv2d_relu(x, w, None, 1.0),
+        [(2, 3, 1, 4), (1, 3, 1, 1)],
+    ),
+    "upsample_concat": (
+        ops.upsample_concat,
+        lambda x, s: reference.upsample_concat(x, s, "bilinear", True),
+        [(2, 3, 2, 3), (2, 2, 5, 7)],
+    ),
+    "upsample_concat_cropped": (
+        lambda x, s: ops.upsample_concat(x, s, mode="nearest"),
+        lambda x, s: reference.upsample_concat(x, s, "nearest", True),
+        [(1, 3, 3, 3), (1, 2, 5, 4)],
+    ),
+    "upsample_concat_conv2d_relu": (
+        lambda x, s, w, b: ops.upsample_concat_conv2d_relu(x, s, w, b, align_corners=False),
+        lambda x, s, w, b: reference.upsample_concat_conv2d_relu(x, s, w, b, "bilinear", False, 0.0),
+        [(2, 3, 2, 3), (2, 2, 5, 6), (4, 5, 3, 3), (4,)],
+    ),
+    "concat_conv2d": (
+        lambda x, s, w: ops.upsample_concat_conv2d_relu(x, s, w, mode="none", relu=False),
+        lambda x, s, w: reference.upsample_concat_conv2d_relu(x, s, w, None, "none", False, 1.0),
+        [(2, 3, 4, 6), (2, 2, 5, 6), (4, 5, 3, 3)],
+    ),
+    "conv_transpose2x2": (
+        ops.conv_transpose2x2,
+        reference.conv_transpose2x2,
+        [(2, 3, 4, 3), (3, 5, 2, 2), (5,)],
+    ),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return CASES[request.param]
+
+
+def outputs(result) -> tuple[torch.Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_plain_torch_path(case, dtype, seed):
+    op, plain, shapes = case
+    inputs = [torch.randn(shape).to(dtype) for shape in shapes]
+    truth = outputs(plain(*(t.double() for t in inputs)))
+    for got, baseline, true in zip(outputs(op(*inputs)), outputs(plain(*inputs)), truth, strict=True):
+        parity = compare(got, baseline, true)
+        assert parity.ok, str(parity)
+        assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_kernel_path(case, seed, device):
+    op, plain, shapes = case
+    inputs = [torch.randn(shape, device=device) for shape in shapes]
+    truth = outputs(plain(*(t.double().cpu() for t in inputs)))
+    with dispatch.forced("triton"):
+        result = outputs(op(*inputs))
+    for got, baseline, true in zip(result, outputs(plain(*inputs)), truth, strict=True):
+        parity = compare(got, baseline, true, tf32=got.is_cuda)
+        assert parity.ok, str(parity)
+
+
+def test_gradients_against_finite_differences(case, seed):
+    op, _, shapes = case
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(op, inputs)
+
+
+def test_gradients_are_the_references(case, seed):
+    op, plain, shapes = case
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    want = outputs(plain(*inputs))
+    weights = [torch.randn_like(t) for t in want]
+    expected = torch.autograd.grad(want, inputs, weights)
+    got = torch.autograd.grad(outputs(op(*inputs)), inputs, weights)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("wanted", range(4))
+def test_gradient_of_one_input_alone(wanted, seed):
+    op, plain, shapes = CASES["upsample_concat_conv2d_relu"]
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=i == wanted) for i, shape in enumerate(shapes)]
+    expected = torch.autograd.grad(plain(*inputs).square().sum(), inputs[wanted])
+    torch.testing.assert_close(torch.autograd.grad(op(*inputs).square().sum(), inputs[wanted]), expected)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=["nan", "inf"])
+def test_nan_and_inf_in_gradients(value, seed):
+    """A dead ReLU stops NaN and infinity, as torch's does; a GradScaler depends on the rest."""
+    x, w = torch.randn(1, 2, 4, 4), torch.randn(3, 2, 3, 3)
+    grads = []
+    for f in (lambda x: ops.conv2d_relu(x, w), lambda x: reference.conv2d_relu(x, w, None, 0.0)):
+        leaf = x.clone().requires_grad_()
+        y = f(leaf)
+        grads.append(torch.autograd.grad(y, leaf, torch.where(y > 0, 1.0, value))[0])
+    torch.testing.assert_close(*grads)
+    assert grads[0].isfinite().all()
+
+
+OPS = torch.ops.fastunet
+OP_ARGUMENTS = {
+    "conv2d_relu": lambda t: (OPS.conv2d_relu.default, (t(2, 3, 5, 6), t(4, 3, 3, 3), t(4), 0.1)),
+    "conv2d_relu no bias": lambda t: (OPS.conv2d_relu.default, (t(2, 3, 1, 1), t(1, 3, 1, 1), None, 1.0)),
+    "conv2d_relu_pool": lambda t: (OPS.conv2d_relu_pool.default, (t(2, 3, 5, 2), t(4, 3, 3, 3), t(4), 0.0)),
+    "upsample_concat": lambda t: (OPS.upsample_concat.default, (t(1, 3, 2, 3), t(1, 2, 5, 6), "bilinear", True)),
+    "upsample_concat_conv2d_relu": lambda t: (
+        OPS.upsample_concat_conv2d_relu.default,
+        (t(1, 3, 2, 3), t(1, 2, 4, 7), t(4, 5, 3, 3), t(4), "nearest", False, 0.0),
+    ),
+    "conv_transpose2x2": lambda t: (OPS.conv_transpose2x2.default, (t(2, 3, 4, 3), t(3, 1, 2, 2), t(1))),
+}
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("name", OP_ARGUMENTS)
+def test_opcheck(name, implementation, seed, device):
+    op, arguments = OP_ARGUMENTS[name](lambda *shape: torch.randn(shape, device=device, requires_grad=True))
+    with dispatch.forced(implementation):
+        torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_runs_convolutions_in_its_dtype(dtype, seed):
+    x, w, b = torch.randn(1, 3, 6, 6), torch.randn(4, 3, 3, 3, requires_grad=True), torch.randn(4)
+    with torch.autocast("cpu", dtype):
+        y, plain = ops.conv2d_relu(x, w, b), torch.conv2d(x, w, b, padding=1)
+        assert y.dtype == plain.dtype == dtype
+        assert ops.conv_transpose2x2(x, torch.randn(3, 2, 2, 2)).dtype == dtype
+        skip = torch.randn(1, 1, 12, 12)
+        assert ops.upsample_concat_conv2d_relu(x, skip, torch.randn(2, 4, 3, 3)).dtype == dtype
+        # A pass over memory keeps what it is given, the widest of it: as torch.cat does.
+        assert ops.upsample_concat(x, skip).dtype == torch.float32
+        assert ops.upsample_concat(x.to(dtype), skip).dtype == torch.cat([x[:, :1].to(dtype), x[:, :1]]).dtype
+        assert ops.conv2d_relu(x.double(), w.double()).dtype == torch.float64
+    y.float().sum().backward()
+    assert w.grad is not None and w.grad.dtype == torch.float32
+
+
+BAD = {
+    "x rank": (lambda: ops.conv2d_relu(torch.zeros(3, 4, 4), torch.zeros(1, 3, 3, 3)), r"x: expected shape \(N, C, H, W\), got \(3, 4, 4\)"),
+    "weight size": (lambda: ops.conv2d_relu(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 5, 5)), "weight: expected a 1x1 or 3x3 filter, got .*5, 5"),
+    "weight channels": (lambda: ops.conv2d_relu(torch.zeros(1, 3, 4, 4), torch.zeros(1, 2, 3, 3)), "weight: expected 3 input channels, got .*1, 2, 3, 3"),
+    "weight dtype": (lambda: ops.conv2d_relu(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 3, 3).half()), "weight: expected x's dtype torch.float32, got torch.float16"),
+    "weight device": (lambda: ops.conv2d_relu(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 3, 3, device="meta")), "weight: expected x's device cpu, got meta"),
+    "bias": (lambda: ops.conv2d_relu(torch.zeros(1, 3, 4, 4), torch.zeros(2, 3, 3, 3), torch.zeros(3)), r"bias: expected shape \(2,\), got \(3,\)"),
+    "slope": (lambda: ops.conv2d_relu(torch.zeros(1, 3, 4, 4), torch.zeros(2, 3, 3, 3), negative_slope=1.5), r"negative_slope: expected a number in \[0, 1\), got 1.5"),
+    "pool": (lambda: ops.conv2d_relu(torch.zeros(1, 3, 1, 4), torch.zeros(2, 3, 3, 3), pool=True), "x: expected H and W of at least 2 to pool, got"),
+    "mode": (lambda: ops.upsample_concat(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 8, 8), mode="cubic"), "mode: expected one of .*, got 'cubic'"),
+    "batch": (lambda: ops.upsample_concat(torch.zeros(1, 3, 4, 4), torch.zeros(2, 3, 8, 8)), "skip: expected x's batch of 1, got"),
+    "transpose": (lambda: ops.conv_transpose2x2(torch.zeros(1, 3, 4, 4), torch.zeros(2, 3, 2, 2)), r"weight: expected shape \(3, O, 2, 2\), got"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named(name):
+    call, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_dispatch_says_why():
+    cpu = torch.device("cpu")
+    assert dispatch.choose(cpu, torch.float32).implementation == "torch"
+    assert "float64" in (dispatch.why_not_triton(torch.device("cuda"), torch.float64) or "")
+    with pytest.raises(RuntimeError, match="asked for, but float64"), dispatch.forced("triton"):
+        dispatch.choose(cpu, torch.float64)
+    with pytest.raises(ValueError, match="expected 'triton' or 'torch', got 'cudnn'"), dispatch.forced("cudnn"):
+        pass
+    assert dispatch.choose(cpu, torch.float32).reason != "asked for"  # the block has ended
+
+
+@pytest.mark.cuda
+def test_launches_on_the_tensors_device_and_stream():
+    """Work queued on a side stream, on a device that need not be the current one."""
+    device = torch.device("cuda", torch.cuda.device_count() - 1)
+    x, w = torch.randn(1, 64, 64, 64, device=device).half(), torch.randn(64, 64, 3, 3, device=device).half() / 24
+    expected = ops.conv2d_relu(x, w)
+    torch.cuda.synchronize(device)
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        late = x * 1
+        y = ops.conv2d_relu(late, w)
+    stream.synchronize()
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("allow", [True, False])
+def test_float32_honours_allow_tf32(allow, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allow)
+    x, w = torch.randn(1, 64, 32, 32, device="cuda"), torch.randn(64, 64, 3, 3, device="cuda") / 24
+    truth = reference.conv2d_relu(x.double(), w.double(), None, 0.0)
+    error = ((ops.conv2d_relu(x, w) - truth).norm() / truth.norm()).item()
+    assert (1e-5 < error < 1e-3) if allow else error < 1e-6
