@@ -10,9 +10,7 @@ from pathlib import Path
 from setuptools import setup
 
 # PyTorch's CPU builds do not bring Triton, and Triton's wheels exist for these two platforms.
-TRITON = (
-    "triton>=3.6; sys_platform == 'linux' and (platform_machine == 'x86_64' or platform_machine == 'aarch64')"
-)
+TRITON = "triton>=3.6; sys_platform == 'linux' and (platform_machine == 'x86_64' or platform_machine == 'aarch64')"
 
 TEST = ["build", "hypothesis", "pytest", "pytest-benchmark", "pytest-xdist", "setuptools>=77"]
 DEV = ["matplotlib", "pyright", "ruff"]

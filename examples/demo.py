@@ -65,15 +65,11 @@ def main() -> int:
     write_png(OUT / "nuclei_overlay.png", overlay(image, mask.numpy()))
 
     height, width = image.shape[:2]
-    table = Table(
-        title=f"{width}x{height} image, {device}, {str(dtype).removeprefix('torch.')}", box=box.SIMPLE
-    )
+    table = Table(title=f"{width}x{height} image, {device}, {str(dtype).removeprefix('torch.')}", box=box.SIMPLE)
     table.add_column("")
     table.add_column("FastUNet", justify="right")
     table.add_column("plain PyTorch", justify="right")
-    table.add_row(
-        "largest error against float64", f"{parity.candidate_error:.2e}", f"{parity.baseline_error:.2e}"
-    )
+    table.add_row("largest error against float64", f"{parity.candidate_error:.2e}", f"{parity.baseline_error:.2e}")
     table.add_row("pixels of another class than float64's", flips(candidate, truth), flips(baseline, truth))
     table.add_row(f"wall time, median of {REPEATS}", f"{fast:.0f} ms", f"{plain:.0f} ms")
     console = Console(highlight=False)

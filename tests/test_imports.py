@@ -70,9 +70,7 @@ def modules(tree: ast.AST, package: str) -> list[tuple[int, str]]:
 
 def sources(root: Path) -> list[Path]:
     """The package's files; the symlink fastunet/kernels is read as kernels/."""
-    inside = [
-        path for path in (root / "fastunet").rglob("*.py") if "kernels" not in path.relative_to(root).parts
-    ]
+    inside = [path for path in (root / "fastunet").rglob("*.py") if "kernels" not in path.relative_to(root).parts]
     return sorted(inside) + sorted((root / "kernels").rglob("*.py"))
 
 
@@ -128,9 +126,7 @@ def test_kernels_import_each_other_relatively():
 def test_nobody_imports_bare_kernels(folder):
     for path in (ROOT / folder).rglob("*.py"):
         package = ".".join(path.relative_to(ROOT).parent.parts)
-        tops = {
-            name.split(".")[0] for _, name in modules(ast.parse(path.read_text(encoding="utf-8")), package)
-        }
+        tops = {name.split(".")[0] for _, name in modules(ast.parse(path.read_text(encoding="utf-8")), package)}
         assert "kernels" not in tops, path
 
 

@@ -11,8 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# One worker builds for all of them.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
+pytestmark = pytest.mark.slow
 
 CHECKOUT = (
     "benchmarks", "docs", "examples", "fastunet", "kernels", "tests",
@@ -22,9 +21,7 @@ CHECKOUT = (
 
 
 def run(*command: object, cwd: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -54,11 +51,7 @@ def wheel_files(built) -> set[str]:
 
 def expected_files() -> set[str]:
     """Every Python file of the checkout's two source folders, at its installed place."""
-    package = [
-        path
-        for path in (ROOT / "fastunet").rglob("*.py")
-        if not path.is_relative_to(ROOT / "fastunet/kernels")
-    ]
+    package = [path for path in (ROOT / "fastunet").rglob("*.py") if not path.is_relative_to(ROOT / "fastunet/kernels")]
     kernels = (ROOT / "kernels").rglob("*.py")
     return {path.relative_to(ROOT).as_posix() for path in package} | {
         f"fastunet/{path.relative_to(ROOT).as_posix()}" for path in kernels
