@@ -49,6 +49,7 @@ bench: $(VENV)/installed ## timings
 	$(RUN) -m pytest benchmarks
 
 gpu: ## the tests that need a CUDA device, in this checkout, with this machine's own Python
+	@$(PYTHON) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'PyTorch sees no CUDA device')"
 	PYTHONPATH=. $(PYTHON) -m pytest tests -m cuda -q
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt
