@@ -24,11 +24,7 @@ from torch import Tensor
 from fastunet.images import normalise, read_image
 from fastunet.predict import predict_mask
 from fastunet.reference import UNet
-from fastunet.weights import save
-
-# align_corners=False makes the network shift-invariant by multiples of its pooling, so that
-# tiles of a large image agree with the whole. Batch norm lets a net this small train quickly.
-CONFIG = {"features": (16, 32, 64, 128, 256), "align_corners": False, "norm": "batch"}
+from fastunet.weights import NUCLEI_CONFIG, save
 
 
 def load(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -65,7 +61,7 @@ def segmentation_loss(logits: Tensor, mask: Tensor) -> Tensor:
     return F.cross_entropy(logits, mask) + 1 - dice.mean()
 
 
-def foreground_dice(model: torch.nn.Module, pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
+def foreground_dice(model: UNet, pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
     """(mean of the images' Dice, Dice of all pixels pooled)."""
     scores, overlap, total = [], 0, 0
     for image, mask in pairs:
@@ -92,13 +88,14 @@ def main() -> None:
     tensors = [(normalise(image, 1), torch.from_numpy(mask)) for image, mask in train]
     # A window sees less of a large image, and the stained tissue on bright ground is few and hard.
     draw = np.array([math.sqrt(x.numel()) * (2 if x.median() > 0.5 else 1) for x, _ in tensors])
-    model = UNet(**CONFIG).to(memory_format=torch.channels_last)
+    model = UNet.from_config(NUCLEI_CONFIG)
+    model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, arguments.steps, pct_start=0.1)
     start = time.perf_counter()
     for step in range(1, arguments.steps + 1):
         picks = rng.choice(len(tensors), arguments.batch, p=draw / draw.sum())
-        batch = [crop(*tensors[i], arguments.size, rng) for i in picks]
+        batch = [crop(tensors[i][0], tensors[i][1], arguments.size, rng) for i in picks]
         x = torch.stack([x for x, _ in batch]).contiguous(memory_format=torch.channels_last)
         loss = segmentation_loss(model.train()(x), torch.stack([mask for _, mask in batch]))
         optimiser.zero_grad()

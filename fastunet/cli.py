@@ -174,9 +174,7 @@ def output_names(paths: Sequence[Path]) -> list[str]:
     for group in sorted(groups.values(), key=len):  # an unambiguous stem is never renamed
         labels: list[str] = []
         for template in ("{1}", "{1}_{2}", "{0}_{1}", "{0}_{1}_{2}"):
-            labels = [
-                template.format(path.absolute().parent.name, path.stem, path.suffix[1:]) for path in group
-            ]
+            labels = [template.format(path.absolute().parent.name, path.stem, path.suffix[1:]) for path in group]
             if len({label.casefold() for label in labels}) == len(group):
                 break
         for path, label in zip(group, labels, strict=True):
@@ -206,9 +204,7 @@ def _segment_one(model: UNet, path: Path, mask_path: Path, overlay_path: Path) -
 
 
 def _print_results(results: Sequence[Result], out: Path) -> None:
-    table = _table(
-        "image", "size (HxW)", "foreground", "seconds", "outcome", numeric=("foreground", "seconds")
-    )
+    table = _table("image", "size (HxW)", "foreground", "seconds", "outcome", numeric=("foreground", "seconds"))
     for result in results:
         table.add_row(str(result.image), result.size, result.foreground, result.seconds, result.outcome)
     console = _console()
@@ -268,9 +264,7 @@ def info(arguments: argparse.Namespace) -> int:
             continue
         found = torch.cuda.get_device_properties(device)
         memory = f"{found.total_memory / 2**30:.0f} GiB"
-        table.add_row(
-            str(device), found.name, f"{found.major}.{found.minor}", memory, str(found.multi_processor_count)
-        )
+        table.add_row(str(device), found.name, f"{found.major}.{found.minor}", memory, str(found.multi_processor_count))
     console.print(table)
 
     table = _table("device", "dtype", "Triton kernels")
@@ -405,9 +399,7 @@ channel in, two out, features 64 to 1024.""",
             "fastunet summary --size 512 --weights mine.safetensors --dtype fp16",
         ),
     )
-    command.add_argument(
-        "--size", type=_size, default=(256, 256), metavar="SIDE|HxW", help="in pixels (default: 256)"
-    )
+    command.add_argument("--size", type=_size, default=(256, 256), metavar="SIDE|HxW", help="in pixels (default: 256)")
     command.add_argument("--batch", type=_count, default=1, metavar="N", help="default: %(default)s")
     network = command.add_mutually_exclusive_group()
     network.add_argument("--upsample", choices=UPSAMPLE, default="bilinear", help="default: %(default)s")

@@ -66,9 +66,7 @@ class Explanation:
             "dtype": str(self.dtype).removeprefix("torch."),
             "parameters": self.parameters,
             "flops": self.flops,
-            "layers": [
-                {**dataclasses.asdict(row.layer), **dataclasses.asdict(row.choice)} for row in self.rows
-            ],
+            "layers": [{**dataclasses.asdict(row.layer), **dataclasses.asdict(row.choice)} for row in self.rows],
         }
 
     def headline(self) -> str:

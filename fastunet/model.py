@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .reference import DoubleConv, UNet, Up, activate_
+from .reference import UNet, activate_
 
 
 class FastUNet(UNet):
@@ -27,9 +27,9 @@ class FastUNet(UNet):
     Forward hooks on inner modules do not run: the operators take their parameters and pass them by.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._prepared: dict[nn.Module, _Prepared] = {}
+    @property
+    def _prepared(self) -> dict[nn.Module, _Prepared]:
+        return self.__dict__.setdefault("_prepared_weights", {})
 
     def refresh(self) -> None:
         """Forget the prepared weights; the next forward prepares them anew."""
@@ -41,7 +41,9 @@ class FastUNet(UNet):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": {}}  # copies and pickles prepare their own
+        state = dict(self.__dict__)
+        state.pop("_prepared_weights", None)  # copies and pickles prepare their own
+        return state
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
@@ -55,7 +57,7 @@ class FastUNet(UNet):
         return ops.conv2d_relu(x, *self._weights(self.head), relu=False)
 
     def _double_conv(
-        self, block: DoubleConv, x: Tensor, *, pool: bool = False, skip: Tensor | None = None, mode: str = "none"
+        self, block: Any, x: Tensor, *, pool: bool = False, skip: Tensor | None = None, mode: str = "none"
     ) -> tuple[Tensor, Tensor]:
         """(feature, pooled feature if ``pool``, else feature again)."""
         layers = list(block.net)
@@ -73,14 +75,16 @@ class FastUNet(UNet):
         x = self._conv_norm(ops.conv2d_relu, conv2, norm2, x)
         return x, F.max_pool2d(x, 2) if pool else x
 
-    def _conv_norm(self, op: Callable[..., Any], conv: nn.Module, norm: nn.Module | None, *x: Tensor, **options: Any):
+    def _conv_norm(
+        self, op: Callable[..., Any], conv: nn.Module, norm: nn.Module | None, *x: Tensor, **options: Any
+    ) -> Any:
         """``op`` with the norm folded into its weights, or followed by the norm."""
         slope = self.config.slope
         if norm is None or _foldable(norm):
             return op(*x, *self._weights(conv, norm), negative_slope=slope, **options)
         return activate_(norm(op(*x, *self._weights(conv), relu=False, **options)), slope)
 
-    def _up(self, up: Up, x: Tensor, skip: Tensor) -> Tensor:
+    def _up(self, up: Any, x: Tensor, skip: Tensor) -> Tensor:
         kind = self.config.upsample
         if kind == "transpose":
             x = ops.conv_transpose2x2(x, *self._weights(up.up))

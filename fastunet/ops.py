@@ -13,6 +13,7 @@ upsampled and the concatenated map are computed again.
 """
 
 import contextlib
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from . import dispatch, reference
 
-if dispatch.has_triton():
+if TYPE_CHECKING or dispatch.has_triton():
     from . import kernels
 
 aten = torch.ops.aten
@@ -38,7 +39,7 @@ def _on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 def _tf32() -> bool:
     # Answers for torch.backends.cudnn.allow_tf32 too, and does not raise when the two APIs are mixed.
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _empty(like: Tensor, channels: int, height: int, width: int) -> Tensor:
@@ -61,20 +62,14 @@ def _channels_last(x: Tensor) -> Tensor:
 # --- conv2d_relu -----------------------------------------------------------------------------
 
 
-def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float, pool: bool) -> tuple[Tensor, Tensor | None]:
-    if _takes_triton(x):
-        with _on_device(x):
-            if x.shape[1] <= kernels.STEM_CHANNELS and weight.shape[-1] == 3 and not pool:
-                return kernels.stem_fwd(x, weight, bias, slope=slope, tf32=_tf32()), None
-            return kernels.conv_fwd(x, weight, bias, slope=slope, pool=pool, tf32=_tf32())
-    # channels_last is the faster layout of torch's CPU convolutions as well.
-    y = _channels_last(reference.conv2d_relu(_channels_last(x), weight, bias, slope))
-    return y, _channels_last(F.max_pool2d(y, 2)) if pool else None
-
-
 @torch.library.custom_op("fastunet::conv2d_relu", mutates_args=())
 def _conv2d_relu(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> Tensor:
-    return _conv(x, weight, bias, slope, pool=False)[0]
+    if _takes_triton(x):
+        stem = x.shape[1] <= kernels.STEM_CHANNELS and weight.shape[-1] == 3
+        with _on_device(x):
+            return (kernels.stem_fwd if stem else kernels.conv_fwd)(x, weight, bias, slope=slope, tf32=_tf32())
+    # channels_last is the faster layout of torch's CPU convolutions as well.
+    return _channels_last(reference.conv2d_relu(_channels_last(x), weight, bias, slope))
 
 
 @_conv2d_relu.register_fake
@@ -84,9 +79,11 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> Tensor:
 
 @torch.library.custom_op("fastunet::conv2d_relu_pool", mutates_args=())
 def _conv2d_relu_pool(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> tuple[Tensor, Tensor]:
-    y, pooled = _conv(x, weight, bias, slope, pool=True)
-    assert pooled is not None
-    return y, pooled
+    if _takes_triton(x):
+        with _on_device(x):
+            return kernels.conv_pool_fwd(x, weight, bias, slope=slope, tf32=_tf32())
+    y = _channels_last(reference.conv2d_relu(_channels_last(x), weight, bias, slope))
+    return y, _channels_last(F.max_pool2d(y, 2))
 
 
 @_conv2d_relu_pool.register_fake
@@ -113,9 +110,7 @@ def _convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias_sizes: list[int] | None, mask: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     pad = weight.shape[-1] // 2
-    return aten.convolution_backward(
-        grad, x, weight, bias_sizes, [1, 1], [pad, pad], [1, 1], False, [0, 0], 1, mask
-    )
+    return aten.convolution_backward(grad, x, weight, bias_sizes, [1, 1], [pad, pad], [1, 1], False, [0, 0], 1, mask)
 
 
 def _conv2d_relu_backward(ctx, grad: Tensor):
@@ -127,9 +122,7 @@ def _conv2d_relu_backward(ctx, grad: Tensor):
 def _conv2d_relu_pool_backward(ctx, grad: Tensor, grad_pooled: Tensor):
     y = ctx.saved_tensors[2]
     _, indices = aten.max_pool2d_with_indices(y, [2, 2], [2, 2])
-    grad = grad + aten.max_pool2d_with_indices_backward(
-        grad_pooled, y, [2, 2], [2, 2], [0, 0], [1, 1], False, indices
-    )
+    grad = grad + aten.max_pool2d_with_indices_backward(grad_pooled, y, [2, 2], [2, 2], [0, 0], [1, 1], False, indices)
     return _conv2d_relu_backward(ctx, grad)
 
 
@@ -212,9 +205,7 @@ def _upsample_concat_conv2d_relu(
                 x, skip, weight, bias, mode=mode, align_corners=align_corners, slope=slope, tf32=_tf32()
             )
     x, skip = _channels_last(x), _channels_last(skip)
-    return _channels_last(
-        reference.upsample_concat_conv2d_relu(x, skip, weight, bias, mode, align_corners, slope)
-    )
+    return _channels_last(reference.upsample_concat_conv2d_relu(x, skip, weight, bias, mode, align_corners, slope))
 
 
 @_upsample_concat_conv2d_relu.register_fake
@@ -241,9 +232,7 @@ def _upsample_concat_conv2d_relu_backward(ctx, grad: Tensor):
     return *_split_gradient(ctx, grad_both, x), grad_weight, grad_bias, None, None, None
 
 
-_upsample_concat_conv2d_relu.register_autograd(
-    _upsample_concat_conv2d_relu_backward, setup_context=_save_upsample_conv
-)
+_upsample_concat_conv2d_relu.register_autograd(_upsample_concat_conv2d_relu_backward, setup_context=_save_upsample_conv)
 
 
 # --- conv_transpose2x2 -----------------------------------------------------------------------
@@ -321,6 +310,30 @@ def _autocast(x: Tensor, *others: Tensor | None) -> tuple:
 def _slope(relu: bool, negative_slope: float) -> float:
     _check(0 <= negative_slope < 1, "negative_slope", "a number in [0, 1)", negative_slope)
     return float(negative_slope) if relu else 1.0
+
+
+@overload
+def conv2d_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    relu: bool = True,
+    negative_slope: float = 0.0,
+    pool: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def conv2d_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    relu: bool = True,
+    negative_slope: float = 0.0,
+    pool: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def conv2d_relu(

@@ -195,9 +195,7 @@ class UNet(nn.Module):
         negative_slope: float = 0.01,
     ) -> None:
         super().__init__()
-        c = UNetConfig(
-            in_channels, out_channels, features, upsample, align_corners, norm, activation, negative_slope
-        )
+        c = UNetConfig(in_channels, out_channels, features, upsample, align_corners, norm, activation, negative_slope)
         self.config = c
         block: dict[str, Any] = {"norm": norm, "activation": activation, "negative_slope": negative_slope}
         widths = (c.in_channels, *c.features)

@@ -57,9 +57,7 @@ def trace(config: UNetConfig, height: int, width: int, batch: int = 1) -> list[L
         raise ValueError(f"batch: expected at least 1, got {batch}")
     for name, size in (("height", height), ("width", width)):
         if size < config.minimum_size:
-            raise ValueError(
-                f"{name}: expected at least {config.minimum_size} ({config.depth} poolings), got {size}"
-            )
+            raise ValueError(f"{name}: expected at least {config.minimum_size} ({config.depth} poolings), got {size}")
 
     layers: list[Layer] = []
     second = 2 if config.norm is None else 3  # index in DoubleConv.net of its second convolution

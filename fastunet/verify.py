@@ -66,9 +66,9 @@ def compare(candidate: Tensor, baseline: Tensor, truth: Tensor, *, tf32: bool = 
     dtype = candidate.dtype
     candidate, baseline, truth = candidate.double(), baseline.double().to(candidate.device), truth.to(candidate.device)
     finite = baseline.isfinite() & truth.isfinite()
-    same_nonfinite = torch.equal(candidate.isfinite(), baseline.isfinite()) and torch.equal(
-        candidate[~baseline.isfinite()].nan_to_num(7.0, 1.0, -1.0), baseline[~baseline.isfinite()].nan_to_num(7.0, 1.0, -1.0)
-    )
+    # One number for each kind of element: finite, NaN, and the two infinities.
+    kind, other = (torch.where(t.isfinite(), 2.0, t).nan_to_num(0.0, 1.0, -1.0) for t in (candidate, baseline))
+    same_nonfinite = torch.equal(kind, other)
     if not finite.any():
         return Parity(same_nonfinite, 0.0, 0.0, 0.0, "no finite element")
     ours = (candidate - truth)[finite].abs().nan_to_num(torch.inf).max().item()

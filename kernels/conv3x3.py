@@ -59,28 +59,52 @@ def conv_fwd(
     bias: Tensor | None,
     *,
     slope: float,
-    pool: bool = False,
     tf32: bool = True,
     config: ConvConfig | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Launch the kernel.
+) -> Tensor:
+    """Convolution, bias, activation.
 
     Args:
         slope: of the activation for negative values: 0 ReLU, 1 none.
-        pool: also return the 2x2 max-pool.
         tf32: round float32 operands to tf32 and use the tensor cores.
         config: a launch configuration other than the tuned one.
 
     Returns:
-        y (N, O, H, W) and pooled (N, O, H // 2, W // 2) or None, both channels_last.
+        y (N, O, H, W), channels_last.
     """
+    return _launch(x, weight, bias, None, slope, tf32, config)
+
+
+def conv_pool_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    slope: float,
+    tf32: bool = True,
+    config: ConvConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`conv_fwd`; returns y and its 2x2 max-pool (N, O, H // 2, W // 2)."""
+    pooled = empty_channels_last(x, weight.shape[0], x.shape[2] // 2, x.shape[3] // 2)
+    return _launch(x, weight, bias, pooled, slope, tf32, config), pooled
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pooled: Tensor | None,
+    slope: float,
+    tf32: bool,
+    config: ConvConfig | None,
+) -> Tensor:
+    """Fill and return y; fill ``pooled`` too if it is given."""
     x = unit_channel_stride(x)
     n, c, h, w = x.shape
     o, ksize = weight.shape[0], weight.shape[-1]
     y = empty_channels_last(x, o, h, w)
-    pooled = empty_channels_last(x, o, h // 2, w // 2) if pool else None
     if y.numel() == 0:
-        return y, pooled
+        return y
     rows = packed_weight(weight)
     if config is None:
         config = conv_config(
@@ -92,7 +116,7 @@ def conv_fwd(
         pixel_descriptor(x, config) if config.tma else x,
         weight_descriptor(rows, config) if config.tma else rows,
         bias, y, pooled, n, c, h, w, o, x.stride(0), x.stride(2), x.stride(3),
-        KSIZE=ksize, HAS_BIAS=bias is not None, SLOPE=slope, POOL=pool,
+        KSIZE=ksize, HAS_BIAS=bias is not None, SLOPE=slope, POOL=pooled is not None,
         USE_TMA=config.tma, PRECISION="tf32" if tf32 else "ieee", **config.options(),
     )  # fmt: skip
-    return y, pooled
+    return y

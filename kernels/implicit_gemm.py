@@ -25,9 +25,7 @@ _INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def tile_origin(
-    H, W, O, BLOCK_CO: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr
-):
+def tile_origin(H, W, O, BLOCK_CO: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
     """First image, row, column and output channel of this program's tile.
 
     Output channels vary fastest: neighbouring programs read the same pixels, which stay in L2.
@@ -106,7 +104,9 @@ def accumulate(
             offset = origin[:, None] + (dh * stride_xh + dw * stride_xw + c)[None, :]
             x_tile = tl.load(x + offset, mask=inside[:, None] & (c < C)[None, :], other=0.0)  # [BLOCK_P, BLOCK_K]
         w_column = tap * w_channels + w_channel0 + c0
-        w_tile = load_weights(w, w_row0, w_rows, w_column, KSIZE * KSIZE * w_channels, C - c0, USE_TMA, BLOCK_CO, BLOCK_K)
+        w_tile = load_weights(
+            w, w_row0, w_rows, w_column, KSIZE * KSIZE * w_channels, C - c0, USE_TMA, BLOCK_CO, BLOCK_K
+        )
         acc = dot(w_tile, x_tile, acc, PRECISION)
     return acc
 

@@ -29,9 +29,7 @@ def tma_serves(x: Tensor) -> bool:
     """Whether a TMA descriptor can address ``x`` (N, C, H, W): 16-byte base, strides and rows."""
     if x.numel() == 0 or x.data_ptr() % 16 or x.stride(1) != 1 or max(x.shape) >= 2**31:
         return False
-    return all(
-        stride > 0 and stride * x.element_size() % 16 == 0 for stride in (x.stride(0), x.stride(2), x.stride(3))
-    )
+    return all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in (x.stride(0), x.stride(2), x.stride(3)))
 
 
 def pixel_descriptor(x: Tensor, config: ConvConfig) -> TensorDescriptor:

@@ -118,9 +118,7 @@ def conv_config(
         block_co = min(block_co, 64)
     # 96 KB of stages fit sm_86 and sm_89 too (99 KB); Hopper has 227 KB.
     stages = 4 if hopper else 3
-    return ConvConfig(
-        block_co, *_tile(pixels, height, width), block_k, num_warps=8, num_stages=stages, tma=use_tma
-    )
+    return ConvConfig(block_co, *_tile(pixels, height, width), block_k, num_warps=8, num_stages=stages, tma=use_tma)
 
 
 def stem_config(channels: int, out_channels: int, height: int, width: int) -> ConvConfig:

@@ -36,7 +36,7 @@ def device() -> str:
 def seed() -> int:
     """A fresh seed, printed; pytest shows it when the test fails. FASTUNET_SEED repeats one."""
     value = int(os.environ.get("FASTUNET_SEED", torch.seed() % 2**31))
-    print(f"FASTUNET_SEED={value}")
+    print(f"FASTUNET_SEED={value}")  # noqa: T201
     torch.manual_seed(value)
     return value
 

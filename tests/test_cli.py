@@ -92,9 +92,7 @@ def listing(folder: Path) -> set[str]:
 # --- segment: what it writes -----------------------------------------------------------------
 
 
-def test_segment_writes_the_mask_and_the_overlay(
-    run, model: UNet, file: Path, picture: Path, tmp_path: Path
-) -> None:
+def test_segment_writes_the_mask_and_the_overlay(run, model: UNet, file: Path, picture: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
     done = run("segment", picture, "--out", out, "--weights", file)
     assert (done.code, done.err) == (0, "")
@@ -114,9 +112,7 @@ def test_segment_writes_the_mask_and_the_overlay(
 def test_mask_values(run, picture: Path, tmp_path: Path, classes: int, values: set[int]) -> None:
     torch.manual_seed(0)
     weights.save(UNet(1, classes, (4, 8)), tmp_path / "w.safetensors")
-    assert (
-        run("segment", picture, "--out", tmp_path / "out", "--weights", tmp_path / "w.safetensors").code == 0
-    )
+    assert run("segment", picture, "--out", tmp_path / "out", "--weights", tmp_path / "w.safetensors").code == 0
     assert set(np.unique(images.read_image(tmp_path / "out" / "cell_mask.png")).tolist()) <= values
 
 
@@ -138,9 +134,7 @@ def test_folders_are_sorted_not_entered_and_taken_once(run, rng, file: Path, tmp
     assert len(listing(tmp_path / "out")) == 6
 
 
-def test_images_of_one_name_do_not_overwrite_each_other(
-    run, rng, model: UNet, file: Path, tmp_path: Path
-) -> None:
+def test_images_of_one_name_do_not_overwrite_each_other(run, rng, model: UNet, file: Path, tmp_path: Path) -> None:
     paths = [draw(tmp_path / name, rng) for name in ("p/cell.png", "q/cell.png", "p/cell.tif", "p/other.png")]
     out = tmp_path / "out"
     assert run("segment", *paths, "--out", out, "--weights", file).code == 0
@@ -194,9 +188,7 @@ def test_file_names_are_not_markup(run, rng, file: Path, tmp_path: Path) -> None
     assert "[red]:smile: a_mask.png" in listing(tmp_path / "out")
 
 
-def test_pillows_limit_does_not_stop_large_images(
-    run, file: Path, picture: Path, tmp_path: Path, monkeypatch
-) -> None:
+def test_pillows_limit_does_not_stop_large_images(run, file: Path, picture: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     done = run("segment", picture, "--out", tmp_path / "out", "--weights", file)
     assert (done.code, done.err) == (0, "")
@@ -357,9 +349,7 @@ def test_ctrl_c(run, file: Path, picture: Path, tmp_path: Path, monkeypatch) -> 
 
 @pytest.mark.parametrize(("size", "parsed"), [("256", (256, 256)), ("48x64", (48, 64)), ("50x33", (50, 33))])
 @pytest.mark.parametrize("upsample", UPSAMPLE)
-def test_summary_shows_every_layer_and_the_totals(
-    run, size: str, parsed: tuple[int, int], upsample: str
-) -> None:
+def test_summary_shows_every_layer_and_the_totals(run, size: str, parsed: tuple[int, int], upsample: str) -> None:
     done = run("summary", "--size", size, "--batch", "3", "--upsample", upsample)
     assert (done.code, done.err) == (0, "")
     layers = trace(UNetConfig(upsample=upsample), *parsed, batch=3)

@@ -79,9 +79,7 @@ def test_the_table_is_aligned_and_names_every_layer(model: FastUNet) -> None:
     ids=str,
 )
 def test_bad_input_size_is_named(model: FastUNet, size: object) -> None:
-    with pytest.raises(
-        ValueError, match=r"input_size: expected four positive integers \(N, 1, H, W\)"
-    ) as error:
+    with pytest.raises(ValueError, match=r"input_size: expected four positive integers \(N, 1, H, W\)") as error:
         explain(model, size)  # type: ignore[arg-type]
     assert "at least 4 (2 poolings)" in str(error.value)
 

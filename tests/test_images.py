@@ -131,9 +131,7 @@ def test_other_types_become_float32(rng: np.random.Generator, tmp_path: Path, dt
 
 
 @pytest.mark.parametrize("compression", ["tiff_lzw", "jpeg"])
-def test_compressions_that_only_libtiff_knows(
-    rng: np.random.Generator, tmp_path: Path, compression: str
-) -> None:
+def test_compressions_that_only_libtiff_knows(rng: np.random.Generator, tmp_path: Path, compression: str) -> None:
     image = np.full((16, 16, 3), (200, 30, 90), np.uint8)
     Image.fromarray(image).save(tmp_path / "a.tif", compression=compression)
     np.testing.assert_allclose(read_image(tmp_path / "a.tif"), image, atol=6)
@@ -153,9 +151,7 @@ def test_tiff_alpha_and_stacks_of_channels(rng: np.random.Generator, tmp_path: P
     if extra == 1:
         assert_reads(tmp_path / "a.tif", image[..., :3])
     else:
-        with pytest.raises(
-            ImageError, match=r"expected one grey or RGB plane, got an array of shape \(7, 5, 5\)"
-        ):
+        with pytest.raises(ImageError, match=r"expected one grey or RGB plane, got an array of shape \(7, 5, 5\)"):
             read_image(tmp_path / "a.tif")
 
 

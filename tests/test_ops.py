@@ -162,19 +162,45 @@ def test_autocast_runs_convolutions_in_its_dtype(dtype, seed):
     assert w.grad is not None and w.grad.dtype == torch.float32
 
 
+def zeros(*shapes, **options):
+    return tuple(torch.zeros(shape, **options) for shape in shapes)
+
+
+X, W = (1, 3, 4, 4), (2, 3, 3, 3)
 BAD = {
-    "x rank": (lambda: ops.conv2d_relu(torch.zeros(3, 4, 4), torch.zeros(1, 3, 3, 3)), r"x: expected shape \(N, C, H, W\), got \(3, 4, 4\)"),
-    "weight size": (lambda: ops.conv2d_relu(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 5, 5)), "weight: expected a 1x1 or 3x3 filter, got .*5, 5"),
-    "weight channels": (lambda: ops.conv2d_relu(torch.zeros(1, 3, 4, 4), torch.zeros(1, 2, 3, 3)), "weight: expected 3 input channels, got .*1, 2, 3, 3"),
-    "weight dtype": (lambda: ops.conv2d_relu(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 3, 3).half()), "weight: expected x's dtype torch.float32, got torch.float16"),
-    "weight device": (lambda: ops.conv2d_relu(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 3, 3, device="meta")), "weight: expected x's device cpu, got meta"),
-    "bias": (lambda: ops.conv2d_relu(torch.zeros(1, 3, 4, 4), torch.zeros(2, 3, 3, 3), torch.zeros(3)), r"bias: expected shape \(2,\), got \(3,\)"),
-    "slope": (lambda: ops.conv2d_relu(torch.zeros(1, 3, 4, 4), torch.zeros(2, 3, 3, 3), negative_slope=1.5), r"negative_slope: expected a number in \[0, 1\), got 1.5"),
-    "pool": (lambda: ops.conv2d_relu(torch.zeros(1, 3, 1, 4), torch.zeros(2, 3, 3, 3), pool=True), "x: expected H and W of at least 2 to pool, got"),
-    "mode": (lambda: ops.upsample_concat(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 8, 8), mode="cubic"), "mode: expected one of .*, got 'cubic'"),
-    "batch": (lambda: ops.upsample_concat(torch.zeros(1, 3, 4, 4), torch.zeros(2, 3, 8, 8)), "skip: expected x's batch of 1, got"),
-    "transpose": (lambda: ops.conv_transpose2x2(torch.zeros(1, 3, 4, 4), torch.zeros(2, 3, 2, 2)), r"weight: expected shape \(3, O, 2, 2\), got"),
-}  # fmt: skip
+    "rank": (lambda: ops.conv2d_relu(*zeros((3, 4, 4), W)), r"x: expected shape \(N, C, H, W\), got \(3, 4, 4\)"),
+    "filter": (lambda: ops.conv2d_relu(*zeros(X, (1, 3, 5, 5))), "weight: expected a 1x1 or 3x3 filter, got .*5, 5"),
+    "channels": (
+        lambda: ops.conv2d_relu(*zeros(X, (1, 2, 3, 3))),
+        "weight: expected 3 input channels, got .*1, 2, 3, 3",
+    ),
+    "dtype": (
+        lambda: ops.conv2d_relu(*zeros(X), *zeros(W, dtype=torch.float16)),
+        "weight: expected x's dtype torch.float32, got torch.float16",
+    ),
+    "device": (
+        lambda: ops.conv2d_relu(*zeros(X), *zeros(W, device="meta")),
+        "weight: expected x's device cpu, got meta",
+    ),
+    "bias": (lambda: ops.conv2d_relu(*zeros(X, W, (3,))), r"bias: expected shape \(2,\), got \(3,\)"),
+    "slope": (
+        lambda: ops.conv2d_relu(*zeros(X, W), negative_slope=1.5),
+        r"negative_slope: expected a number in \[0, 1\), got 1.5",
+    ),
+    "pool": (
+        lambda: ops.conv2d_relu(*zeros((1, 3, 1, 4), W), pool=True),
+        "x: expected H and W of at least 2 to pool, got",
+    ),
+    "mode": (
+        lambda: ops.upsample_concat(*zeros(X, (1, 3, 8, 8)), mode="cubic"),
+        "mode: expected one of .*, got 'cubic'",
+    ),
+    "batch": (lambda: ops.upsample_concat(*zeros(X, (2, 3, 8, 8))), "skip: expected x's batch of 1, got"),
+    "transpose": (
+        lambda: ops.conv_transpose2x2(*zeros(X, (2, 3, 2, 2))),
+        r"weight: expected shape \(3, O, 2, 2\), got",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BAD)

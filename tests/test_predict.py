@@ -54,9 +54,7 @@ def whole(model: UNet, image: np.ndarray, left: int = 0, right: int | None = Non
     ],
     ids=lambda value: str(value),
 )
-def test_tiles_equal_the_whole(
-    kind: str, height: int, width: int, tile: int, rng: np.random.Generator
-) -> None:
+def test_tiles_equal_the_whole(kind: str, height: int, width: int, tile: int, rng: np.random.Generator) -> None:
     model = build(**SHIFT_INVARIANT[kind])
     image = rng.integers(0, 65536, (height, width)).astype(np.uint16)
     expected = whole(model, image)

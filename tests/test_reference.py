@@ -135,7 +135,10 @@ def test_blocks_hold_the_layers_asked_for(norm, activation):
         ({"upsample": "cubic"}, "upsample: expected one of 'bilinear'.*got 'cubic'"),
         ({"norm": "layer"}, "norm: expected one of None, 'batch', 'instance', got 'layer'"),
         ({"activation": "gelu"}, "activation: expected one of 'relu', 'leaky_relu', got 'gelu'"),
-        ({"activation": "leaky_relu", "negative_slope": 1.0}, r"negative_slope: expected a number in \[0, 1\), got 1.0"),
+        (
+            {"activation": "leaky_relu", "negative_slope": 1.0},
+            r"negative_slope: expected a number in \[0, 1\), got 1.0",
+        ),
         ({"negative_slope": "a"}, r"negative_slope: expected a number in \[0, 1\), got 'a'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

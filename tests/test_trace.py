@@ -48,9 +48,7 @@ def run_with_hooks(model: UNet, x: torch.Tensor) -> dict[str, tuple[tuple[int, .
 
 @settings(max_examples=40, deadline=None)
 @given(configs, sizes, sizes, st.integers(1, 2))
-def test_shapes_and_order_are_those_of_the_reference(
-    config: UNetConfig, height: int, width: int, batch: int
-) -> None:
+def test_shapes_and_order_are_those_of_the_reference(config: UNetConfig, height: int, width: int, batch: int) -> None:
     # PyTorch's instance norm refuses a bottleneck of one pixel.
     assume(config.norm != "instance" or max(height, width) >= 2 * config.minimum_size)
     model = UNet.from_config(config)

@@ -60,9 +60,7 @@ def test_load_builds_the_network_and_computes_the_same(model: UNet, tmp_path: Pa
         torch.testing.assert_close(loaded(x), model(x))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "expected"), [(None, torch.float32), (torch.bfloat16, torch.bfloat16)], ids=str
-)
+@pytest.mark.parametrize(("dtype", "expected"), [(None, torch.float32), (torch.bfloat16, torch.bfloat16)], ids=str)
 def test_load_decides_the_dtype_not_the_file(
     model: UNet, tmp_path: Path, dtype: torch.dtype | None, expected: torch.dtype
 ) -> None:
@@ -169,9 +167,7 @@ def test_garbage(tmp_path: Path, suffix: str) -> None:
     one_line(error, path)
 
 
-@pytest.mark.parametrize(
-    "config", ["{", '{"depth": 4}', '{"features": "x"}', '{"negative_slope": "a"}', "[]"]
-)
+@pytest.mark.parametrize("config", ["{", '{"depth": 4}', '{"features": "x"}', '{"negative_slope": "a"}', "[]"])
 def test_a_bad_configuration_inside(tmp_path: Path, config: str) -> None:
     path = tmp_path / "a.safetensors"
     save_file({"w": torch.zeros(1)}, path, metadata={"fastunet_config": config})

@@ -32,7 +32,7 @@ TILE_SHAPES = [
 def check_conv_relu_pool(shape, precision, make):
     n, c, h, w, o = shape
     x, weight, bias = make(precision, n, c, h, w), make(precision, o, c, 3, 3, fan_in=9 * c), make(precision, o)
-    y, pooled = kernels.conv_fwd(x, weight, bias, slope=0.0, pool=True, tf32=precision == "tf32")
+    y, pooled = kernels.conv_pool_fwd(x, weight, bias, slope=0.0, tf32=precision == "tf32")
     check(precision, y, conv2d_relu, x, weight, bias, 0.0)
     check(precision, pooled, lambda *a: F.max_pool2d(conv2d_relu(*a), 2), x, weight, bias, 0.0)
     assert torch.equal(pooled, F.max_pool2d(y, 2))
@@ -54,15 +54,14 @@ def test_conv_relu_pool_tiles(shape, precision, make):
 def test_no_bias_and_other_activations(shape, slope, make):
     n, c, h, w, o = shape
     x, weight = make("fp16", n, c, h, w), make("fp16", o, c, 3, 3, fan_in=9 * c)
-    y, pooled = kernels.conv_fwd(x, weight, None, slope=slope)
-    assert pooled is None
+    y = kernels.conv_fwd(x, weight, None, slope=slope)
     check("fp16", y, conv2d_relu, x, weight, None, slope)
 
 
 @pytest.mark.parametrize("o", [1, 2, 5, 21], ids=lambda o: f"{o}-classes")
 def test_head(o, precision, make):
     x, weight, bias = make(precision, 2, 64, 5, 7), make(precision, o, 64, 1, 1, fan_in=64), make(precision, o)
-    y, _ = kernels.conv_fwd(x, weight, bias, slope=1.0, tf32=precision == "tf32")
+    y = kernels.conv_fwd(x, weight, bias, slope=1.0, tf32=precision == "tf32")
     check(precision, y, conv2d_relu, x, weight, bias, 1.0)
 
 
@@ -87,13 +86,13 @@ STRIDES = {
 @pytest.mark.parametrize("c", [3, 16], ids=["stem", "conv"])
 def test_any_strides(layout, c, make):
     x, weight = STRIDES[layout](make("bf16", 2, c, 5, 6)), make("bf16", 16, c, 3, 3, fan_in=9 * c)
-    y = kernels.stem_fwd(x, weight, None, slope=0.0) if c == 3 else kernels.conv_fwd(x, weight, None, slope=0.0)[0]
+    y = kernels.stem_fwd(x, weight, None, slope=0.0) if c == 3 else kernels.conv_fwd(x, weight, None, slope=0.0)
     check("bf16", y, conv2d_relu, x, weight, None, 0.0)
 
 
 def test_empty_batch(make):
-    y, pooled = kernels.conv_fwd(make("fp16", 0, 8, 4, 6), make("fp16", 5, 8, 3, 3), None, slope=0.0, pool=True)
-    assert y.shape == (0, 5, 4, 6) and pooled is not None and pooled.shape == (0, 5, 2, 3)
+    y, pooled = kernels.conv_pool_fwd(make("fp16", 0, 8, 4, 6), make("fp16", 5, 8, 3, 3), None, slope=0.0)
+    assert y.shape == (0, 5, 4, 6) and pooled.shape == (0, 5, 2, 3)
     assert kernels.stem_fwd(make("fp16", 0, 3, 4, 6), make("fp16", 5, 3, 3, 3), None, slope=0.0).shape == (0, 5, 4, 6)
 
 
@@ -101,7 +100,7 @@ def test_empty_batch(make):
 def test_nan_and_inf_go_where_torch_lets_them(value, make):
     x, weight, bias = make("ieee", 1, 6, 7, 8), make("ieee", 9, 6, 3, 3, fan_in=54), make("ieee", 9)
     x[0, 2, 3, 4] = value
-    y, pooled = kernels.conv_fwd(x, weight, bias, slope=0.0, pool=True)
+    y, pooled = kernels.conv_pool_fwd(x, weight, bias, slope=0.0)
     check("ieee", y, conv2d_relu, x, weight, bias, 0.0)
     check("ieee", pooled, lambda *a: F.max_pool2d(conv2d_relu(*a), 2), x, weight, bias, 0.0)
 
@@ -116,7 +115,7 @@ def test_offsets_beyond_2_to_31(axis, seed, device):
                                  dtype=torch.float16, device=device)  # fmt: skip
     x = memory.as_strided(shape, stride).copy_(torch.randn(shape))
     weight = (torch.randn(8, 8, 3, 3, device=device) / 8).half()
-    y, _ = kernels.conv_fwd(x, weight, None, slope=0.0)
+    y = kernels.conv_fwd(x, weight, None, slope=0.0)
     check("fp16", y, conv2d_relu, x.clone(memory_format=torch.contiguous_format), weight, None, 0.0)
     y = kernels.stem_fwd(x[:, :3], weight[:, :3], None, slope=0.0)
     check("fp16", y, conv2d_relu, x[:, :3].clone(memory_format=torch.contiguous_format), weight[:, :3], None, 0.0)
@@ -131,7 +130,7 @@ def test_offsets_beyond_2_to_31(axis, seed, device):
 def test_any_shape(n, c, h, w, o, ksize, precision, bias, slope, make):
     x, weight = make(precision, n, c, h, w), make(precision, o, c, ksize, ksize, fan_in=c * ksize**2)
     b = make(precision, o) if bias else None
-    y, pooled = kernels.conv_fwd(x, weight, b, slope=slope, pool=True, tf32=precision == "tf32")
+    y, pooled = kernels.conv_pool_fwd(x, weight, b, slope=slope, tf32=precision == "tf32")
     check(precision, y, conv2d_relu, x, weight, b, slope)
     assert torch.equal(pooled, F.max_pool2d(y, 2))
 
@@ -141,7 +140,7 @@ def test_any_shape(n, c, h, w, o, ksize, precision, bias, slope, make):
 def test_output_beyond_2_to_31(make):
     """2.4 G elements out: the last pixels must be the ones a small convolution of that corner gives."""
     x, weight = make("fp16", 1, 8, 6144, 6144), make("fp16", 64, 8, 3, 3, fan_in=72)
-    y, _ = kernels.conv_fwd(x, weight, None, slope=0.0)
+    y = kernels.conv_fwd(x, weight, None, slope=0.0)
     corner = x[:, :, -9:, -9:]
     check("fp16", y[:, :, -8:, -8:].contiguous(memory_format=torch.channels_last),
           lambda *a: conv2d_relu(*a)[:, :, 1:, 1:], corner, weight, None, 0.0)  # fmt: skip
