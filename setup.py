@@ -41,7 +41,7 @@ setup(
     extras_require={"test": TEST, "dev": TEST + DEV},
     packages=["fastunet", "fastunet.kernels"],
     package_dir={"fastunet": "fastunet", "fastunet.kernels": "kernels"},
-    package_data={"fastunet": ["py.typed", "weights/*"]},
+    package_data={"fastunet": ["py.typed", "pretrained/*"]},
     entry_points={"console_scripts": ["fastunet=fastunet.cli:main"]},
     zip_safe=False,
 )

@@ -30,13 +30,13 @@ import triton
 from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fastunet import kernels
 from fastunet.kernels import tuning
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHES = {80: "sm_80", 90: "sm_90a"}
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block, CUDA programming guide, table of limits
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
@@ -147,12 +147,13 @@ def examine(options: dict[str, Any], compiled: Any, arch: int, dtype: str) -> Ro
         ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         ptx.write_text(compiled.asm["ptx"])
         report = subprocess.run(
-            [TOOLS / "ptxas", "-v", f"--gpu-name={ARCHES[arch]}", ptx, "-o", cubin],
+            [get_ptxas(arch).path, "-v", f"--gpu-name={ARCHES[arch]}", ptx, "-o", cubin],
             capture_output=True,
             text=True,
             check=True,
         ).stderr
-        sass = subprocess.run([TOOLS / "nvdisasm", cubin], capture_output=True, text=True, check=True).stdout
+        disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+        sass = subprocess.run([disassembler, cubin], capture_output=True, text=True, check=True).stdout
     registers = int(re.findall(r"Used (\d+) registers", report)[0])
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report))
     opcodes = collections.Counter(re.findall(r"\b(HGMMA|HMMA|FFMA|UTMALDG)\b", sass))

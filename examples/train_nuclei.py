@@ -3,7 +3,7 @@
 DATA holds ``train/`` and ``val/``, each with ``images/`` and ``labels/`` of equal file names;
 a label above 0 is foreground. The images are a CC0 subset of the 2018 Data Science Bowl.
 
-    python examples/train_nuclei.py DATA --out fastunet/weights/nuclei.safetensors
+    python examples/train_nuclei.py DATA --out fastunet/pretrained/nuclei.safetensors
 
 Training runs on the plain reference network, whose state_dict FastUNet shares key by key.
 """

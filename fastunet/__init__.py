@@ -6,9 +6,16 @@
 torch.Size([1, 2, 32, 32])
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from . import dispatch, ops, reference
 from .config import UNetConfig
 from .explain import explain
 from .model import FastUNet
+
+try:
+    __version__ = version("fastunet")
+except PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "0.0.0+uninstalled"
 
 __all__ = ["FastUNet", "UNetConfig", "dispatch", "explain", "ops", "reference"]

@@ -18,7 +18,7 @@ from .model import FastUNet
 from .reference import UNet
 
 #: The small nuclei model that ships with the package (see ``nuclei.md`` beside it).
-NUCLEI = Path(__file__).parent / "weights" / "nuclei.safetensors"
+NUCLEI = Path(__file__).parent / "pretrained" / "nuclei.safetensors"
 #: Its configuration, assumed for files that carry none. ``align_corners=False`` makes the network
 #: shift-invariant by multiples of its pooling, so that tiles of a large image agree with the whole;
 #: batch norm lets a net this small train quickly, and costs nothing once folded.

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .implicit_gemm import accumulate, add_bias_activate, store_pooled, store_tile, tile_origin, tile_pixels
 from .tensors import (
+    bias_or_zeros,
     empty_channels_last,
     packed_weight,
     pixel_descriptor,
@@ -35,7 +36,7 @@ from .tuning import ConvConfig, capability, conv_config
 def _conv_fwd_kernel(
     x, w, bias_ptr, y_ptr, pooled_ptr,
     N, C, H, W, O, stride_xn, stride_xh, stride_xw,
-    KSIZE: tl.constexpr, HAS_BIAS: tl.constexpr, SLOPE: tl.constexpr, POOL: tl.constexpr,
+    KSIZE: tl.constexpr, SLOPE: tl.constexpr, POOL: tl.constexpr,
     BLOCK_CO: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_K: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -46,7 +47,7 @@ def _conv_fwd_kernel(
         n0, h0, w0, N, H, W, C, H, W, 0, 0, stride_xn, stride_xh, stride_xw,
         KSIZE, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K, USE_TMA, PRECISION,
     )  # fmt: skip
-    acc = add_bias_activate(acc, bias_ptr, co0, O, HAS_BIAS, SLOPE, BLOCK_CO)
+    acc = add_bias_activate(acc, bias_ptr, co0, O, SLOPE, BLOCK_CO)
     n, h, col = tile_pixels(n0, h0, w0, BLOCK_N, BLOCK_H, BLOCK_W)
     store_tile(y_ptr, acc, n, h, col, co0, N, H, W, O, BLOCK_CO)
     if POOL:
@@ -115,8 +116,8 @@ def _launch(
     _conv_fwd_kernel[(config.tiles(n, h, w, o),)](
         pixel_descriptor(x, config) if config.tma else x,
         weight_descriptor(rows, config) if config.tma else rows,
-        bias, y, pooled, n, c, h, w, o, x.stride(0), x.stride(2), x.stride(3),
-        KSIZE=ksize, HAS_BIAS=bias is not None, SLOPE=slope, POOL=pooled is not None,
+        bias_or_zeros(bias, y), y, pooled, n, c, h, w, o, x.stride(0), x.stride(2), x.stride(3),
+        KSIZE=ksize, SLOPE=slope, POOL=pooled is not None,
         USE_TMA=config.tma, PRECISION="tf32" if tf32 else "ieee", **config.options(),
     )  # fmt: skip
     return y

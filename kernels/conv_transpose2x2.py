@@ -19,7 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .implicit_gemm import accumulate, add_bias_activate, store_tile, tile_origin, tile_pixels
-from .tensors import empty_channels_last, pixel_descriptor, tma_serves, unit_channel_stride, weight_descriptor
+from .tensors import (
+    bias_or_zeros,
+    empty_channels_last,
+    pixel_descriptor,
+    tma_serves,
+    unit_channel_stride,
+    weight_descriptor,
+)
 from .tuning import ConvConfig, capability, conv_config
 
 
@@ -27,7 +34,6 @@ from .tuning import ConvConfig, capability, conv_config
 def _conv_transpose2x2_fwd_kernel(
     x, w, bias_ptr, y_ptr,
     N, C, H, W, O, stride_xn, stride_xh, stride_xw,
-    HAS_BIAS: tl.constexpr,
     BLOCK_CO: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_K: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -39,7 +45,7 @@ def _conv_transpose2x2_fwd_kernel(
         n0, h0, w0, N, H, W, C, H, W, 0, 0, stride_xn, stride_xh, stride_xw,
         1, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K, USE_TMA, PRECISION,
     )  # fmt: skip
-    acc = add_bias_activate(acc, bias_ptr, co0, O, HAS_BIAS, 1.0, BLOCK_CO)
+    acc = add_bias_activate(acc, bias_ptr, co0, O, 1.0, BLOCK_CO)
     n, h, col = tile_pixels(n0, h0, w0, BLOCK_N, BLOCK_H, BLOCK_W)
     store_tile(y_ptr, acc, n, 2 * h + tap // 2, 2 * col + tap % 2, co0, N, 2 * H, 2 * W, O, BLOCK_CO)
 
@@ -69,8 +75,7 @@ def conv_transpose2x2_fwd(
     _conv_transpose2x2_fwd_kernel[(config.tiles(n, h, w, o), 4)](
         pixel_descriptor(x, config) if config.tma else x,
         weight_descriptor(rows, config) if config.tma else rows,
-        bias, y, n, c, h, w, o, x.stride(0), x.stride(2), x.stride(3),
-        HAS_BIAS=bias is not None,
+        bias_or_zeros(bias, y), y, n, c, h, w, o, x.stride(0), x.stride(2), x.stride(3),
         USE_TMA=config.tma, PRECISION="tf32" if tf32 else "ieee", **config.options(),
     )  # fmt: skip
     return y

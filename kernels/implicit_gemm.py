@@ -112,11 +112,10 @@ def accumulate(
 
 
 @triton.jit
-def add_bias_activate(acc, bias_ptr, co0, O, HAS_BIAS: tl.constexpr, SLOPE: tl.constexpr, BLOCK_CO: tl.constexpr):
+def add_bias_activate(acc, bias_ptr, co0, O, SLOPE: tl.constexpr, BLOCK_CO: tl.constexpr):
     """acc [BLOCK_CO, BLOCK_P] -> activation(acc + bias). SLOPE: 0 ReLU, 1 none, between them leaky."""
-    if HAS_BIAS:
-        co = co0 + tl.arange(0, BLOCK_CO)
-        acc += tl.load(bias_ptr + co, mask=co < O, other=0.0).to(tl.float32)[:, None]
+    co = co0 + tl.arange(0, BLOCK_CO)
+    acc += tl.load(bias_ptr + co, mask=co < O, other=0.0).to(tl.float32)[:, None]
     if SLOPE == 0.0:
         acc = tl.where(acc <= 0, 0.0, acc)  # not max(): NaN must stay NaN, as in torch
     elif SLOPE != 1.0:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .implicit_gemm import add_bias_activate, dot, store_tile, tile_origin, tile_pixels
-from .tensors import empty_channels_last, packed_weight
+from .tensors import bias_or_zeros, empty_channels_last, packed_weight
 from .tuning import ConvConfig, stem_config
 
 STEM_CHANNELS = 4
@@ -27,7 +27,7 @@ STEM_CHANNELS = 4
 def _stem_fwd_kernel(
     x_ptr, w_ptr, bias_ptr, y_ptr,
     N, H, W, O, stride_xn, stride_xc, stride_xh, stride_xw,
-    C: tl.constexpr, HAS_BIAS: tl.constexpr, SLOPE: tl.constexpr,
+    C: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_CO: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -44,7 +44,7 @@ def _stem_fwd_kernel(
     w_mask = (co < O)[:, None] & (k < 9 * C)[None, :]
     w = tl.load(w_ptr + co[:, None] * (9 * C) + k[None, :], mask=w_mask, other=0.0)
     acc = dot(w, x, tl.zeros([BLOCK_CO, BLOCK_N * BLOCK_H * BLOCK_W], tl.float32), PRECISION)
-    acc = add_bias_activate(acc, bias_ptr, co0, O, HAS_BIAS, SLOPE, BLOCK_CO)
+    acc = add_bias_activate(acc, bias_ptr, co0, O, SLOPE, BLOCK_CO)
     store_tile(y_ptr, acc, n, h, col, co0, N, H, W, O, BLOCK_CO)
 
 
@@ -65,8 +65,8 @@ def stem_fwd(
         return y
     config = config or stem_config(c, o, h, w)
     _stem_fwd_kernel[(config.tiles(n, h, w, o),)](
-        x, packed_weight(weight), bias, y, n, h, w, o, *x.stride(),
-        C=c, HAS_BIAS=bias is not None, SLOPE=slope,
+        x, packed_weight(weight), bias_or_zeros(bias, y), y, n, h, w, o, *x.stride(),
+        C=c, SLOPE=slope,
         PRECISION="tf32" if tf32 else "ieee", **config.options(),
     )  # fmt: skip
     return y

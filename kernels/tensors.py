@@ -20,6 +20,15 @@ def empty_channels_last(x: Tensor, channels: int, height: int, width: int) -> Te
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
+def bias_or_zeros(bias: Tensor | None, y: Tensor) -> Tensor:
+    """The bias, or zeros for the channels of ``y``.
+
+    Not a branch in the kernel: without an addition after the loop, the ptxas of Triton 3.6.0
+    serialises the tf32 WGMMAs (C7515).
+    """
+    return y.new_zeros(y.shape[1]) if bias is None else bias
+
+
 def packed_weight(weight: Tensor) -> Tensor:
     """(O, C, K, K) -> (O, K * K * C) rows; free when the weight is channels_last already."""
     return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1).contiguous()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .implicit_gemm import accumulate, add_bias_activate, dot, load_weights, store_tile, tile_origin, tile_pixels
 from .tensors import (
+    bias_or_zeros,
     empty_channels_last,
     packed_weight,
     pixel_descriptor,
@@ -66,7 +67,7 @@ def _upconcat_conv3x3_fwd_kernel(
     x, skip, w, bias_ptr, y_ptr,
     N, C1, C2, H, W, O, x_height, x_width, top, left,
     stride_xn, stride_xh, stride_xw, stride_sn, stride_sh, stride_sw,
-    MODE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, HAS_BIAS: tl.constexpr, SLOPE: tl.constexpr,
+    MODE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_CO: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_K: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +90,7 @@ def _upconcat_conv3x3_fwd_kernel(
         n0, h0, w0, N, H, W, C2, H, W, 0, 0, stride_sn, stride_sh, stride_sw,
         3, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K, USE_TMA, PRECISION,
     )  # fmt: skip
-    acc = add_bias_activate(acc, bias_ptr, co0, O, HAS_BIAS, SLOPE, BLOCK_CO)
+    acc = add_bias_activate(acc, bias_ptr, co0, O, SLOPE, BLOCK_CO)
     n, h, col = tile_pixels(n0, h0, w0, BLOCK_N, BLOCK_H, BLOCK_W)
     store_tile(y_ptr, acc, n, h, col, co0, N, H, W, O, BLOCK_CO)
 
@@ -136,9 +137,9 @@ def upconcat_conv3x3_fwd(
         pixel_descriptor(x, config) if config.tma else x,
         pixel_descriptor(skip, config) if config.tma else skip,
         weight_descriptor(rows, config) if config.tma else rows,
-        bias, y, n, c1, c2, h, w, o, x.shape[2], x.shape[3], top, left,
+        bias_or_zeros(bias, y), y, n, c1, c2, h, w, o, x.shape[2], x.shape[3], top, left,
         x.stride(0), x.stride(2), x.stride(3), skip.stride(0), skip.stride(2), skip.stride(3),
-        MODE=mode, ALIGN_CORNERS=align_corners, HAS_BIAS=bias is not None, SLOPE=slope,
+        MODE=mode, ALIGN_CORNERS=align_corners, SLOPE=slope,
         USE_TMA=config.tma, PRECISION="tf32" if tf32 else "ieee", **config.options(),
     )  # fmt: skip
     return y

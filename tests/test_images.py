@@ -327,6 +327,8 @@ def test_a_failed_write_leaves_no_trace(tmp_path: Path, old: bytes | None, stop:
 
 def test_a_kill_before_the_rename_leaves_the_old_file(tmp_path: Path) -> None:
     """Ctrl-C arrives as a signal, at any line of the block."""
+    # A process started in the background inherits an ignored SIGINT, and Python leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     path = tmp_path / "a.png"
     path.write_bytes(b"old")
 
@@ -335,6 +337,9 @@ def test_a_kill_before_the_rename_leaves_the_old_file(tmp_path: Path) -> None:
             temporary.write_bytes(b"new")
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        write()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            write()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]

@@ -66,8 +66,8 @@ def test_wheel_has_every_module(wheel_files):
 def test_wheel_has_weights_and_type_marker(wheel_files):
     assert {
         "fastunet/py.typed",
-        "fastunet/weights/nuclei.safetensors",
-        "fastunet/weights/nuclei.md",
+        "fastunet/pretrained/nuclei.safetensors",
+        "fastunet/pretrained/nuclei.md",
     } <= wheel_files
 
 
@@ -114,7 +114,7 @@ def test_installed_wheel_runs_from_its_own_files(built, tmp_path):
     assert [Path(path).relative_to(target).as_posix() for path in paths] == [
         "fastunet/__init__.py",
         "fastunet/kernels/__init__.py",
-        "fastunet/weights/nuclei.safetensors",
+        "fastunet/pretrained/nuclei.safetensors",
     ]
     assert version == "0.1.0 0.1.0"
     assert (target / "bin" / "fastunet").is_file()
