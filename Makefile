@@ -1,5 +1,5 @@
 # `make demo` and `make test` start from nothing but Python 3.11 or newer; the second run is quick.
-# `make gpu` is for a machine whose Python already has PyTorch and pytest.
+# `make gpu` is for a machine whose Python already has PyTorch, pytest, pytest-xdist and hypothesis.
 
 PYTHON ?= python3
 # Test processes; each loads PyTorch.
@@ -48,9 +48,9 @@ $(OTHER_TRITONS:%=triton-%): triton-%: $(VENV)/triton-%/installed
 bench: $(VENV)/installed ## timings
 	$(RUN) -m pytest benchmarks
 
-gpu: ## the tests that need a CUDA device, in this checkout, with this machine's own Python
+gpu: ## the tests of the kernels on this machine's GPU, in this checkout, with its own Python
 	@$(PYTHON) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'PyTorch sees no CUDA device')"
-	PYTHONPATH=. $(PYTHON) -m pytest tests -m cuda -q
+	PYTHONPATH=. $(PYTHON) -m pytest -q -n 8 tests/kernels tests/test_ops.py tests/test_model.py
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -24,7 +24,7 @@ from torch import Tensor
 from fastunet.images import normalise, read_image
 from fastunet.predict import predict_mask
 from fastunet.reference import UNet
-from fastunet.weights import NUCLEI_CONFIG, save
+from fastunet.weights import NUCLEI_CONFIG, read, save
 
 
 def load(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -37,12 +37,20 @@ def load(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def crop(x: Tensor, mask: Tensor, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """A random window under one of the eight symmetries of the square, with random exposure."""
+    """A random window under one of the eight symmetries of the square, with random exposure.
+
+    Every other window is drawn around a nucleus: where those are a hundredth of the image, few
+    windows would show one.
+    """
     h, w = x.shape[1:]
     # Zoom first, so that nuclei of one microscope are seen at others' magnifications.
     side = int(size * rng.uniform(0.7, 1.4))
     rows, cols = min(side, h), min(side, w)
     top, left = rng.integers(0, h - rows + 1), rng.integers(0, w - cols + 1)
+    nuclei = mask.nonzero()
+    if rng.random() < 0.5 and len(nuclei):
+        row, column = nuclei[rng.integers(len(nuclei))].tolist()
+        top, left = min(max(row - rows // 2, 0), h - rows), min(max(column - cols // 2, 0), w - cols)
     x, mask = x[:, top : top + rows, left : left + cols], mask[top : top + rows, left : left + cols]
     x = F.interpolate(x[None], (size, size), mode="bilinear", align_corners=False)[0]
     mask = F.interpolate(mask[None, None].float(), (size, size), mode="nearest")[0, 0].long()
@@ -76,6 +84,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--init", type=Path, help="weights to go on from; a second stage wants a smaller --lr")
+    parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate of the one-cycle schedule")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--size", type=int, default=192)
@@ -89,9 +99,11 @@ def main() -> None:
     # A window sees less of a large image, and the stained tissue on bright ground is few and hard.
     draw = np.array([math.sqrt(x.numel()) * (2 if x.median() > 0.5 else 1) for x, _ in tensors])
     model = UNet.from_config(NUCLEI_CONFIG)
+    if arguments.init:
+        model.load_state_dict(read(arguments.init)[1])
     model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, arguments.steps, pct_start=0.1)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=arguments.lr, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, arguments.lr, arguments.steps, pct_start=0.1)
     start = time.perf_counter()
     for step in range(1, arguments.steps + 1):
         picks = rng.choice(len(tensors), arguments.batch, p=draw / draw.sum())
@@ -102,7 +114,7 @@ def main() -> None:
         loss.backward()
         optimiser.step()
         schedule.step()
-        if step % 500 == 0 or step == arguments.steps:
+        if step % 300 == 0 or step == arguments.steps:
             mean, pooled = foreground_dice(model.eval(), val)
             print(
                 f"step {step}: loss {loss.item():.3f}, validation Dice {mean:.4f} (mean of images), "
