@@ -31,6 +31,7 @@ from rich.table import Table
 from . import dispatch, weights
 from .config import UPSAMPLE, UNetConfig
 from .explain import COLUMNS, NUMERIC, explain_config
+from .files import atomic_write
 from .images import SUFFIXES, ImageError, overlay, read_image, write_png
 from .predict import predict_mask
 from .reference import UNet
@@ -80,7 +81,11 @@ class Result:
 
 def segment(arguments: argparse.Namespace) -> int:
     """Write a mask and an overlay for every image."""
-    model = weights.load(arguments.weights, arguments.device, DTYPES[arguments.dtype])
+    try:
+        model = weights.load(arguments.weights, arguments.device, DTYPES[arguments.dtype])
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).partition("\n")[0] or "out of memory"
+        raise SetupError(f"{arguments.weights}: cannot be put on {arguments.device} ({reason})") from None
     if model.config.in_channels not in (1, 3):
         channels = model.config.in_channels
         raise SetupError(f"{arguments.weights}: expected a model of 1 or 3 channels, got {channels}")
@@ -115,8 +120,8 @@ def segment(arguments: argparse.Namespace) -> int:
                     if target.resolve() in inputs:
                         raise ImageError(f"its output would overwrite the input {target}")
                 results.append(_segment_one(model, path, mask_path, overlay_path))
-            except (ImageError, OSError, MemoryError, RuntimeError) as error:
-                # Beside unusable images: a full disk, or a device out of memory.
+            except (ValueError, OSError, MemoryError, RuntimeError) as error:
+                # Unusable images (ImageError), a full disk, a device out of memory, a net too deep for tiles.
                 fail(path, str(error).partition("\n")[0] or type(error).__name__)
             progress.advance(task)
 
@@ -192,8 +197,10 @@ def _segment_one(model: UNet, path: Path, mask_path: Path, overlay_path: Path) -
     image = read_image(path)
     mask = predict_mask(model, image)
     # To the eye 0 and 1 are both black; with more classes the file holds the class itself.
-    write_png(mask_path, mask * np.uint8(255) if model.config.out_channels <= 2 else mask)
-    write_png(overlay_path, overlay(image, mask))
+    visible = mask * np.uint8(255) if model.config.out_channels <= 2 else mask
+    with atomic_write(mask_path) as mask_file, atomic_write(overlay_path) as overlay_file:  # both or none
+        write_png(mask_file, visible)
+        write_png(overlay_file, overlay(image, mask))
     return Result(
         image=path,
         outcome=mask_path.name,
@@ -220,7 +227,10 @@ def summary(arguments: argparse.Namespace) -> int:
     """Print the data flow of a network, from its description alone."""
     config = UNetConfig(upsample=arguments.upsample)
     if arguments.weights is not None:
-        config = weights.read(arguments.weights)[0] or weights.NUCLEI_CONFIG
+        found = weights.read(arguments.weights)[0]
+        if found is None:
+            raise SetupError(f"{arguments.weights}: holds no configuration (fastunet.weights.save writes one)")
+        config = found
     height, width = arguments.size
     if min(height, width) < config.minimum_size:
         least = config.minimum_size

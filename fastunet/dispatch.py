@@ -1,6 +1,6 @@
-"""Which implementation serves this operator, shape, dtype and device, and why.
+"""Which implementation serves a tensor of this dtype and device, and why.
 
-Pure: nothing is launched here and no kernel is imported, so that a choice can be shown
+Nothing is launched here and no kernel is imported, so that a choice can be shown
 (``fastunet summary``, ``fastunet.explain``) without making it.
 """
 
@@ -69,9 +69,9 @@ def choose(device: torch.device, dtype: torch.dtype) -> Choice:
         return Choice(forced, "asked for")
     if obstacle is not None:
         return Choice("torch", obstacle)
-    if device.type == "cpu":
+    if interpreting():
         # The interpreter is for checking kernels; it is thousands of times slower than torch.
-        return Choice("torch", "the device is a CPU (interpreted kernels only when asked for)")
+        return Choice("torch", "TRITON_INTERPRET is set, and interpreted kernels run only when asked for")
     return Choice("triton", "fused kernel")
 
 

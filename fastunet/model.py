@@ -107,7 +107,9 @@ class FastUNet(UNet):
         if torch.compiler.is_compiling() or not _cacheable(tensors):
             return _fold(conv.weight, conv.bias, norm)
         device = conv.weight.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else conv.weight.dtype
+        dtype = conv.weight.dtype
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:  # as the operators do
+            dtype = torch.get_autocast_dtype(device)
         found = self._prepared.get(conv)
         if found is None or not found.fresh(tensors, dtype):
             found = self._prepared[conv] = _Prepared(conv, norm, tensors, dtype)

@@ -25,7 +25,7 @@ if TYPE_CHECKING or dispatch.has_triton():
     from . import kernels
 
 aten = torch.ops.aten
-_MODES = ("bilinear", "nearest", "none")
+_UPSAMPLING = ("bilinear", "nearest")
 
 
 def _takes_triton(x: Tensor) -> bool:
@@ -292,8 +292,8 @@ def _check_alike(x: Tensor, **others: Tensor | None) -> None:
             _check(other.device == x.device, name, f"x's device {x.device}", other.device)
 
 
-def _check_sources(x: Tensor, skip: Tensor, mode: str) -> None:
-    _check(mode in _MODES, "mode", f"one of {_MODES}", repr(mode))
+def _check_sources(x: Tensor, skip: Tensor, mode: str, modes: tuple[str, ...]) -> None:
+    _check(mode in modes, "mode", f"one of {modes}", repr(mode))
     _check(x.dim() == 4, "x", "shape (N, C, H, W)", tuple(x.shape))
     _check(skip.dim() == 4, "skip", "shape (N, C, H, W)", tuple(skip.shape))
     _check(skip.shape[0] == x.shape[0], "skip", f"x's batch of {x.shape[0]}", tuple(skip.shape))
@@ -378,7 +378,7 @@ def upsample_concat(x: Tensor, skip: Tensor, *, mode: str = "bilinear", align_co
         x: (N, C1, h, w), any strides.
         skip: (N, C2, H, W), any strides. Where H or W differs from the doubled map, the map is
             zero-padded (or cropped) evenly, the odd pixel below or right.
-        mode: ``"bilinear"``, ``"nearest"``, or ``"none"`` for an x of the skip's scale.
+        mode: ``"bilinear"`` or ``"nearest"``.
 
     Returns:
         (N, C1 + C2, H, W), channels_last. Errors as in :func:`conv2d_relu`.
@@ -386,7 +386,7 @@ def upsample_concat(x: Tensor, skip: Tensor, *, mode: str = "bilinear", align_co
     dtype = torch.promote_types(x.dtype, skip.dtype)
     if torch.is_autocast_enabled(x.device.type):
         x, skip = x.to(dtype), skip.to(dtype)
-    _check_sources(x, skip, mode)
+    _check_sources(x, skip, mode, _UPSAMPLING)
     _check_alike(x, skip=skip)
     return _upsample_concat(x, skip, mode, align_corners)
 
@@ -406,12 +406,13 @@ def upsample_concat_conv2d_relu(
 
     Args:
         x: (N, C1, h, w). skip: (N, C2, H, W). weight: (O, C1 + C2, 3, 3). bias: (O,) or None.
+        mode: as there, or ``"none"`` for an x of the skip's scale.
 
     Returns:
         (N, O, H, W), channels_last. Errors as in :func:`conv2d_relu`.
     """
     x, skip, weight, bias = _autocast(x, skip, weight, bias)
-    _check_sources(x, skip, mode)
+    _check_sources(x, skip, mode, (*_UPSAMPLING, "none"))
     _check_conv(x, x.shape[1] + skip.shape[1], weight, bias)
     _check(weight.shape[2] == 3, "weight", "a 3x3 filter", tuple(weight.shape))
     _check_alike(x, skip=skip, weight=weight, bias=bias)

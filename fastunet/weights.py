@@ -54,8 +54,9 @@ def load(
         WeightsError: as :func:`read` and :func:`load_into`.
     """
     config, state = read(path)
-    model = FastUNet(**vars(config or NUCLEI_CONFIG))
-    load_into(model, state, str(path))
+    model = FastUNet.from_config(config or NUCLEI_CONFIG)
+    note = "" if config else " (no configuration in the file: taken for the shipped nuclei model's)"
+    load_into(model, state, f"{path}{note}")
     return model.to(device=device, dtype=dtype).eval()
 
 

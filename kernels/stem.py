@@ -12,6 +12,7 @@ bias (O,); float16, bfloat16 or float32.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -63,7 +64,7 @@ def stem_fwd(
     y = empty_channels_last(x, o, h, w)
     if y.numel() == 0:
         return y
-    config = config or stem_config(c, o, h, w)
+    config = config or stem_config(c, o, h, w, precise=x.dtype == torch.float32 and not tf32)
     _stem_fwd_kernel[(config.tiles(n, h, w, o),)](
         x, packed_weight(weight), bias_or_zeros(bias, y), y, n, h, w, o, *x.stride(),
         C=c, SLOPE=slope,

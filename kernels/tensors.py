@@ -10,8 +10,12 @@ from .tuning import ConvConfig
 
 
 def unit_channel_stride(x: Tensor) -> Tensor:
-    """``x`` (N, C, H, W) with adjacent channels adjacent in memory; copied only if it is not so."""
-    return x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
+    """``x`` (N, C, H, W) with adjacent channels adjacent in memory; copied only if it is not so.
+
+    Rows and columns must also be near enough for the offset of a filter tap to fit in 32 bits.
+    """
+    near = x.stride(2) < 2**30 and x.stride(3) < 2**30
+    return x if near and (x.shape[1] == 1 or x.stride(1) == 1) else x.contiguous(memory_format=torch.channels_last)
 
 
 def empty_channels_last(x: Tensor, channels: int, height: int, width: int) -> Tensor:
@@ -26,7 +30,7 @@ def bias_or_zeros(bias: Tensor | None, y: Tensor) -> Tensor:
     Not a branch in the kernel: without an addition after the loop, the ptxas of Triton 3.6.0
     serialises the tf32 WGMMAs (C7515).
     """
-    return y.new_zeros(y.shape[1]) if bias is None else bias
+    return y.new_zeros(y.shape[1]) if bias is None else bias.contiguous()
 
 
 def packed_weight(weight: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-HOPPER = (9, 0)  # the first with TMA
+HOPPER = (9, 0)
+LARGE_SHARED_MEMORY = (9, 10)  # majors of the data-centre GPUs with TMA and 227 KB; 12.x has 99 KB
 
 
 @dataclass(frozen=True)
@@ -109,21 +110,25 @@ def conv_config(
     if interpolating:
         # Four neighbours, their weights and the sum live beside the accumulators.
         return ConvConfig(min(block_co, 64), *_tile(64, height, width), min(block_k, 32), num_warps=4, num_stages=2)
-    hopper = capability >= HOPPER
-    use_tma = tma and hopper and block_co >= 64 and all(c % block_k == 0 for c in channels)
+    large = capability[0] in LARGE_SHARED_MEMORY
+    use_tma = tma and large and block_co >= 64 and all(c % block_k == 0 for c in channels)
     # 64 output channels: twice the pixels, so that the accumulator stays 128 registers a thread.
     # Without TMA the pixels' addresses want those registers, in float32 twice as many.
     pixels = 256 if block_co == 64 and use_tma else 128
     if size == 4 and not use_tma:
         block_co = min(block_co, 64)
-    # 96 KB of stages fit sm_86 and sm_89 too (99 KB); Hopper has 227 KB.
-    stages = 4 if hopper else 3
+    # 96 KB of stages fit sm_86, sm_89 and sm_120 too (99 KB).
+    stages = 4 if large else 3
     return ConvConfig(block_co, *_tile(pixels, height, width), block_k, num_warps=8, num_stages=stages, tma=use_tma)
 
 
-def stem_config(channels: int, out_channels: int, height: int, width: int) -> ConvConfig:
+def stem_config(channels: int, out_channels: int, height: int, width: int, *, precise: bool = False) -> ConvConfig:
     """Tile for 1 to 4 input channels: memory-bound on its output, one short product a tile."""
     block_k = power_of_2(9 * channels, 16, 64)
+    if precise:  # as in conv_config: 64 x 128 spills at 64 products a pixel
+        return ConvConfig(
+            power_of_2(out_channels, 16, 32), *_tile(32, height, width), block_k, num_warps=4, num_stages=1
+        )
     return ConvConfig(power_of_2(out_channels, 16, 64), *_tile(128, height, width), block_k, num_warps=4, num_stages=1)
 
 

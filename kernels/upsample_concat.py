@@ -33,7 +33,7 @@ def source_pixels(u, SIZE, ALIGN_CORNERS: tl.constexpr):
     i = u // 2
     odd = u % 2
     if ALIGN_CORNERS:
-        t = u.to(tl.float32) / (4 * SIZE - 2).to(tl.float32)
+        t = u.to(tl.float32) / (4 * SIZE - 2)
     else:
         t = tl.full(u.shape, 0.25, tl.float32)
     first = tl.maximum(i - 1 + odd, 0)

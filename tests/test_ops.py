@@ -195,6 +195,7 @@ BAD = {
         lambda: ops.upsample_concat(*zeros(X, (1, 3, 8, 8)), mode="cubic"),
         "mode: expected one of .*, got 'cubic'",
     ),
+    "no mode": (lambda: ops.upsample_concat(*zeros(X, X), mode="none"), "mode: expected one of .*, got 'none'"),
     "batch": (lambda: ops.upsample_concat(*zeros(X, (2, 3, 8, 8))), "skip: expected x's batch of 1, got"),
     "transpose": (
         lambda: ops.conv_transpose2x2(*zeros(X, (2, 3, 2, 2))),

@@ -104,9 +104,9 @@ def test_installed_wheel_runs_from_its_own_files(built, tmp_path):
     )
     script = (
         f"import sys; sys.path.insert(0, {str(target)!r})\n"
-        "import fastunet, fastunet.weights, importlib.metadata, importlib.util\n"
+        "import fastunet, fastunet.kernels, fastunet.weights, importlib.metadata\n"
         "print(fastunet.__file__)\n"
-        "print(importlib.util.find_spec('fastunet.kernels').origin)\n"
+        "print(fastunet.kernels.__file__)\n"
         "print(fastunet.weights.NUCLEI)\n"
         "print(fastunet.__version__, importlib.metadata.version('fastunet'))\n"
     )

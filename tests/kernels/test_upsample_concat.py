@@ -110,8 +110,27 @@ def test_nan_and_inf_in_the_skip(value, make):
     x, skip = make("ieee", 1, 4, 3, 4), make("ieee", 1, 3, 6, 8)
     weight, bias = make("ieee", 5, 7, 3, 3, fan_in=63), make("ieee", 5)
     skip[0, 1, 2, 3] = value
-    y = kernels.upconcat_conv3x3_fwd(x, skip, weight, bias, mode="bilinear", align_corners=True, slope=0.0)
+    y = kernels.upconcat_conv3x3_fwd(x, skip, weight, bias, mode="bilinear", align_corners=True, slope=0.0, tf32=False)
     check("ieee", y, reference.upsample_concat_conv2d_relu, x, skip, weight, bias, "bilinear", True, 0.0)
+
+
+def test_nan_in_the_upsampled_map(precision, make):
+    x, skip, transpose = make(precision, 1, 4, 3, 4), make(precision, 1, 3, 7, 8), make(precision, 4, 5, 2, 2, fan_in=4)
+    weight = make(precision, 5, 7, 3, 3, fan_in=63)
+    x[0, 1, 1, 2] = torch.nan
+    tf32 = precision == "tf32"
+    y = kernels.upsample_concat_fwd(x, skip, mode="bilinear", align_corners=False)
+    check(precision, y, reference.upsample_concat, x, skip, "bilinear", False)
+    y = kernels.upconcat_conv3x3_fwd(x, skip, weight, None, mode="bilinear", align_corners=False, slope=0.0, tf32=tf32)
+    check(precision, y, reference.upsample_concat_conv2d_relu, x, skip, weight, None, "bilinear", False, 0.0)
+    check(
+        precision,
+        kernels.conv_transpose2x2_fwd(x, transpose, None, tf32=tf32),
+        reference.conv_transpose2x2,
+        x,
+        transpose,
+        None,
+    )
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -119,8 +138,10 @@ def test_nan_and_inf_in_the_skip(value, make):
     n=st.integers(1, 2), c1=st.integers(1, 20), c2=st.integers(1, 20), h=st.integers(1, 7), w=st.integers(1, 7),
     extra=st.tuples(st.integers(-1, 2), st.integers(-1, 2)), o=st.integers(1, 20),
     mode=st.sampled_from(["bilinear", "nearest"]), align_corners=st.booleans(), precision=st.sampled_from(PRECISIONS),
+    seed=st.integers(0, 2**31),
 )  # fmt: skip
-def test_any_shape(n, c1, c2, h, w, extra, o, mode, align_corners, precision, make):
+def test_any_shape(n, c1, c2, h, w, extra, o, mode, align_corners, precision, seed, make):
+    torch.manual_seed(seed)
     x, skip = make(precision, n, c1, h, w), make(precision, n, c2, 2 * h + extra[0], 2 * w + extra[1])
     weight, bias = make(precision, o, c1 + c2, 3, 3, fan_in=9 * (c1 + c2)), make(precision, o)
     y = kernels.upsample_concat_fwd(x, skip, mode=mode, align_corners=align_corners)
