@@ -71,7 +71,8 @@ def choose(device: torch.device, dtype: torch.dtype) -> Choice:
         return Choice("torch", obstacle)
     if interpreting():
         # The interpreter is for checking kernels; it is thousands of times slower than torch.
-        return Choice("torch", "TRITON_INTERPRET is set, and interpreted kernels run only when asked for")
+        why = "the device is a CPU" if device.type == "cpu" else "TRITON_INTERPRET is set"
+        return Choice("torch", f"{why} (interpreted kernels only when asked for)")
     return Choice("triton", "fused kernel")
 
 

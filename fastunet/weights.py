@@ -55,8 +55,11 @@ def load(
     """
     config, state = read(path)
     model = FastUNet.from_config(config or NUCLEI_CONFIG)
-    note = "" if config else " (no configuration in the file: taken for the shipped nuclei model's)"
-    load_into(model, state, f"{path}{note}")
+    try:
+        load_into(model, state, str(path))
+    except WeightsError as error:
+        note = "" if config else " (the file holds no configuration: the shipped nuclei model's was assumed)"
+        raise WeightsError(f"{error}{note}") from None
     return model.to(device=device, dtype=dtype).eval()
 
 
