@@ -28,7 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "reference": {"config"},
     "dispatch": {"config"},
     "ops": {"config", "dispatch", "reference", "kernels"},
-    "model": {"config", "reference", "ops"},
+    "model": {"config", "reference", "dispatch", "ops"},
     # What is done with a model.
     "verify": {"config", "reference", "model"},
     "weights": {"config", "files", "reference", "model"},
