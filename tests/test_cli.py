@@ -113,7 +113,10 @@ def test_mask_values(run, picture: Path, tmp_path: Path, classes: int, values: s
     torch.manual_seed(0)
     weights.save(UNet(1, classes, (4, 8)), tmp_path / "w.safetensors")
     assert run("segment", picture, "--out", tmp_path / "out", "--weights", tmp_path / "w.safetensors").code == 0
-    assert set(np.unique(images.read_image(tmp_path / "out" / "cell_mask.png")).tolist()) <= values
+    written = images.read_image(tmp_path / "out" / "cell_mask.png")
+    classes_found = predict_mask(weights.load(tmp_path / "w.safetensors"), images.read_image(picture))
+    np.testing.assert_array_equal(written, classes_found * (255 if classes <= 2 else 1))
+    assert set(np.unique(written).tolist()) <= values
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
@@ -197,6 +200,10 @@ def test_pillows_limit_does_not_stop_large_images(run, file: Path, picture: Path
 def test_the_nuclei_model_is_the_default(run, picture: Path, file: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(weights, "NUCLEI", file)
     assert run("segment", picture, "--out", tmp_path / "out").code == 0
+    monkeypatch.setattr(weights, "NUCLEI", tmp_path / "gone.safetensors")
+    done = run("segment", picture, "--out", tmp_path / "out")
+    assert done.code == 2
+    assert "gone.safetensors" in done.err
 
 
 # --- segment: how it fails -------------------------------------------------------------------
