@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from fastunet import weights
 from fastunet.images import normalise, read_image
 from fastunet.predict import predict_mask
 from fastunet.reference import UNet
-from fastunet.weights import NUCLEI_CONFIG, read, save
 
 
 def load(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -84,9 +84,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--init", type=Path, help="weights to go on from; a second stage wants a smaller --lr")
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate of the one-cycle schedule")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--size", type=int, default=192)
     parser.add_argument("--seed", type=int, default=0)
@@ -98,9 +97,7 @@ def main() -> None:
     tensors = [(normalise(image, 1), torch.from_numpy(mask)) for image, mask in train]
     # A window sees less of a large image, and the stained tissue on bright ground is few and hard.
     draw = np.array([math.sqrt(x.numel()) * (2 if x.median() > 0.5 else 1) for x, _ in tensors])
-    model = UNet.from_config(NUCLEI_CONFIG)
-    if arguments.init:
-        model.load_state_dict(read(arguments.init)[1])
+    model = UNet.from_config(weights.NUCLEI_CONFIG)
     model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     optimiser = torch.optim.AdamW(model.parameters(), lr=arguments.lr, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, arguments.lr, arguments.steps, pct_start=0.1)
@@ -114,14 +111,16 @@ def main() -> None:
         loss.backward()
         optimiser.step()
         schedule.step()
-        if step % 300 == 0 or step == arguments.steps:
+        if step % 300 == 0:
             mean, pooled = foreground_dice(model.eval(), val)
             print(
                 f"step {step}: loss {loss.item():.3f}, validation Dice {mean:.4f} (mean of images), "
                 f"{pooled:.4f} (pooled), {time.perf_counter() - start:.0f} s",
                 flush=True,
             )
-    save(model.half(), arguments.out)
+    weights.save(model.half(), arguments.out)
+    mean, pooled = foreground_dice(weights.load(arguments.out).eval(), val)
+    print(f"{arguments.out}: validation Dice {mean:.4f} (mean of images), {pooled:.4f} (pooled)")
 
 
 if __name__ == "__main__":
