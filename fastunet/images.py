@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from .files import atomic_write
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's "L"
 _SAMPLE = 4_000_000  # values that estimate a percentile to well below one grey level
-_ROWS = 256  # of an image that are scaled at a time, in float64
+_ROWS = 256  # of an image that are held in floating point at a time
 
 
 class ImageError(ValueError):
@@ -98,19 +99,15 @@ def _read_tiff(path: Path) -> np.ndarray:
     return image.astype(np.float32)
 
 
-def normalise(image: np.ndarray, channels: int) -> Tensor:
-    """Scale an image to about [0, 1] by its own 1st and 99.8th percentile.
+def limits(image: np.ndarray, channels: int) -> tuple[float, float]:
+    """The grey levels that become 0 and 1: the 1st and the 99.8th percentile.
 
-    Microscopes write 8, 12 and 16-bit images of any exposure, so a fixed full scale would leave
-    many of them black. A constant image becomes zeros. Values stop at 1.5. The percentiles of a very
-    large image are those of an evenly spaced sample of some four million values.
+    Those of a very large image are the percentiles of an evenly spaced sample of some four million
+    values. Where they are equal, more than 98.8% of the pixels are, and the whole range counts.
 
     Args:
         image: (H, W) or (H, W, 3), any real dtype.
         channels: 1 (colour becomes luma) or 3 (grey is repeated).
-
-    Returns:
-        float32 tensor (channels, H, W).
 
     Raises:
         ImageError: ``channels`` is neither, the shape is another, or the image holds NaN or infinity.
@@ -119,21 +116,55 @@ def normalise(image: np.ndarray, channels: int) -> Tensor:
         raise ImageError(f"channels: expected 1 or 3, which is what an image has, got {channels}")
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3) or image.size == 0:
         raise ImageError(f"image: expected shape (H, W) or (H, W, 3), got {image.shape}")
-    x = image.astype(np.float32)
-    if not np.isfinite(x).all():
+    if not all(np.isfinite(rows).all() for _, rows in _row_bands(image)):
         raise ImageError("image: expected finite values, found NaN or infinity")
-    if x.ndim == 3 and channels == 1:
-        x = x @ _LUMA
-    step = max(1, round((x.size / _SAMPLE) ** 0.5))
-    low, high = np.percentile(x[::step, ::step], [1, 99.8])
-    if high <= low:  # more than 98.8% of the pixels equal: fall back on the whole range
-        low, high = float(x.min()), float(x.max())
-    scaled = np.zeros((channels, *x.shape[:2]), dtype=np.float32)
+    values = image.shape[0] * image.shape[1] * (3 if image.ndim == 3 and channels == 3 else 1)
+    step = max(1, round((values / _SAMPLE) ** 0.5))
+    low, high = np.percentile(_planes(image[::step, ::step], channels), [1, 99.8])
+    if high <= low:
+        ranges = [(rows.min(), rows.max()) for rows in (_planes(rows, channels) for _, rows in _row_bands(image))]
+        low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+    return float(low), float(high)
+
+
+def scale(image: np.ndarray, channels: int, limits: tuple[float, float]) -> Tensor:
+    """An image, or rows of one, as float32 (channels, H, W): ``limits`` become 0 and 1.
+
+    Values stop at 0 and 1.5; all are 0 where the limits are equal.
+    """
+    low, high = limits
+    scaled = np.zeros((channels, *image.shape[:2]), dtype=np.float32)
     if high > low:
-        for top in range(0, len(x), _ROWS):
-            rows = ((x[top : top + _ROWS] - low) / (high - low)).clip(0, 1.5)
-            scaled[:, top : top + _ROWS] = rows if rows.ndim == 2 else np.moveaxis(rows, -1, 0)
+        for top, rows in _row_bands(image):
+            planes = ((_planes(rows, channels).astype(np.float64) - low) / (high - low)).clip(0, 1.5)
+            scaled[:, top : top + len(rows)] = planes
     return torch.from_numpy(scaled)
+
+
+def normalise(image: np.ndarray, channels: int) -> Tensor:
+    """Scale an image to about [0, 1] by its own :func:`limits`.
+
+    Microscopes write 8, 12 and 16-bit images of any exposure, so a fixed full scale would leave
+    many of them black. A constant image becomes zeros.
+
+    Returns:
+        float32 tensor (channels, H, W). Arguments and errors: :func:`limits`.
+    """
+    return scale(image, channels, limits(image, channels))
+
+
+def _row_bands(image: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, rows): so many that floating-point copies of them are small beside the image."""
+    for top in range(0, len(image), _ROWS):
+        yield top, image[top : top + _ROWS]
+
+
+def _planes(image: np.ndarray, channels: int) -> np.ndarray:
+    """float32 (1 or 3, H, W); a single plane where grey is to be repeated."""
+    x = image.astype(np.float32)
+    if x.ndim == 2:
+        return x[None]
+    return (x @ _LUMA)[None] if channels == 1 else np.moveaxis(x, -1, 0)
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int] = (255, 64, 64)) -> np.ndarray:
@@ -147,15 +178,20 @@ def overlay(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int] = 
     Returns:
         (H, W, 3) uint8.
     """
-    picture = normalise(image, 3).clamp_(0, 1).mul_(255).permute(1, 2, 0).numpy()
-    inside = mask > 0
-    edge = np.zeros_like(inside)
-    edge[:-1] |= inside[:-1] != inside[1:]
-    edge[:, :-1] |= inside[:, :-1] != inside[:, 1:]
+    between = limits(image, 3)
     tint = np.array(colour, dtype=np.float32)
-    picture[inside] = 0.75 * picture[inside] + 0.25 * tint
-    picture[edge] = tint
-    return picture.round().astype(np.uint8)
+    picture = np.empty((*image.shape[:2], 3), dtype=np.uint8)
+    for top, rows in _row_bands(image):
+        pixels = scale(rows, 3, between).clamp_(0, 1).mul_(255).permute(1, 2, 0).numpy()
+        inside = mask[top : top + _ROWS + 1] > 0  # with the row below, where the outline may run
+        edge = np.zeros_like(inside)
+        edge[:-1] |= inside[:-1] != inside[1:]
+        edge[:, :-1] |= inside[:, :-1] != inside[:, 1:]
+        inside, edge = inside[: len(rows)], edge[: len(rows)]
+        pixels[inside] = 0.75 * pixels[inside] + 0.25 * tint
+        pixels[edge] = tint
+        picture[top : top + len(rows)] = pixels.round()
+    return picture
 
 
 def write_png(path: str | os.PathLike[str], array: np.ndarray) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import UNetConfig
-from .images import normalise
+from .images import limits, scale
 from .reference import UNet
 
 TILE = 1024  # pixels; a 64..1024 U-Net in float32 needs about 2 GB at this size
@@ -84,28 +84,30 @@ def _bands(model: UNet, image: np.ndarray, tile: int) -> Iterator[tuple[int, Ten
         # Batch norm would normalise each tile by itself, and remember it.
         raise ValueError("model: expected eval mode, got train mode; call model.eval() first")
     config = model.config
-    x = normalise(image, config.in_channels)
-    height, width = x.shape[1:]
+    between = limits(image, config.in_channels)
+    height, width = image.shape[:2]
     # Maps smaller than the poolings allow are edge-padded, and what they gain is cut off again.
     # Instance norm cannot normalise a bottleneck of one pixel: there it gets two.
     least = config.minimum_size
     wide = 2 * least if config.norm == "instance" and height < 2 * least else least
-    if height < least or width < wide:
-        x = F.pad(x[None], [0, max(0, wide - width), 0, max(0, least - height)], mode="replicate")[0]
+    below, right_of = max(0, least - height), max(0, wide - width)
+    padded_height, padded_width = height + below, width + right_of
 
     halo, ramp = receptive_radius(config), max(RAMP, config.minimum_size)
-    rows, cols = (_spans(size, tile, 2 * halo + ramp, least) for size in x.shape[1:])
+    rows, cols = (_spans(size, tile, 2 * halo + ramp, least) for size in (padded_height, padded_width))
     parameter = next(model.parameters())
-    band = torch.zeros(config.out_channels, 0, x.shape[2])
-    weight = torch.zeros(0, x.shape[2])
+    band = torch.zeros(config.out_channels, 0, padded_width)
+    weight = torch.zeros(0, padded_width)
     for index, (top, bottom) in enumerate(rows):
         # The rows that the tiles above reached into are begun; the others are new.
         band = F.pad(band, [0, 0, 0, bottom - top - band.shape[1]])
         weight = F.pad(weight, [0, 0, 0, bottom - top - len(weight)])
-        vertical = _window(top, bottom, x.shape[1], halo, ramp)
+        vertical = _window(top, bottom, padded_height, halo, ramp)
+        x = scale(image[top:bottom], config.in_channels, between)[None]
+        x = F.pad(x, [0, right_of, 0, below], mode="replicate")
         for left, right in cols:
-            part = x[None, :, top:bottom, left:right].to(parameter.device, parameter.dtype)
-            window = vertical[:, None] * _window(left, right, x.shape[2], halo, ramp)
+            part = x[..., left:right].to(parameter.device, parameter.dtype)
+            window = vertical[:, None] * _window(left, right, padded_width, halo, ramp)
             band[:, :, left:right] += model(part)[0].float().cpu() * window
             weight[:, left:right] += window
         done = rows[index + 1][0] - top if index + 1 < len(rows) else bottom - top

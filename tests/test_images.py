@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -259,6 +260,29 @@ def test_a_large_image_is_scaled_by_a_sample_of_it(rng: np.random.Generator, mon
     sampled = normalise(image, 1)
     assert not torch.equal(sampled, exact)
     torch.testing.assert_close(sampled, exact, rtol=0.03, atol=0.01)
+
+
+@pytest.mark.parametrize("shape", [(23, 17), (24, 17, 3)], ids=str)
+def test_row_bands_do_not_show(shape: tuple[int, ...], rng: np.random.Generator, monkeypatch) -> None:
+    image, mask = pixels(rng, *shape), rng.random(shape[:2]) > 0.7
+    flat = np.where(mask, image.max(), 7).astype(np.uint8) if image.ndim == 2 else image  # limits fall back
+    flat[mask.cumsum().reshape(mask.shape) > 1] = 7
+    whole = [normalise(image, 1), normalise(image, 3), normalise(flat, 1), torch.from_numpy(overlay(image, mask))]
+    monkeypatch.setattr("fastunet.images._ROWS", 4)
+    banded = [normalise(image, 1), normalise(image, 3), normalise(flat, 1), torch.from_numpy(overlay(image, mask))]
+    for a, b in zip(whole, banded, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_an_overlay_needs_little_more_memory_than_it_is_large(rng: np.random.Generator, monkeypatch) -> None:
+    monkeypatch.setattr("fastunet.images._ROWS", 16)
+    monkeypatch.setattr("fastunet.images._SAMPLE", 100_000)
+    image, mask = pixels(rng, 1200, 1500), np.zeros((1200, 1500), np.uint8)
+    tracemalloc.start()
+    picture = overlay(image, mask)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.6 * picture.nbytes  # the image in float32 alone would be 4 times its size
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

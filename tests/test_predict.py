@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastunet import predict
 from fastunet.config import UNetConfig
-from fastunet.images import ImageError, normalise
+from fastunet.images import ImageError, normalise, scale
 from fastunet.predict import predict_logits, predict_mask, receptive_radius
 from fastunet.reference import UNet
 
@@ -115,6 +115,19 @@ def test_aligned_corners_leave_no_seam(rng: np.random.Generator) -> None:
         allowed = change.diff(dim=2).abs() + change.abs().amax() / 32
         assert (added <= allowed + 1e-5).all()
     assert steps[seams].max() <= 1.1 * steps[~seams].max()
+
+
+def test_a_row_of_tiles_at_a_time_is_scaled(rng: np.random.Generator, monkeypatch) -> None:
+    heights = []
+
+    def recording(image: np.ndarray, *arguments) -> torch.Tensor:
+        heights.append(len(image))
+        return scale(image, *arguments)
+
+    monkeypatch.setattr("fastunet.predict.scale", recording)
+    predict_mask(build(), rng.random((500, 40)), tile=160)
+    assert len(heights) > 3
+    assert max(heights) <= 160
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 2), (2, 50), (1, 1, 3)], ids=str)
