@@ -32,6 +32,20 @@ def make(seed: int, device: str) -> Callable[..., Tensor]:
     return make
 
 
+def far_apart(x: Tensor, axis: int) -> Tensor:
+    """A channels-last copy whose last image (axis 0) or row (2) begins beyond 2**31 elements from its start.
+
+    The stride itself fits 32 bits, so that only the kernel's own product can leave them. The memory
+    between is reserved and never touched.
+    """
+    _, c, h, w = x.shape
+    far = 2**31 // (x.shape[axis] - 1) + 8
+    row = w * c if axis == 0 else far
+    stride = (far if axis == 0 else h * row, 1, row, c)
+    size = 1 + sum((s - 1) * t for s, t in zip(x.shape, stride, strict=True))
+    return x.new_empty(size).as_strided(x.shape, stride).copy_(x)
+
+
 def check(precision: str, got: Tensor, reference: Callable[..., Tensor], *inputs: Any) -> None:
     """``got`` must be as near the float64 reference as the reference in the working dtype is."""
     wide = [t.double().cpu() if isinstance(t, Tensor) else t for t in inputs]

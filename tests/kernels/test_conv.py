@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fastunet import kernels
 from fastunet.reference import conv2d_relu
 
-from .conftest import PRECISIONS, check
+from .conftest import PRECISIONS, check, far_apart
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -120,19 +120,14 @@ def test_nan_and_inf_go_where_torch_lets_them(value, make):
 
 
 @pytest.mark.parametrize("axis", [0, 2], ids=["images", "rows"])
-def test_offsets_beyond_2_to_31(axis, seed, device):
-    """Few elements far apart: the memory between them is reserved and never touched."""
-    stride = {0: [2**31, 96, 24, 8], 2: [0, 0, 2**30 - 8, 8]}[axis]
-    shape = {0: (2, 8, 4, 3), 2: (1, 8, 4, 3)}[axis]
-    stride[1] = 1
-    memory = torch.empty_strided((max((s - 1) * t for s, t in zip(shape, stride, strict=True)) + 4096,), (1,),
-                                 dtype=torch.float16, device=device)  # fmt: skip
-    x = memory.as_strided(shape, stride).copy_(torch.randn(shape))
-    weight = (torch.randn(8, 8, 3, 3, device=device) / 8).half()
-    y = kernels.conv_fwd(x, weight, None, slope=0.0)
-    check("fp16", y, conv2d_relu, x.clone(memory_format=torch.contiguous_format), weight, None, 0.0)
-    y = kernels.stem_fwd(x[:, :3], weight[:, :3], None, slope=0.0)
-    check("fp16", y, conv2d_relu, x[:, :3].clone(memory_format=torch.contiguous_format), weight[:, :3], None, 0.0)
+def test_offsets_beyond_2_to_31(axis, make):
+    x, weight = make("fp16", 3 if axis == 0 else 1, 8, 4, 3), make("fp16", 8, 8, 3, 3, fan_in=72)
+    far = far_apart(x, axis)
+    y, pooled = kernels.conv_pool_fwd(far, weight, None, slope=0.0)
+    check("fp16", y, conv2d_relu, x, weight, None, 0.0)
+    assert torch.equal(pooled, F.max_pool2d(y, 2))
+    y = kernels.stem_fwd(far[:, :3], weight[:, :3], None, slope=0.0)
+    check("fp16", y, conv2d_relu, x[:, :3], weight[:, :3], None, 0.0)
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fastunet import kernels, reference
 
-from .conftest import PRECISIONS, check
+from .conftest import PRECISIONS, check, far_apart
 from .test_conv import STRIDES
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -131,6 +131,36 @@ def test_nan_in_the_upsampled_map(precision, make):
         transpose,
         None,
     )
+
+
+@pytest.mark.parametrize("axis", [0, 2], ids=["images", "rows"])
+@pytest.mark.parametrize("source", ["x", "skip"])
+@pytest.mark.parametrize("mode", MODES)
+def test_offsets_beyond_2_to_31(mode, source, axis, make):
+    n = 3 if axis == 0 else 1
+    x, skip, weight = make("fp16", n, 8, 4, 3), make("fp16", n, 8, 8, 6), make("fp16", 8, 16, 3, 3, fan_in=144)
+    near = {"x": x, "skip": skip}
+    far = near | {source: far_apart(near[source], axis)}
+    mode, corners = mode
+    y = kernels.upsample_concat_fwd(**far, mode=mode, align_corners=corners)
+    check("fp16", y, reference.upsample_concat, x, skip, mode, corners)
+    y = kernels.upconcat_conv3x3_fwd(
+        **far, weight=weight, bias=None, mode=mode, align_corners=corners, slope=0.0, tf32=True
+    )
+    check("fp16", y, reference.upsample_concat_conv2d_relu, x, skip, weight, None, mode, corners, 0.0)
+
+
+@pytest.mark.parametrize("axis", [0, 2], ids=["images", "rows"])
+def test_offsets_beyond_2_to_31_of_what_is_upsampled_already(axis, make):
+    n = 3 if axis == 0 else 1
+    x, skip, weight = make("fp16", n, 8, 4, 3), make("fp16", n, 8, 4, 3), make("fp16", 8, 16, 3, 3, fan_in=144)
+    y = kernels.upconcat_conv3x3_fwd(
+        far_apart(x, axis), far_apart(skip, axis), weight, None, mode="none", align_corners=False, slope=0.0
+    )
+    check("fp16", y, reference.conv2d_relu, torch.cat([x, skip], 1), weight, None, 0.0)
+    weight = make("fp16", 8, 8, 2, 2, fan_in=32)
+    y = kernels.conv_transpose2x2_fwd(far_apart(x, axis), weight, None)
+    check("fp16", y, reference.conv_transpose2x2, x, weight, None)
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
