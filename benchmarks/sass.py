@@ -3,10 +3,10 @@
     python benchmarks/sass.py                 # sm_80 and sm_90a, all kernels
     python benchmarks/sass.py --json FILE     # the same table as JSON lines
 
-The launchers run as they are, on meta tensors of the seed network's shapes, with a driver that
-stands in for the GPU: what is compiled is what would be launched. Exits 1 if a kernel spills
-registers, if ptxas serialises a WGMMA, if a WGMMA takes its left operand from registers, or if
-the shared memory does not fit.
+The launchers run as they are, on meta tensors of the shapes that ``fastunet.trace`` gives for the
+seed's network and the shipped model, with a driver that stands in for the GPU: what is compiled is
+what would be launched. Exits 1 if a kernel spills registers, if ptxas serialises a WGMMA, if a
+WGMMA takes its left operand from registers, or if the shared memory does not fit.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import collections
 import contextlib
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,10 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fastunet import kernels
+from fastunet import kernels, weights
+from fastunet.config import UNetConfig
 from fastunet.kernels import tuning
+from fastunet.trace import Layer, trace
 
 ARCHES = {80: "sm_80", 90: "sm_90a"}
 # Bytes a block. What is compiled for sm_80 also serves sm_86, sm_89 and sm_120, which have less.
@@ -99,43 +102,57 @@ def compiled_for(arch: int) -> Iterator[list[tuple[dict[str, Any], Any]]]:
             module.capability = capability
 
 
-def launches(dtype: torch.dtype, tf32: bool) -> Iterator[Any]:
-    """A call for each configuration that the seed network (64..1024), the nuclei model and odd sizes launch."""
+def layers() -> Iterator[tuple[UNetConfig, Layer]]:
+    """Those of the seed network with every upsampling and of the nuclei model, at even and odd sizes.
+
+    Triton compiles arguments that divide by 16, and those that are 1, to kernels of their own.
+    """
+    seed = UNetConfig()
+    bilinear = [dataclasses.replace(seed, align_corners=corners) for corners in (False, True)]
+    others = [dataclasses.replace(seed, upsample=upsample) for upsample in ("bilinear_conv", "nearest", "transpose")]
+    for config in (*bilinear, *others, weights.NUCLEI_CONFIG):
+        for batch, height, width in ((1, 256, 256), (2, 131, 197)):
+            for layer in trace(config, height, width, batch):
+                yield config, layer
+
+
+def launches(dtype: torch.dtype, tf32: bool) -> Iterator[Callable[[], Any]]:
+    """A call for each launch that the shipped networks make, and for what the operators take beyond them."""
 
     def t(*shape: int) -> torch.Tensor:
         layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
         return torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
 
-    for c in (1, 3, 4):
-        yield lambda c=c: kernels.stem_fwd(t(2, c, 256, 256), t(64, c, 3, 3), t(64), slope=0.0, tf32=tf32)
-    # Triton compiles arguments that divide by 16, and those that are 1, to kernels of their own.
-    even = ((2, 64, 64, 256), (1, 128, 128, 128), (2, 1024, 1024, 16), (1, 1024, 1024, 16), (4, 256, 256, 8))
-    odd = ((2, 64, 64, 131), (1, 96, 96, 37), (2, 24, 160, 64), (2, 17, 40, 35))
-    nuclei = ((1, 16, 16, 256), (2, 32, 32, 128))
-    for n, c, o, size in (*even, *odd, *nuclei):
-        yield lambda n=n, c=c, o=o, size=size: kernels.conv_pool_fwd(
-            t(n, c, size, size), t(o, c, 3, 3), t(o), slope=0.0, tf32=tf32
-        )
+    def of(config: UNetConfig, layer: Layer) -> Callable[[], Any]:
+        inputs, out = [t(*shape) for shape in layer.in_shapes], layer.out_shape[1]
+        c, pixels = sum(x.shape[1] for x in inputs), out * inputs[-1].shape[0] * inputs[-1].shape[2:].numel()
+        if layer.op == "conv_transpose2x2":
+            return lambda: kernels.conv_transpose2x2_fwd(inputs[0], t(c, out, 2, 2), t(out), tf32=tf32)
+        side = math.isqrt(layer.flops // (2 * c * pixels))  # of the taps
+        weight, bias = t(out, c, side, side), t(out)
+        if layer.op == "upsample_concat_conv2d_relu":
+            mode = {"transpose": "none", "nearest": "nearest"}.get(config.upsample, "bilinear")
+            corners = mode == "bilinear" and config.align_corners
+            return lambda: kernels.upconcat_conv3x3_fwd(
+                inputs[0], inputs[1], weight, bias, mode=mode, align_corners=corners, slope=0.0, tf32=tf32
+            )
+        if layer.op == "conv2d_relu_pool":
+            fwd = kernels.conv_pool_fwd
+        else:
+            fwd = kernels.stem_fwd if side == 3 and c <= kernels.STEM_CHANNELS else kernels.conv_fwd
+        slope = 0.0 if side == 3 else 1.0
+        return lambda: fwd(inputs[0], weight, bias, slope=slope, tf32=tf32)
+
+    for config, layer in layers():
+        yield of(config, layer)
+    yield lambda: kernels.stem_fwd(t(2, 4, 256, 256), t(64, 4, 3, 3), t(64), slope=0.0, tf32=tf32)
     yield lambda: kernels.conv_fwd(t(1, 128, 64, 64), t(128, 128, 3, 3), None, slope=0.01, tf32=tf32)
-    yield lambda: kernels.conv_fwd(t(1, 64, 256, 256), t(2, 64, 1, 1), t(2), slope=1.0, tf32=tf32)
-    yield lambda: kernels.conv_fwd(t(1, 1024, 16, 16), t(512, 1024, 1, 1), t(512), slope=1.0, tf32=tf32)
-    yield lambda: kernels.conv_transpose2x2_fwd(t(1, 128, 128, 128), t(128, 64, 2, 2), t(64), tf32=tf32)
-    yield lambda: kernels.conv_transpose2x2_fwd(t(1, 1024, 16, 16), t(1024, 512, 2, 2), t(512), tf32=tf32)
-    for mode, corners in (("nearest", False), ("bilinear", False), ("bilinear", True)):
-        for c, o, size in ((64, 64, 128), (512, 512, 16), (16, 16, 67), (16, 16, 1)):
-            yield lambda mode=mode, corners=corners, c=c, o=o, size=size: kernels.upconcat_conv3x3_fwd(
-                t(2, 2 * c, size, size), t(2, c, 2 * size, 2 * size), t(o, 3 * c, 3, 3), t(o),
-                mode=mode, align_corners=corners, slope=0.0, tf32=tf32,
-            )  # fmt: skip
-        if tf32:
+    yield lambda: kernels.conv_pool_fwd(t(2, 24, 64, 64), t(160, 24, 3, 3), t(160), slope=0.0, tf32=tf32)
+    if tf32:  # it computes in float32 in either case
+        for mode, corners in (("nearest", False), ("bilinear", False), ("bilinear", True)):
             yield lambda mode=mode, corners=corners: kernels.upsample_concat_fwd(
                 t(1, 128, 128, 128), t(1, 64, 256, 256), mode=mode, align_corners=corners
             )
-    for c, o, size in ((64, 64, 256), (512, 512, 32)):
-        yield lambda c=c, o=o, size=size: kernels.upconcat_conv3x3_fwd(
-            t(1, c, size, size), t(1, c, size, size), t(o, 2 * c, 3, 3), t(o),
-            mode="none", align_corners=False, slope=0.0, tf32=tf32,
-        )  # fmt: skip
 
 
 def examine(options: dict[str, Any], compiled: Any, arch: int, dtype: str) -> Row:

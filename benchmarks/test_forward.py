@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from fastunet import FastUNet
+from fastunet.parity import compare
 from fastunet.reference import UNet
-from fastunet.verify import compare
 
 SIZE, BATCH = 256, 1
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

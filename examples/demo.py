@@ -21,9 +21,9 @@ from rich.table import Table
 from torch import Tensor
 
 from fastunet.images import normalise, overlay, read_image, write_png
+from fastunet.parity import compare
 from fastunet.predict import predict_mask
 from fastunet.reference import UNet
-from fastunet.verify import compare
 from fastunet.weights import NUCLEI, load
 
 HERE = Path(__file__).parent

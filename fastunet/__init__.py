@@ -12,10 +12,11 @@ from . import dispatch, ops, reference
 from .config import UNetConfig
 from .explain import explain
 from .model import FastUNet
+from .verify import verify
 
 try:
     __version__ = version("fastunet")
 except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0.0.0+uninstalled"
 
-__all__ = ["FastUNet", "UNetConfig", "dispatch", "explain", "ops", "reference"]
+__all__ = ["FastUNet", "UNetConfig", "dispatch", "explain", "ops", "reference", "verify"]

@@ -30,7 +30,8 @@ ROOMS: dict[str, set[str]] = {
     "ops": {"config", "dispatch", "reference", "kernels"},
     "model": {"config", "reference", "dispatch", "ops"},
     # What is done with a model.
-    "verify": {"config", "reference", "model"},
+    "parity": set(),
+    "verify": {"config", "dispatch", "reference", "model", "parity", "trace"},
     "weights": {"config", "files", "reference", "model"},
     "convert": {"config", "reference", "model", "weights"},
     "explain": {"config", "dispatch", "model", "trace"},

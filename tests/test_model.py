@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from fastunet import FastUNet, dispatch
+from fastunet.parity import compare
 from fastunet.reference import UNet
-from fastunet.verify import compare
 
 FEATURES = (4, 6, 9)
 KINDS = ["bilinear", "bilinear_conv", "nearest", "transpose"]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastunet import dispatch, ops, reference
-from fastunet.verify import compare
+from fastunet.parity import compare
 
 # name -> (call on float inputs, the same with plain torch, input shapes)
 CASES = {

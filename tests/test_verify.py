@@ -1,64 +1,253 @@
-"""The parity rule itself."""
+"""``fastunet.verify`` passes what is right, and catches and locates deliberate faults."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from fastunet.verify import TF32_EPS, compare
+import fastunet
+from fastunet import FastUNet, dispatch, ops, reference
+from fastunet.reference import UNet
 
-DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+NETWORKS = [
+    {},
+    {"align_corners": False, "activation": "leaky_relu"},
+    {"norm": "batch"},
+    {"upsample": "transpose"},
+    {"upsample": "bilinear_conv", "norm": "batch"},
+    {"upsample": "nearest", "norm": "instance"},
+]
+
+
+def pair(**options) -> tuple[FastUNet, UNet]:
+    """A model and a reference of the same weights, batch norm with statistics of its own."""
+    model = FastUNet(2, 3, (4, 6, 8), **options)
+    if options.get("norm") == "batch":
+        with torch.no_grad():
+            model(3 * torch.randn(2, 2, 16, 16) + 1)
+    plain = UNet(2, 3, (4, 6, 8), **options)
+    plain.load_state_dict(model.state_dict())
+    return model.eval(), plain.eval()
 
 
 @pytest.fixture
-def truth(seed):
-    return torch.randn(4, 5, dtype=torch.float64)
+def x(seed: int) -> Tensor:
+    return torch.randn(2, 2, 19, 22)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_baseline_passes_against_itself(dtype, truth):
-    baseline = truth.to(dtype)
-    parity = compare(baseline, baseline, truth)
-    assert parity.ok and parity.candidate_error == parity.baseline_error < parity.limit
-    assert str(parity).startswith("parity: ")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", NETWORKS, ids=str)
+def test_the_model_as_it_is_passes(options, dtype, x):
+    model, plain = pair(**options)
+    report = fastunet.verify(model, plain, x, dtype=dtype)
+    assert report.ok, str(report)
+    assert str(report).endswith("\nparity")
+    kinds = [c.kind for c in report.comparisons]
+    layers = 0 if options.get("norm") == "instance" else len(fastunet.explain(model, (2, 2, 19, 22)).rows)
+    assert kinds.count("layer") == layers
+    assert next(model.parameters()).dtype == torch.float32  # copies were cast
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_limit_is_the_baselines_error_plus_the_floor(dtype, truth):
-    floor = {torch.float32: 4.0}.get(dtype, 1.0) * torch.finfo(dtype).eps * truth.abs().max().item()
-    baseline = truth.to(dtype)
-    parity = compare(baseline, baseline, truth)
-    assert parity.limit == pytest.approx((baseline.double() - truth).abs().max().item() + floor)
-    wrong = baseline.clone()
-    wrong[2, 3] += 4 * parity.limit
-    assert not compare(wrong, baseline, truth).ok
+def test_a_report_is_json(x):
+    report = fastunet.verify(*pair(), x)
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["ok"] is True
+    assert data["comparisons"][0]["name"] == "downs.0.conv.net.0"
+    assert data["comparisons"][0]["ratio"] == report.comparisons[0].ratio
 
 
-def test_tf32_has_its_own_floor(truth):
-    baseline = truth.float()
-    off = baseline + TF32_EPS * truth.abs().max().float()
-    assert not compare(off, baseline, truth).ok
-    assert compare(off, baseline, truth, tf32=True).ok
+def test_a_train_mode_network_is_compared_in_train_mode_and_left_as_it_was(x):
+    model, plain = pair(norm="batch")
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    report = fastunet.verify(model.train(), plain.train(), x, deterministic=False)
+    assert report.ok, str(report)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_nan_and_inf_must_stand_in_the_same_places(value, truth):
-    baseline = truth.float()
-    candidate = baseline.clone()
-    candidate[0, 0] = value
-    assert not compare(candidate, baseline, truth).ok
-    both = candidate.clone()
-    assert compare(candidate, both, truth).ok
-    other = baseline.clone()
-    other[0, 0] = torch.inf if value != torch.inf else torch.nan
-    assert not compare(candidate, other, truth).ok
-    assert not compare(baseline, candidate, truth).ok
+def test_the_kernels_pass(x):
+    model, plain = pair(norm="batch")
+    with dispatch.forced("triton"):
+        report = fastunet.verify(model, plain, x[..., :4, :6], dtype=torch.float16)
+    assert report.ok, str(report)
+    assert {c.implementation for c in report.comparisons} == {"triton"}
+    assert "another batch position" in {check.name for check in report.checks}
 
 
-def test_what_cannot_be_compared_is_refused(truth):
-    with pytest.raises(ValueError, match="shapes"):
-        compare(truth.float()[:1], truth.float(), truth)
-    with pytest.raises(ValueError, match="dtypes"):
-        compare(truth.half(), truth.float(), truth)
-    with pytest.raises(ValueError, match="dtypes"):
-        compare(truth.float(), truth.float(), truth.float())
+# --- mutants: (function of ops, its faulty double, first layer to break) ------------------------
+
+
+def shifted_tap(x, weight, bias, slope):
+    weight = weight.roll(1, 3) if weight.shape[-1] == 3 else weight
+    return reference.conv2d_relu(x, weight, bias, slope)
+
+
+def no_bias(x, weight, bias, slope):
+    return reference.conv2d_relu(x, weight, None, slope)
+
+
+def replicated_border(x, weight, bias, slope):
+    pad = weight.shape[-1] // 2
+    y = F.conv2d(F.pad(x, [pad] * 4, mode="replicate"), weight, bias)
+    return reference.activate_(y, slope)
+
+
+def activation_before_bias(x, weight, bias, slope):
+    return reference.conv2d_relu(x, weight, None, slope) + bias[:, None, None]
+
+
+def last_channel_skipped(x, weight, bias, slope):
+    return reference.conv2d_relu(x[:, :-1], weight[:, :-1], bias, slope)
+
+
+def half_precision_sum(x, weight, bias, slope):
+    """Each tap's part is rounded to bfloat16 as it is added."""
+    pad = weight.shape[-1] // 2
+    total = torch.zeros(1, dtype=torch.bfloat16)
+    for row in range(weight.shape[-1]):
+        for column in range(weight.shape[-1]):
+            one = torch.zeros_like(weight)
+            one[..., row, column] = weight[..., row, column]
+            total = (total + F.conv2d(x, one, None, padding=pad)).bfloat16()
+    return reference.activate_(total.to(x.dtype) + bias[:, None, None], slope)
+
+
+def seam(x, weight, bias, slope):
+    y = reference.conv2d_relu(x, weight, bias, slope)
+    if x.shape[3] > 16:
+        y[..., 16] = reference.conv2d_relu(x[..., 16:], weight, bias, slope)[..., 0]  # as if nothing were left of it
+    return y
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [shifted_tap, no_bias, replicated_border, activation_before_bias, last_channel_skipped, half_precision_sum, seam],
+)
+def test_a_faulty_convolution_is_caught_in_the_first_layer(fault: Callable, x, monkeypatch):
+    model, plain = pair()
+    monkeypatch.setattr(ops, "reference", Faulty(conv2d_relu=fault))
+    report = fastunet.verify(model, plain, x)
+    assert not report.ok
+    assert report.first_failure is not None
+    assert report.first_failure.name == "downs.0.conv.net.0", str(report)
+    assert f"first to break the rule: layer {report.first_failure.name}, on torch" in str(report)
+
+
+def swapped_concat(x, skip, weight, bias, mode, align_corners, slope):
+    y = reference.upsample_concat(x, skip, mode, align_corners)
+    return reference.conv2d_relu(y.roll(skip.shape[1], 1), weight, bias, slope)
+
+
+def other_corners(x, skip, weight, bias, mode, align_corners, slope):
+    return reference.upsample_concat_conv2d_relu(x, skip, weight, bias, mode, not align_corners, slope)
+
+
+@pytest.mark.parametrize("fault", [swapped_concat, other_corners])
+def test_a_faulty_decoder_is_caught_where_it_begins(fault: Callable, x, monkeypatch):
+    model, plain = pair()
+    monkeypatch.setattr(ops, "reference", Faulty(upsample_concat_conv2d_relu=fault))
+    report = fastunet.verify(model, plain, x)
+    assert report.first_failure is not None and report.first_failure.name == "ups.0.conv.net.0", str(report)
+
+
+def test_a_pool_off_by_one_is_caught_in_the_layer_that_reads_it(x, monkeypatch):
+    model, plain = pair()
+    pool = F.max_pool2d
+    with monkeypatch.context() as patch:
+        patch.setattr(ops.F, "max_pool2d", lambda x, size: pool(x.roll(1, 3), size))
+        # The reference pools by nn.MaxPool2d, which looks the function up in the same place.
+        patch.setattr(nn.MaxPool2d, "forward", lambda self, x: pool(x, 2))
+        report = fastunet.verify(model, plain, x)
+    assert report.first_failure is not None and report.first_failure.name == "downs.1.conv.net.0", str(report)
+
+
+def test_a_stale_folded_norm_is_caught(x, monkeypatch):
+    model, plain = pair(norm="batch")
+    fold = fastunet.model._fold
+    monkeypatch.setattr(
+        fastunet.model,
+        "_fold",
+        lambda w, b, norm: fold(w, b, norm and FreshNorm(norm, running_var=norm.running_var * 2)),
+    )
+    report = fastunet.verify(model, plain, x)
+    assert report.first_failure is not None and report.first_failure.name == "downs.0.conv.net.0", str(report)
+
+
+@pytest.mark.parametrize(
+    "name, forward",
+    [
+        ("second run", lambda y, calls: y + calls),
+        ("every element written", lambda y, calls: torch.where(torch.rand(y.shape) < 0.1, torch.empty_like(y), y)),
+    ],
+)
+def test_a_result_that_does_not_repeat_is_caught(name, forward, x):
+    model, plain = pair()
+
+    class Unsteady(FastUNet):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            Unsteady.calls += 1
+            return forward(super().forward(x), Unsteady.calls)
+
+    model.__class__ = Unsteady
+    report = fastunet.verify(model, plain, x)
+    assert name in {check.name for check in report.checks if not check.ok}, str(report)
+
+
+class Faulty:
+    """The reference functionals, some replaced; only the operators see it."""
+
+    def __init__(self, **faults: Callable) -> None:
+        self.__dict__.update(vars(reference) | faults)
+
+
+class FreshNorm:
+    """A batch norm's attributes, some replaced."""
+
+    def __init__(self, norm: nn.BatchNorm2d, **others: Tensor) -> None:
+        for name in ("weight", "bias", "running_mean", "running_var", "eps"):
+            setattr(self, name, others.get(name, getattr(norm, name)))
+
+
+# --- a reference of one's own, and refusals ----------------------------------------------------
+
+
+class Own(nn.Module):
+    """The same function under other parameter names."""
+
+    def __init__(self, plain: UNet) -> None:
+        super().__init__()
+        self.network = plain
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+
+def test_a_reference_with_its_own_names_is_compared_in_its_output(x):
+    model, plain = pair()
+    report = fastunet.verify(model, Own(plain), x)
+    assert report.ok
+    assert [(c.kind, c.name) for c in report.comparisons] == [("output", "logits")]
+
+
+def test_clear_errors(x):
+    model, plain = pair()
+    with pytest.raises(ValueError, match=r"inputs: expected finite values, found NaN or infinity"):
+        fastunet.verify(model, plain, x / 0)
+    with pytest.raises(ValueError, match=r"inputs: expected floating \(N, C, H, W\), got torch.float32 \(2, 19, 22\)"):
+        fastunet.verify(model, plain, x[:, 0])
+    with pytest.raises(ValueError, match=r"reference: expected 'downs.0.conv.net.0.weight' of shape"):
+        fastunet.verify(model, UNet(2, 3, (5, 6, 8)), x)
+    with pytest.raises(ValueError, match=r"reference: expected the model's parameters, lacks 'downs.1"):
+        fastunet.verify(model, UNet(2, 3, (4, 8)), x)
+    with pytest.raises(ValueError, match="outputs: expected one shape"):
+        fastunet.verify(model, Own(UNet(2, 2, (4, 6, 8))), x)
+    with torch.no_grad():
+        plain.head.weight[1] += 1
+    with pytest.raises(ValueError, match=r"reference: expected the model's weights, 'head.weight' holds other values"):
+        fastunet.verify(model, plain, x)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastunet.verify import compare
+from fastunet.parity import compare
 
 # float32 appears twice: rounded to tf32 on tensor cores, and exact (the interpreter rounds neither,
 # but the two take different launch configurations).

@@ -139,14 +139,11 @@ def test_nan_in_the_upsampled_map(precision, make):
 def test_offsets_beyond_2_to_31(mode, source, axis, make):
     n = 3 if axis == 0 else 1
     x, skip, weight = make("fp16", n, 8, 4, 3), make("fp16", n, 8, 8, 6), make("fp16", 8, 16, 3, 3, fan_in=144)
-    near = {"x": x, "skip": skip}
-    far = near | {source: far_apart(near[source], axis)}
+    far, far_skip = (far_apart(x, axis), skip) if source == "x" else (x, far_apart(skip, axis))
     mode, corners = mode
-    y = kernels.upsample_concat_fwd(**far, mode=mode, align_corners=corners)
+    y = kernels.upsample_concat_fwd(far, far_skip, mode=mode, align_corners=corners)
     check("fp16", y, reference.upsample_concat, x, skip, mode, corners)
-    y = kernels.upconcat_conv3x3_fwd(
-        **far, weight=weight, bias=None, mode=mode, align_corners=corners, slope=0.0, tf32=True
-    )
+    y = kernels.upconcat_conv3x3_fwd(far, far_skip, weight, None, mode=mode, align_corners=corners, slope=0.0)
     check("fp16", y, reference.upsample_concat_conv2d_relu, x, skip, weight, None, mode, corners, 0.0)
 
 

@@ -1,0 +1,64 @@
+"""The parity rule itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastunet.parity import TF32_EPS, compare
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+
+@pytest.fixture
+def truth(seed):
+    return torch.randn(4, 5, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_baseline_passes_against_itself(dtype, truth):
+    baseline = truth.to(dtype)
+    parity = compare(baseline, baseline, truth)
+    assert parity.ok and parity.candidate_error == parity.baseline_error < parity.limit
+    assert str(parity).startswith("parity: ")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_limit_is_the_baselines_error_plus_the_floor(dtype, truth):
+    floor = {torch.float32: 4.0}.get(dtype, 1.0) * torch.finfo(dtype).eps * truth.abs().max().item()
+    baseline = truth.to(dtype)
+    parity = compare(baseline, baseline, truth)
+    assert parity.limit == pytest.approx((baseline.double() - truth).abs().max().item() + floor)
+    wrong = baseline.clone()
+    wrong[2, 3] += 4 * parity.limit
+    assert not compare(wrong, baseline, truth).ok
+
+
+def test_tf32_has_its_own_floor(truth):
+    baseline = truth.float()
+    off = baseline + TF32_EPS * truth.abs().max().float()
+    assert not compare(off, baseline, truth).ok
+    assert compare(off, baseline, truth, tf32=True).ok
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_nan_and_inf_must_stand_in_the_same_places(value, truth):
+    baseline = truth.float()
+    candidate = baseline.clone()
+    candidate[0, 0] = value
+    assert not compare(candidate, baseline, truth).ok
+    both = candidate.clone()
+    assert compare(candidate, both, truth).ok
+    other = baseline.clone()
+    other[0, 0] = torch.inf if value != torch.inf else torch.nan
+    assert not compare(candidate, other, truth).ok
+    assert not compare(baseline, candidate, truth).ok
+
+
+def test_what_cannot_be_compared_is_refused(truth):
+    with pytest.raises(ValueError, match="shapes"):
+        compare(truth.float()[:1], truth.float(), truth)
+    with pytest.raises(ValueError, match="dtypes"):
+        compare(truth.half(), truth.float(), truth)
+    with pytest.raises(ValueError, match="dtypes"):
+        compare(truth.float(), truth.float(), truth.float())
