@@ -223,19 +223,28 @@ def test_dispatch_says_why():
 
 
 @pytest.mark.cuda
-def test_launches_on_the_tensors_device_and_stream():
-    """Work queued on a side stream, on a device that need not be the current one."""
-    device = torch.device("cuda", torch.cuda.device_count() - 1)
-    x, w = torch.randn(1, 64, 64, 64, device=device).half(), torch.randn(64, 64, 3, 3, device=device).half() / 24
+def test_launches_on_the_current_stream():
+    x, w = torch.randn(1, 64, 64, 64, device="cuda").half(), torch.randn(64, 64, 3, 3, device="cuda").half() / 24
     expected = ops.conv2d_relu(x, w)
-    torch.cuda.synchronize(device)
-    stream = torch.cuda.Stream(device)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(20_000_000)
         late = x * 1
         y = ops.conv2d_relu(late, w)
     stream.synchronize()
     assert torch.equal(y, expected)
+
+
+@pytest.mark.cuda
+def test_launches_on_the_tensors_device():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    x, w = torch.randn(1, 64, 16, 16, device="cuda:1").half(), torch.randn(64, 64, 3, 3, device="cuda:1").half() / 24
+    with torch.cuda.device(0):
+        y = ops.conv2d_relu(x, w)
+    with torch.cuda.device(1):
+        assert torch.equal(y, ops.conv2d_relu(x, w))
 
 
 @pytest.mark.cuda

@@ -111,12 +111,16 @@ def test_empty_batch(make):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "minus-inf"])
-def test_nan_and_inf_go_where_torch_lets_them(value, make):
-    x, weight, bias = make("ieee", 1, 6, 7, 8), make("ieee", 9, 6, 3, 3, fan_in=54), make("ieee", 9)
+def test_nan_and_inf_go_where_torch_lets_them(value, precision, make):
+    tf32 = precision == "tf32"
+    x, weight, bias = make(precision, 1, 6, 7, 8), make(precision, 9, 6, 3, 3, fan_in=54), make(precision, 9)
     x[0, 2, 3, 4] = value
-    y, pooled = kernels.conv_pool_fwd(x, weight, bias, slope=0.0, tf32=False)
-    check("ieee", y, conv2d_relu, x, weight, bias, 0.0)
-    check("ieee", pooled, lambda *a: F.max_pool2d(conv2d_relu(*a), 2), x, weight, bias, 0.0)
+    y, pooled = kernels.conv_pool_fwd(x, weight, bias, slope=0.0, tf32=tf32)
+    check(precision, y, conv2d_relu, x, weight, bias, 0.0)
+    check(precision, pooled, lambda *a: F.max_pool2d(conv2d_relu(*a), 2), x, weight, bias, 0.0)
+    x, weight = x[:, :3], weight[:, :3]
+    y = kernels.stem_fwd(x, weight, bias, slope=0.0, tf32=tf32)
+    check(precision, y, conv2d_relu, x, weight, bias, 0.0)
 
 
 @pytest.mark.parametrize("axis", [0, 2], ids=["images", "rows"])
