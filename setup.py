@@ -39,7 +39,7 @@ setup(
     python_requires=">=3.10",
     install_requires=["torch>=2.11", TRITON, "numpy", "pillow", "rich", "safetensors", "tifffile"],
     extras_require={"test": TEST, "dev": TEST + DEV},
-    packages=["fastunet", "fastunet.kernels"],
+    packages=["fastunet", "fastunet.kernels", "fastunet.parity"],
     package_dir={"fastunet": "fastunet", "fastunet.kernels": "kernels"},
     package_data={"fastunet": ["py.typed", "pretrained/*"]},
     entry_points={"console_scripts": ["fastunet=fastunet.cli:main"]},

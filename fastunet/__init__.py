@@ -12,7 +12,7 @@ from . import dispatch, ops, reference
 from .config import UNetConfig
 from .explain import explain
 from .model import FastUNet
-from .verify import verify
+from .parity import verify
 
 try:
     __version__ = version("fastunet")

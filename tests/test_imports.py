@@ -1,6 +1,6 @@
 """Imports run one way. The arrows are read from the source with ast; nothing is imported for it.
 
-    cli, benchmarks, tests -> train, predict, verify, convert, weights, explain -> model -> ops
+    cli, benchmarks, tests -> train, predict, parity, convert, weights, explain -> model -> ops
         -> {dispatch, reference, kernels} -> config
 
 A room is a module or a subpackage of fastunet. A new one fails the test until it has a row here.
@@ -30,8 +30,7 @@ ROOMS: dict[str, set[str]] = {
     "ops": {"config", "dispatch", "reference", "kernels"},
     "model": {"config", "reference", "dispatch", "ops"},
     # What is done with a model.
-    "parity": set(),
-    "verify": {"config", "dispatch", "reference", "model", "parity", "trace"},
+    "parity": {"config", "dispatch", "reference", "model", "trace"},
     "weights": {"config", "files", "reference", "model"},
     "convert": {"config", "reference", "model", "weights"},
     "explain": {"config", "dispatch", "model", "trace"},

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastunet.parity import TF32_EPS, compare
+from fastunet.parity import compare
+from fastunet.parity.rule import TF32_EPS
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -25,7 +26,8 @@ def test_the_baseline_passes_against_itself(dtype, truth):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_limit_is_the_baselines_error_plus_the_floor(dtype, truth):
-    floor = {torch.float32: 4.0}.get(dtype, 1.0) * torch.finfo(dtype).eps * truth.abs().max().item()
+    numbers = torch.finfo(dtype)
+    floor = {torch.float32: 4.0}.get(dtype, 1.0) * numbers.eps * (truth.abs().max().item() + numbers.smallest_normal)
     baseline = truth.to(dtype)
     parity = compare(baseline, baseline, truth)
     assert parity.limit == pytest.approx((baseline.double() - truth).abs().max().item() + floor)
@@ -53,6 +55,33 @@ def test_nan_and_inf_must_stand_in_the_same_places(value, truth):
     other[0, 0] = torch.inf if value != torch.inf else torch.nan
     assert not compare(candidate, other, truth).ok
     assert not compare(baseline, candidate, truth).ok
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_where_a_rounding_overflows_either_may_be_infinite(dtype):
+    largest = torch.finfo(dtype).max
+    truth = torch.tensor([1.0, largest * (1 - torch.finfo(dtype).eps / 8)], dtype=torch.float64)
+    finite, infinite = torch.tensor([1.0, largest], dtype=dtype), torch.tensor([1.0, torch.inf], dtype=dtype)
+    assert compare(finite, infinite, truth).ok and compare(infinite, finite, truth).ok
+    assert not compare(infinite, finite, truth / 2).ok
+    assert not compare(torch.tensor([1.0, torch.nan], dtype=dtype), finite, truth).ok
+
+
+def test_numbers_below_the_smallest_may_differ_by_a_step():
+    step = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps
+    truth = torch.tensor([1.4 * step], dtype=torch.float64)
+    baseline = truth.half()
+    assert compare(baseline + step, baseline, truth).ok
+    assert not compare(baseline + 4 * step, baseline, truth).ok
+
+
+def test_cancelling_terms_and_the_baselines_own_truth_count(truth):
+    baseline = truth.half()
+    off = baseline + 8 * torch.finfo(torch.float16).eps
+    assert not compare(off, baseline, truth).ok
+    assert compare(off, baseline, truth, terms=10.0).ok
+    elsewhere = truth + 1
+    assert compare(baseline, elsewhere.half(), truth, baseline_truth=elsewhere).limit < 0.01
 
 
 def test_what_cannot_be_compared_is_refused(truth):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +49,7 @@ def test_the_model_as_it_is_passes(options, dtype, x):
     assert report.ok, str(report)
     assert str(report).endswith("\nparity")
     kinds = [c.kind for c in report.comparisons]
+    assert kinds.count("gradient") == len(list(model.parameters())) + 1
     layers = 0 if options.get("norm") == "instance" else len(fastunet.explain(model, (2, 2, 19, 22)).rows)
     assert kinds.count("layer") == layers
     assert next(model.parameters()).dtype == torch.float32  # copies were cast
@@ -74,7 +76,7 @@ def test_the_kernels_pass(x):
     with dispatch.forced("triton"):
         report = fastunet.verify(model, plain, x[..., :4, :6], dtype=torch.float16)
     assert report.ok, str(report)
-    assert {c.implementation for c in report.comparisons} == {"triton"}
+    assert {c.implementation for c in report.comparisons if c.kind != "gradient"} == {"triton"}
     assert "another batch position" in {check.name for check in report.checks}
 
 
@@ -129,7 +131,7 @@ def seam(x, weight, bias, slope):
 )
 def test_a_faulty_convolution_is_caught_in_the_first_layer(fault: Callable, x, monkeypatch):
     model, plain = pair()
-    monkeypatch.setattr(ops, "reference", Faulty(conv2d_relu=fault))
+    monkeypatch.setattr(ops, "reference", Faulty(reference, conv2d_relu=fault))
     report = fastunet.verify(model, plain, x)
     assert not report.ok
     assert report.first_failure is not None
@@ -149,7 +151,7 @@ def other_corners(x, skip, weight, bias, mode, align_corners, slope):
 @pytest.mark.parametrize("fault", [swapped_concat, other_corners])
 def test_a_faulty_decoder_is_caught_where_it_begins(fault: Callable, x, monkeypatch):
     model, plain = pair()
-    monkeypatch.setattr(ops, "reference", Faulty(upsample_concat_conv2d_relu=fault))
+    monkeypatch.setattr(ops, "reference", Faulty(reference, upsample_concat_conv2d_relu=fault))
     report = fastunet.verify(model, plain, x)
     assert report.first_failure is not None and report.first_failure.name == "ups.0.conv.net.0", str(report)
 
@@ -157,11 +159,8 @@ def test_a_faulty_decoder_is_caught_where_it_begins(fault: Callable, x, monkeypa
 def test_a_pool_off_by_one_is_caught_in_the_layer_that_reads_it(x, monkeypatch):
     model, plain = pair()
     pool = F.max_pool2d
-    with monkeypatch.context() as patch:
-        patch.setattr(ops.F, "max_pool2d", lambda x, size: pool(x.roll(1, 3), size))
-        # The reference pools by nn.MaxPool2d, which looks the function up in the same place.
-        patch.setattr(nn.MaxPool2d, "forward", lambda self, x: pool(x, 2))
-        report = fastunet.verify(model, plain, x)
+    monkeypatch.setattr(ops, "F", Faulty(F, max_pool2d=lambda x, size: pool(x.roll(1, 3), size)))
+    report = fastunet.verify(model, plain, x)
     assert report.first_failure is not None and report.first_failure.name == "downs.1.conv.net.0", str(report)
 
 
@@ -175,6 +174,71 @@ def test_a_stale_folded_norm_is_caught(x, monkeypatch):
     )
     report = fastunet.verify(model, plain, x)
     assert report.first_failure is not None and report.first_failure.name == "downs.0.conv.net.0", str(report)
+
+
+def scaled(which: int, channels: int) -> Callable:
+    """The backward of a convolution of so many input channels, one gradient of it a hundredth too large."""
+    right = ops._convolution_backward
+
+    def backward(grad, x, weight, *others):
+        found = list(right(grad, x, weight, *others))
+        if weight.shape[1] == channels:
+            found[which] = found[which] * 1.01
+        return tuple(found)
+
+    return backward
+
+
+def mask_forgotten(grad, y, slope):
+    return grad
+
+
+def mask_of_negative(grad, y, slope):
+    return grad if slope == 1 else torch.where(y > 0, torch.zeros_like(grad), grad)
+
+
+@pytest.mark.parametrize(
+    "function, fault, first",
+    [
+        # The only convolution of 2 channels in is the first of all, that of 14 the first of the decoder.
+        ("_convolution_backward", scaled(1, 2), "downs.0.conv.net.0.weight"),
+        ("_convolution_backward", scaled(0, 2), "input"),
+        ("_convolution_backward", scaled(1, 14), "ups.0.conv.net.0.weight"),
+        ("_activation_backward", mask_forgotten, "ups.1.conv.net.2.bias"),
+        ("_activation_backward", mask_of_negative, "ups.1.conv.net.2.bias"),
+    ],
+    ids=["first weight", "input", "decoder weight", "mask forgotten", "mask of the negative"],
+)
+def test_a_faulty_gradient_is_caught_where_it_is_found(function, fault, first, x, monkeypatch):
+    model, plain = pair()
+    monkeypatch.setattr(ops, function, fault)
+    report = fastunet.verify(model, plain, x)
+    assert not report.ok
+    assert report.first_failure is not None
+    assert (report.first_failure.kind, report.first_failure.name) == ("gradient", first), str(report)
+
+
+def test_a_gradient_that_does_not_repeat_is_caught(x, monkeypatch):
+    model, plain = pair()
+    right, calls = ops._convolution_backward, []
+
+    def backward(*args):
+        calls.append(0)
+        return tuple(None if g is None else g * (1 + 1e-6 * len(calls)) for g in right(*args))
+
+    monkeypatch.setattr(ops, "_convolution_backward", backward)
+    report = fastunet.verify(model, plain, x)
+    assert "gradients, second run" in {check.name for check in report.checks if not check.ok}, str(report)
+
+
+def test_frozen_parameters_have_no_gradient_to_compare(x):
+    model, plain = pair(norm="batch")
+    for network in (model, plain):
+        network.downs.requires_grad_(False)
+    report = fastunet.verify(model, plain, x)
+    assert report.ok, str(report)
+    names = {c.name for c in report.comparisons if c.kind == "gradient"}
+    assert "bottleneck.net.0.weight" in names and not any(name.startswith("downs") for name in names)
 
 
 @pytest.mark.parametrize(
@@ -200,10 +264,10 @@ def test_a_result_that_does_not_repeat_is_caught(name, forward, x):
 
 
 class Faulty:
-    """The reference functionals, some replaced; only the operators see it."""
+    """A module's functions, some replaced, for one importer alone."""
 
-    def __init__(self, **faults: Callable) -> None:
-        self.__dict__.update(vars(reference) | faults)
+    def __init__(self, module: Any, **faults: Callable) -> None:
+        self.__dict__.update(vars(module) | faults)
 
 
 class FreshNorm:
@@ -232,7 +296,22 @@ def test_a_reference_with_its_own_names_is_compared_in_its_output(x):
     model, plain = pair()
     report = fastunet.verify(model, Own(plain), x)
     assert report.ok
-    assert [(c.kind, c.name) for c in report.comparisons] == [("output", "logits")]
+    assert [(c.kind, c.name) for c in report.comparisons] == [("output", "logits"), ("gradient", "input")]
+
+
+class Smooth(Own):
+    """Shows no ReLU or max-pool, as a network compiled elsewhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            return self.network(x)
+
+
+def test_a_reference_of_other_decisions_is_named(x):
+    model, plain = pair()
+    with pytest.raises(ValueError, match="gradients: cannot be compared, .* more ReLUs and max-pools in the model"):
+        fastunet.verify(model, Smooth(plain), x)
+    assert fastunet.verify(model, Smooth(plain), x, gradients=False).ok
 
 
 def test_clear_errors(x):

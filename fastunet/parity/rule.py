@@ -1,8 +1,4 @@
-"""Parity: one rule, used by the tests of the kernels and by whoever checks a model.
-
-Three results of one computation are compared: the **truth** (the reference in float64), the
-**baseline** (the reference in the working dtype: what a user has today) and the **candidate**.
-"""
+"""The rule: a candidate's error may not exceed the baseline's by more than a few roundings."""
 
 from __future__ import annotations
 
@@ -44,27 +40,35 @@ def compare(
     baseline: Tensor,
     truth: Tensor,
     *,
+    baseline_truth: Tensor | None = None,
     tf32: bool = False,
-    stages: int = 1,
+    stages: float = 1,
+    terms: float = 0.0,
 ) -> Parity:
     """Whether ``candidate`` is as close to the truth as the baseline is.
 
     The rule (after the tests of apple/ml-cross-entropy): the candidate's largest error may not
     exceed the baseline's plus a floor of ``eps * max |truth|`` for 16-bit dtypes, four times that
-    for float32 (the derivation stands beside ``_FLOOR_ROUNDINGS``). NaN and infinities must stand
-    where the baseline has them.
+    for float32 (the derivation stands beside ``_FLOOR_ROUNDINGS``), and never less than one step
+    of the dtype's smallest numbers. NaN and infinities must stand where the baseline has them,
+    but for elements so near the dtype's largest number that an error within the limit overflows.
 
     Args:
         candidate, baseline: of one shape and dtype. truth: float64, of the same shape.
+        baseline_truth: the baseline's own truth, where it is not the candidate's: gradients, whose
+            truth depends on which side of a ReLU each network took.
         tf32: float32 operands were rounded to tf32, so its eps counts.
         stages: how many fused operators, one after another, lead to this tensor. Each rounds its
             result anew; independent roundings add as their squares do, so the floor is that of one
             times ``sqrt(stages)``.
+        terms: for a sum whose terms cancel, the root of the sum of their squares, as that is what
+            their independent relative errors add up to. Counts where it exceeds ``max |truth|``.
 
     Raises:
         ValueError: shapes or dtypes that cannot be compared.
     """
-    if not candidate.shape == baseline.shape == truth.shape:
+    theirs_truth = truth if baseline_truth is None else baseline_truth
+    if not candidate.shape == baseline.shape == truth.shape == theirs_truth.shape:
         raise ValueError(
             f"shapes: expected one, got {tuple(candidate.shape)}, {tuple(baseline.shape)}, {tuple(truth.shape)}"
         )
@@ -74,19 +78,25 @@ def compare(
             f"got {candidate.dtype}, {baseline.dtype}, {truth.dtype}"
         )
     dtype = candidate.dtype
-    candidate, baseline, truth = candidate.double(), baseline.double().to(candidate.device), truth.to(candidate.device)
-    finite = baseline.isfinite() & truth.isfinite()
+    numbers = torch.finfo(dtype)
+    candidate, baseline = candidate.double(), baseline.double().to(candidate.device)
+    truth, theirs_truth = truth.to(candidate.device), theirs_truth.to(candidate.device)
+    finite = candidate.isfinite() & baseline.isfinite() & truth.isfinite()
+    ours, theirs, largest = (
+        t[finite].abs().max().item() if finite.any() else 0.0
+        for t in (candidate - truth, baseline - theirs_truth, truth)
+    )
+    eps = TF32_EPS if tf32 else numbers.eps
+    smallest = numbers.smallest_normal * numbers.eps
+    roundings = _FLOOR_ROUNDINGS[dtype] * stages**0.5
+    floor = roundings * (eps * max(largest, terms) + smallest)
+    limit = theirs + floor
     # One number for each kind of element: finite, NaN, and the two infinities.
     kind, other = (torch.where(t.isfinite(), 2.0, t).nan_to_num(0.0, 1.0, -1.0) for t in (candidate, baseline))
-    same_nonfinite = torch.equal(kind, other)
-    if not finite.any():
-        return Parity(same_nonfinite, 0.0, 0.0, 0.0, "no finite element")
-    ours, theirs, largest = (
-        t[finite].abs().nan_to_num(torch.inf).max().item() for t in (candidate - truth, baseline - truth, truth)
-    )
-    eps = TF32_EPS if tf32 else torch.finfo(dtype).eps
-    floor = _FLOOR_ROUNDINGS[dtype] * stages**0.5 * eps * largest
-    limit = theirs + floor
-    if not same_nonfinite:
+    reach = truth.abs() * (1 + roundings * eps) + limit
+    may_overflow = truth.isfinite() & (reach >= numbers.max) & (kind != 0) & (other != 0)
+    if ((kind != other) & ~may_overflow).any():
         return Parity(False, ours, theirs, limit, "NaN or infinity at other places than the baseline's")
+    if not finite.any():
+        return Parity(True, 0.0, 0.0, 0.0, "no finite element")
     return Parity(ours <= limit, ours, theirs, limit, f"baseline's error plus a floor of {floor:.1e}")

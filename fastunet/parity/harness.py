@@ -1,0 +1,262 @@
+"""Check a fast model against its reference: output, every layer, gradients, classes, repeatability."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import dispatch
+from ..model import FastUNet
+from .recording import OtherDecisions, Recorder, gradients, gradients_and_terms, run_with_layers
+from .report import Check, Comparison, Errors, Report, Segmentation
+from .rule import Parity, compare
+
+Rule = Callable[..., Parity]
+Tensors = dict[str, Tensor]
+_LOGITS, _INPUT = "logits", "input"
+
+# Backward has as many stages as forward, and both factors of a gradient's terms are rounded: twice
+# the stages, and twice the floor, which 24,000 gradients of 800 random networks do not reach (the
+# largest came to 1.25 times the limit with the floor once).
+_GRADIENT_STAGES = 2 * 2**2
+
+
+def verify(
+    model: nn.Module,
+    reference: nn.Module,
+    inputs: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    gradients: bool = True,
+    deterministic: bool = True,
+    rule: Rule = compare,
+) -> Report:
+    """Check that ``model`` computes what ``reference`` does, as accurately.
+
+    Neither is changed: copies are cast and run, in the train or eval mode in which they come.
+
+    Args:
+        model: the candidate, usually a :class:`fastunet.FastUNet`; of it, and of a reference with
+            the same parameter names, every layer and every parameter's gradient is compared; of
+            any other, the output and the gradient of the input.
+        reference: any module of the same function, on the same device.
+        inputs: (N, C, H, W), finite, on that device; cast to the working dtype, whose rounded
+            values all three networks see.
+        dtype: working dtype; by default that of the model's parameters.
+        gradients: compare those of ``sum(logits * v)``, v being random numbers of variance 1, for
+            the parameters that require one and the input. Their truth takes the sides of ReLUs and
+            max-pools that the network took (see :mod:`fastunet.parity.recording`).
+        deterministic: repeat the candidate: bitwise the same, with every element written, on
+            another stream (CUDA), and of our kernels at another place of the batch (torch's
+            convolutions on a CPU do not promise that).
+        rule: decides on each tensor; takes what :func:`fastunet.parity.compare` takes.
+
+    Raises:
+        ValueError: inputs that are not four-dimensional or finite; a reference of other weights, or
+            lacking some; outputs of another shape; for gradients, ReLUs or max-pools in another
+            order than the model's.
+    """
+    if inputs.ndim != 4 or not inputs.is_floating_point():
+        raise ValueError(f"inputs: expected floating (N, C, H, W), got {inputs.dtype} {tuple(inputs.shape)}")
+    if not inputs.isfinite().all():
+        raise ValueError("inputs: expected finite values, found NaN or infinity")
+    _check_weights(model, reference)
+    dtype = dtype or next(model.parameters()).dtype
+    x = inputs.detach().to(dtype)
+    candidate = copy.deepcopy(model).to(dtype)
+    # Rounded to the working dtype first, so that all three have the very same weights.
+    baseline = copy.deepcopy(reference).to(dtype)
+    truth = copy.deepcopy(baseline).double()
+    implementation = dispatch.choose(x.device, dtype).implementation if isinstance(model, FastUNet) else "module"
+    tf32 = x.is_cuda and dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+
+    ours = _forward(candidate, x)
+    theirs, exact = _forward(baseline, x), _forward(truth, x.double())
+    depth = max(1, len(ours) - 1)
+    y, logits = ours[_LOGITS], exact[_LOGITS]
+    if y.shape != logits.shape:
+        raise ValueError(f"outputs: expected one shape, got {tuple(y.shape)} and the reference's {tuple(logits.shape)}")
+
+    comparisons: list[Comparison] = []
+    for stage, name in enumerate(ours, 1):
+        if name in exact:
+            parity = rule(ours[name], theirs[name], exact[name], tf32=tf32, stages=min(stage, depth))
+            errors = _errors(ours[name], exact[name]), _errors(theirs[name], exact[name])
+            kind = "output" if name == _LOGITS else "layer"
+            comparisons.append(Comparison(kind, name, implementation, parity, *errors))
+    runs: dict[str, Callable[[Tensor], Tensors]] = {"": lambda x: _forward(candidate, x)}
+    if gradients:
+        cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
+        comparisons += _compare_gradients(candidate, baseline, truth, x, cotangent, depth, tf32, rule)
+        runs["gradients, "] = lambda x: _gradients(candidate, x, cotangent, Recorder())
+    checks: list[Check] = []
+    if deterministic:
+        for prefix, run in runs.items():
+            checks += _repeat(prefix, run, x)
+        if implementation == "triton" and len(x) > 1:
+            again = {name: t.roll(-1, 0) for name, t in _forward(candidate, x.roll(1, 0)).items()}
+            checks.append(_same("another batch position", ours, again))
+    return Report(
+        str(x.device),
+        str(dtype).removeprefix("torch."),
+        tuple(x.shape),
+        tuple(comparisons),
+        tuple(checks),
+        _segmentation(y, logits),
+        _segmentation(theirs[_LOGITS], logits),
+        _error_map(y, logits),
+        _error_map(theirs[_LOGITS], logits),
+    )
+
+
+def _check_weights(model: nn.Module, reference: nn.Module) -> None:
+    """Of the same names: the same tensors. A reference that names its own way is taken as it is."""
+    ours, theirs = model.state_dict(), reference.state_dict()
+    if not ours.keys() & theirs.keys():
+        return
+    for here, there, who, whose in ((ours, theirs, "reference", "model"), (theirs, ours, "model", "reference")):
+        missing = next((name for name in here if name not in there), None)
+        if missing is not None:
+            raise ValueError(f"{who}: expected the {whose}'s parameters, lacks {missing!r}")
+    for name, tensor in ours.items():
+        if tensor.shape != theirs[name].shape:
+            shapes = f"{tuple(tensor.shape)}, got {tuple(theirs[name].shape)}"
+            raise ValueError(f"reference: expected {name!r} of shape {shapes}")
+        if not torch.equal(tensor.double().cpu(), theirs[name].double().cpu()):
+            raise ValueError(f"reference: expected the model's weights, {name!r} holds other values")
+
+
+@torch.no_grad()
+def _forward(network: nn.Module, x: Tensor) -> Tensors:
+    """Every layer by its name, and the logits last."""
+    y, layers = run_with_layers(network, x)
+    if not isinstance(y, Tensor) or y.ndim != 4:
+        got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"outputs: expected a tensor (N, C, H, W) of {type(network).__name__}, got {got}")
+    return {**layers, _LOGITS: y}
+
+
+_gradients = gradients  # verify's argument has the same name
+
+
+def _compare_gradients(
+    candidate: nn.Module,
+    baseline: nn.Module,
+    truth: nn.Module,
+    x: Tensor,
+    cotangent: Tensor,
+    depth: int,
+    tf32: bool,
+    rule: Rule,
+) -> list[Comparison]:
+    sides, their_sides = Recorder(), Recorder()
+    ours = gradients(candidate, x, cotangent, sides)
+    theirs = gradients(baseline, x, cotangent, their_sides)
+    wide = x.double(), cotangent.double()
+    try:
+        exact, terms = gradients_and_terms(truth, *wide, sides.decisions)
+        their_exact, _ = gradients_and_terms(truth, *wide, their_sides.decisions)
+    except OtherDecisions as error:
+        raise ValueError(f"gradients: cannot be compared, {error}; gradients=False leaves them out") from None
+    comparisons = []
+    for name in ours:
+        if name in exact:
+            parity = rule(
+                ours[name],
+                theirs[name],
+                exact[name],
+                baseline_truth=their_exact[name],
+                tf32=tf32,
+                stages=_GRADIENT_STAGES * depth,
+                terms=terms.get(name, 0.0),
+            )
+            errors = _errors(ours[name], exact[name]), _errors(theirs[name], their_exact[name])
+            # The operators' backward passes are torch's own.
+            comparisons.append(Comparison("gradient", name, "torch", parity, *errors))
+    return comparisons
+
+
+def _errors(result: Tensor, truth: Tensor) -> Errors:
+    off = result.double() - truth
+    finite = truth.isfinite() & off.isfinite()
+    off, truth = off[finite].abs(), truth[finite]
+    if not finite.any():
+        return Errors(0.0, 0.0, 0.0)
+    size = truth.norm().item()
+    return Errors(off.max().item(), off.mean().item(), off.norm().item() / size if size else off.norm().item())
+
+
+def _error_map(logits: Tensor, truth: Tensor) -> Tensor:
+    return (logits.double() - truth).abs().amax(1).float().cpu()
+
+
+def _segmentation(logits: Tensor, truth: Tensor) -> Segmentation:
+    def classes(t: Tensor) -> Tensor:
+        return (t[:, 0] > 0).long() if t.shape[1] == 1 else t.argmax(1)
+
+    found, expected = classes(logits), classes(truth)
+    flipped = found != expected
+    if truth.shape[1] == 1:
+        margin = truth[:, 0].abs()
+    else:
+        top = truth.topk(2, dim=1).values
+        margin = top[:, 0] - top[:, 1]
+    both, either = ((found > 0) & (expected > 0)).sum().item(), ((found > 0) | (expected > 0)).sum().item()
+    flips = int(flipped.sum())
+    return Segmentation(
+        flips,
+        flipped.numel(),
+        2 * both / (both + either) if either else 1.0,
+        both / either if either else 1.0,
+        margin[flipped].max().item() if flips else 0.0,
+    )
+
+
+# --- repeatability ---------------------------------------------------------------------------
+
+
+def _same(name: str, first: Tensors, again: Tensors) -> Check:
+    """Bitwise equality of all tensors; NaN counts as equal to itself."""
+    for key, y in first.items():
+        differ = int(((again[key] != y) & ~(again[key].isnan() & y.isnan())).sum())
+        if differ:
+            return Check(name, False, f"{differ} elements of {key} differ")
+    return Check(name, True, "bitwise equal")
+
+
+def _repeat(prefix: str, run: Callable[[Tensor], Tensors], x: Tensor) -> Iterator[Check]:
+    """Runs of the candidate that must give bitwise what the first gave."""
+    first = run(x)
+    yield _same(f"{prefix}second run", first, run(x))
+    with _poisoned_memory():
+        poisoned = run(x)
+    unwritten = {name: int((t.isnan() & ~first[name].isnan()).sum()) for name, t in poisoned.items()}
+    detail = next((f"{n} elements of {name} kept the NaN put there" for name, n in unwritten.items() if n), "")
+    yield Check(f"{prefix}every element written", not detail, detail or "memory was filled with NaN before")
+    if x.is_cuda:
+        stream = torch.cuda.Stream(x.device)
+        stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(stream):
+            again = run(x)
+        torch.cuda.current_stream(x.device).wait_stream(stream)
+        yield _same(f"{prefix}another stream", first, again)
+
+
+@contextlib.contextmanager
+def _poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN."""
+    settings: Any = torch.utils.deterministic
+    fill, enabled = settings.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    settings.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)  # or nothing is filled
+    try:
+        yield
+    finally:
+        settings.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)

@@ -1,0 +1,143 @@
+"""What a check found: for people as text, for machines as a dict, for the eye as a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .rule import Parity
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Distance to the truth over the elements that are finite in it."""
+
+    max: float
+    mean: float
+    relative_l2: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One tensor: ``kind`` is ``"layer"``, ``"output"`` or ``"gradient"``."""
+
+    kind: str
+    name: str
+    implementation: str
+    parity: Parity
+    candidate: Errors
+    baseline: Errors
+
+    @property
+    def ratio(self) -> float:
+        """Error of the candidate over the baseline's; 1 where both are exact."""
+        if self.parity.baseline_error == 0:
+            return 1.0 if self.parity.candidate_error == 0 else float("inf")
+        return self.parity.candidate_error / self.parity.baseline_error
+
+
+@dataclass(frozen=True)
+class Check:
+    """A property that holds or not, and what was seen."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """Classes against the truth's: arg-max, or logit > 0 of a single channel.
+
+    Attributes:
+        flips: pixels of another class. pixels: of all.
+        dice, iou: overlap of what is not class 0 with the truth's; 1 where both are empty.
+        margin: the largest distance to the decision boundary, in logits of the truth, among the
+            flipped pixels. A flip at a small margin is rounding; at a large one it is a mistake.
+    """
+
+    flips: int
+    pixels: int
+    dice: float
+    iou: float
+    margin: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`fastunet.verify` found; ``str()`` is for people, :meth:`to_dict` for machines.
+
+    Attributes:
+        comparisons: layers in the order in which they run, the output, then gradients in the order
+            in which they are found, the last layer's first.
+        checks: of the candidate alone.
+        candidate_map, baseline_map: (N, H, W) float32 on the CPU, the largest error among a pixel's
+            logits; not in the dict. :func:`fastunet.parity.picture.draw` shows them.
+        command: a command line that repeats the check, where it came from one.
+    """
+
+    device: str
+    dtype: str
+    input_shape: tuple[int, ...]
+    comparisons: tuple[Comparison, ...]
+    checks: tuple[Check, ...]
+    candidate_segmentation: Segmentation
+    baseline_segmentation: Segmentation
+    candidate_map: Tensor = field(repr=False)
+    baseline_map: Tensor = field(repr=False)
+    command: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return all(c.parity.ok for c in self.comparisons) and all(c.ok for c in self.checks)
+
+    @property
+    def first_failure(self) -> Comparison | None:
+        """The first comparison that breaks the rule."""
+        return next((c for c in self.comparisons if not c.parity.ok), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts."""
+        return {
+            "ok": self.ok,
+            "device": self.device,
+            "dtype": self.dtype,
+            "input_shape": list(self.input_shape),
+            "comparisons": [{**dataclasses.asdict(c), "ratio": c.ratio} for c in self.comparisons],
+            "checks": [dataclasses.asdict(c) for c in self.checks],
+            "candidate_segmentation": dataclasses.asdict(self.candidate_segmentation),
+            "baseline_segmentation": dataclasses.asdict(self.baseline_segmentation),
+            "command": self.command,
+        }
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.input_shape))
+        lines = [f"{self.dtype} on {self.device}, input {shape}; errors are distances to float64", ""]
+        width = max(len(f"{c.kind} {c.name}") for c in self.comparisons)
+        lines.append(f"{'':{width}}  ----------- largest -----------    ------ mean ------    -- relative L2 ---")
+        lines.append(f"{'':{width}}     ours  baseline  ratio    limit      ours  baseline      ours  baseline")
+        for c in self.comparisons:
+            label, verdict = f"{c.kind} {c.name}", "" if c.parity.ok else f"  BROKEN: {c.parity.reason}"
+            lines.append(
+                f"{label:{width}}  {c.candidate.max:7.1e}   {c.baseline.max:7.1e}  {c.ratio:5.2f}  {c.parity.limit:7.1e}"
+                f"   {c.candidate.mean:7.1e}   {c.baseline.mean:7.1e}"
+                f"   {c.candidate.relative_l2:7.1e}   {c.baseline.relative_l2:7.1e}{verdict}"
+            )
+        lines.append("")
+        for who, s in (("candidate", self.candidate_segmentation), ("baseline", self.baseline_segmentation)):
+            at = f", at most {s.margin:.1e} from the decision boundary" if s.flips else ""
+            lines.append(
+                f"{who}: {s.flips} of {s.pixels} pixels of another class{at}; "
+                f"Dice lower by {1 - s.dice:.1e}, IoU by {1 - s.iou:.1e}"
+            )
+        lines += [f"{'ok' if c.ok else 'BROKEN'}: {c.name} ({c.detail})" for c in self.checks]
+        first = self.first_failure
+        if first is not None:
+            lines.append(f"first to break the rule: {first.kind} {first.name}, on {first.implementation}")
+        if not self.ok and self.command is not None:
+            lines.append(f"again: {self.command}")
+        lines.append("parity" if self.ok else "NO parity")
+        return "\n".join(lines)
