@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import dispatch
 from ..model import FastUNet
-from .recording import OtherDecisions, Recorder, gradients, gradients_and_terms, run_with_layers
+from .recording import OtherDecisions, Recorder, gradients, gradients_and_terms, run_with_layers, terms_of_layers
 from .report import Check, Comparison, Errors, Report, Segmentation
 from .rule import Parity, compare
 
@@ -77,6 +77,9 @@ def verify(
 
     ours = _forward(candidate, x)
     theirs, exact = _forward(baseline, x), _forward(truth, x.double())
+    with torch.no_grad():
+        terms, lost = terms_of_layers(truth, x.double(), torch.finfo(dtype).smallest_normal)
+    terms[_LOGITS] = next(reversed(terms.values()), 0.0)  # the head's
     depth = max(1, len(ours) - 1)
     y, logits = ours[_LOGITS], exact[_LOGITS]
     if y.shape != logits.shape:
@@ -85,14 +88,16 @@ def verify(
     comparisons: list[Comparison] = []
     for stage, name in enumerate(ours, 1):
         if name in exact:
-            parity = rule(ours[name], theirs[name], exact[name], tf32=tf32, stages=min(stage, depth))
+            parity = rule(
+                ours[name], theirs[name], exact[name], tf32=tf32, stages=min(stage, depth), terms=terms.get(name, 0.0)
+            )
             errors = _errors(ours[name], exact[name]), _errors(theirs[name], exact[name])
             kind = "output" if name == _LOGITS else "layer"
             comparisons.append(Comparison(kind, name, implementation, parity, *errors))
     runs: dict[str, Callable[[Tensor], Tensors]] = {"": lambda x: _forward(candidate, x)}
     if gradients:
         cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
-        comparisons += _compare_gradients(candidate, baseline, truth, x, cotangent, depth, tf32, rule)
+        comparisons += _compare_gradients(candidate, baseline, truth, x, cotangent, depth, lost, tf32, rule)
         runs["gradients, "] = lambda x: _gradients(candidate, x, cotangent, Recorder())
     checks: list[Check] = []
     if deterministic:
@@ -151,16 +156,17 @@ def _compare_gradients(
     x: Tensor,
     cotangent: Tensor,
     depth: int,
+    lost: float,
     tf32: bool,
     rule: Rule,
 ) -> list[Comparison]:
     sides, their_sides = Recorder(), Recorder()
     ours = gradients(candidate, x, cotangent, sides)
     theirs = gradients(baseline, x, cotangent, their_sides)
-    wide = x.double(), cotangent.double()
+    wide, smallest = (x.double(), cotangent.double()), torch.finfo(x.dtype).smallest_normal
     try:
-        exact, terms = gradients_and_terms(truth, *wide, sides.decisions)
-        their_exact, _ = gradients_and_terms(truth, *wide, their_sides.decisions)
+        exact, terms = gradients_and_terms(truth, *wide, sides.decisions, smallest, lost)
+        their_exact, _ = gradients_and_terms(truth, *wide, their_sides.decisions, smallest, lost)
     except OtherDecisions as error:
         raise ValueError(f"gradients: cannot be compared, {error}; gradients=False leaves them out") from None
     comparisons = []

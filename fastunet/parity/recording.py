@@ -8,7 +8,7 @@ the same: what is left between the two is rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..model import FastUNet
-from ..reference import UNet
+from ..reference import UNet, activate_
 from ..trace import trace
 
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
@@ -111,8 +111,7 @@ def run_with_layers(network: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Te
         return y, dict(zip(names, recorder.results, strict=True)) if recorder.results else {}
     layers: dict[str, Tensor] = {}
     # What the operators return: with a norm folded in or none, the activation; else the convolution.
-    fused = network.config.norm is None or (network.config.norm == "batch" and not network.training)
-    after = 0 if not fused else 1 if network.config.norm is None else 2
+    after = 0 if not _is_fused(network) else 1 if network.config.norm is None else 2
     handles = []
     for name in names:
         parent, _, last = name.rpartition(".")
@@ -135,6 +134,58 @@ def run_with_layers(network: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Te
     return y, layers
 
 
+def terms_of_layers(network: nn.Module, x: Tensor, smallest: float) -> tuple[dict[str, float], float]:
+    """For each layer of a reference of ours, what :func:`compare` calls terms; none for another network.
+
+    A map of few elements may be small because its sums cancel, and then its errors, and those of
+    all maps after it, are as large as its terms were: their ratio is carried on, and returned
+    too. Numbers below ``smallest``, the working dtype's smallest normal one, have that one's errors.
+    """
+    if not isinstance(network, UNet):
+        return {}, 1.0
+    calls: dict[str, tuple[Tensor, Tensor]] = {}
+    handles = []
+    names = [layer.name for layer in trace(network.config, *x.shape[-2:], batch=len(x))]
+    for name in names:
+
+        def keep(module: Any, inputs: Any, y: Tensor, name: str = name) -> None:
+            calls[name] = inputs[0], y.clone()
+
+        handles.append(network.get_submodule(name).register_forward_hook(keep))
+    network(x)
+    for handle in handles:
+        handle.remove()
+
+    terms: dict[str, float] = {}
+    lost = 1.0  # the largest ratio of terms to results so far
+    for name in names:
+        inputs, y = calls[name]
+        if not y.numel():
+            continue
+        conv: Any = network.get_submodule(name)
+        squares = {key: p**2 for key, p in conv.named_parameters()}
+        roots = torch.func.functional_call(conv, squares, (inputs**2).clamp(min=smallest**2)).amax((0, 2, 3)).sqrt()
+        terms[name] = lost * roots.max().item()
+        if network.config.norm is not None and ".net." in name:
+            parent, _, last = name.rpartition(".")
+            norm: Any = network.get_submodule(f"{parent}.{int(last) + 1}")
+            variance = _mean_and_variance(norm, y)[1].amin(0).flatten()
+            roots = roots * norm.weight.abs() / (variance + norm.eps).sqrt()
+            y = norm(y)
+            if _is_fused(network):
+                terms[name] = lost * roots.max().item()
+        if name != "head":
+            y = activate_(y, network.config.slope)
+        largest = y.abs().max().item()
+        lost = max(lost, lost * roots.max().item() / largest if largest else 1.0)
+    return terms, lost
+
+
+def _is_fused(network: UNet) -> bool:
+    """Whether FastUNet's operators hold the activation, and the norm if there is one."""
+    return network.config.norm is None or (network.config.norm == "batch" and not network.training)
+
+
 def gradients(network: nn.Module, x: Tensor, cotangent: Tensor, mode: Recorder | Replay) -> dict[str, Tensor]:
     """Gradients of ``sum(cotangent * network(x))``, in the order in which backward meets them.
 
@@ -151,48 +202,69 @@ def gradients(network: nn.Module, x: Tensor, cotangent: Tensor, mode: Recorder |
 
 
 def gradients_and_terms(
-    network: nn.Module, x: Tensor, cotangent: Tensor, decisions: Sequence[Tensor]
+    network: nn.Module, x: Tensor, cotangent: Tensor, decisions: Sequence[Tensor], smallest: float, lost: float
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """:func:`gradients` with imposed decisions, and for each parameter what :func:`compare` calls terms.
 
     A parameter's gradient is a sum over pixels. Where its terms cancel (behind a norm that uses the
     batch's statistics that of a bias is 0), the result's size says nothing of its rounding errors.
+    ``smallest`` and ``lost`` are of :func:`terms_of_layers`.
     """
-    calls: list[tuple[str, Any, Tensor, Callable[[], Tensor]]] = []
+    calls: list[tuple[str, Any, Tensor, list[Tensor]]] = []
     handles = []
     for name, module in network.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.InstanceNorm2d)):
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) or _is_norm(module):
 
             def keep(module: Any, inputs: Any, output: Tensor, name: str = name) -> None:
-                gradient: list[Tensor] = []
-                output.register_hook(gradient.append)
-                calls.append((name, module, inputs[0].detach(), lambda: gradient[0]))
+                caught: list[Tensor] = []
+                output.register_hook(caught.append)
+                calls.append((name, module, inputs[0].detach(), caught))
 
             handles.append(module.register_forward_hook(keep))
     found = gradients(network, x, cotangent, Replay(decisions))
     for handle in handles:
         handle.remove()
     terms: dict[str, float] = {}
-    for name, module, inputs, gradient in calls:
-        parameters = {key: p for key, p in module.named_parameters(recurse=False) if f"{name}.{key}" in found}
-        if not parameters:
+    arriving = 0.0  # what the layer behind sends, before anything cancels on the way
+    for name, module, inputs, caught in reversed(calls):
+        if not caught:
             continue
-        # Linear in the parameters: with squared factors, the sums are those of the terms' squares.
-        linear = isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))
-        y = module(inputs**2) if linear else _norm_of_squares(module, inputs)
-        for key, squares in zip(
-            parameters, torch.autograd.grad(y, list(parameters.values()), gradient() ** 2), strict=True
-        ):
-            terms[f"{name}.{key}"] = squares.max().sqrt().item()
+        gradient = caught[0]
+        largest = gradient.abs().max().item()
+        lost = max(lost, lost * arriving / largest if largest else 1.0)
+        squares = {key: (p.detach() ** 2).requires_grad_() for key, p in module.named_parameters(recurse=False)}
+        squared = _terms_of_norm(module, inputs) if _is_norm(module) else inputs**2
+        squared = squared.clamp(min=smallest**2).requires_grad_()
+        # Linear in each of its factors, so with squared factors it gives the sums of squared terms.
+        y = (
+            squared * squares["weight"][:, None, None] + squares["bias"][:, None, None]
+            if _is_norm(module)
+            else torch.func.functional_call(module, squares, squared)
+        )
+        sums = torch.autograd.grad(y, [squared, *squares.values()], (gradient**2).clamp(min=smallest**2))
+        roots = [s.max().sqrt().item() for s in sums]
+        terms |= {f"{name}.{key}": lost * root for key, root in zip(squares, roots[1:], strict=True)}
+        if inputs.shape == x.shape:
+            terms["input"] = lost * roots[0]
+        if _is_norm(module):
+            roots[0] /= (_mean_and_variance(module, inputs)[1] + module.eps).min().sqrt().item()
+        arriving = roots[0]
     return found, terms
 
 
-def _norm_of_squares(norm: Any, x: Tensor) -> Tensor:
-    """scale * squares + shift, the squares being those of what a norm subtracts: x / sigma and mean / sigma."""
-    dims = (2, 3) if isinstance(norm, nn.InstanceNorm2d) else (0, 2, 3)
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d))
+
+
+def _terms_of_norm(norm: Any, x: Tensor) -> Tensor:
+    """The squares of what a norm subtracts: x / sigma and mean / sigma."""
+    mean, variance = _mean_and_variance(norm, x)
+    return (x**2 + mean**2) / (variance + norm.eps)
+
+
+def _mean_and_variance(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What a batch or instance norm goes by, of shape (1 or N, C, 1, 1)."""
     if isinstance(norm, nn.BatchNorm2d) and not norm.training and norm.running_var is not None:
-        mean, variance = norm.running_mean[:, None, None], norm.running_var[:, None, None]
-    else:
-        mean, variance = x.mean(dims, keepdim=True), x.var(dims, unbiased=False, keepdim=True)
-    squares = (x**2 + mean**2) / (variance + norm.eps)
-    return squares * norm.weight[:, None, None] + norm.bias[:, None, None]
+        return norm.running_mean[None, :, None, None], norm.running_var[None, :, None, None]  # type: ignore[index]
+    dims = (2, 3) if isinstance(norm, nn.InstanceNorm2d) else (0, 2, 3)
+    return x.mean(dims, keepdim=True), x.var(dims, unbiased=False, keepdim=True)

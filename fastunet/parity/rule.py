@@ -93,9 +93,12 @@ def compare(
     limit = theirs + floor
     # One number for each kind of element: finite, NaN, and the two infinities.
     kind, other = (torch.where(t.isfinite(), 2.0, t).nan_to_num(0.0, 1.0, -1.0) for t in (candidate, baseline))
-    reach = truth.abs() * (1 + roundings * eps) + limit
-    may_overflow = truth.isfinite() & (reach >= numbers.max) & (kind != 0) & (other != 0)
-    if ((kind != other) & ~may_overflow).any():
+
+    def may_be(result: Tensor, exact: Tensor) -> Tensor:
+        overflows = exact.isfinite() & (exact.abs() * (1 + roundings * eps) + limit >= numbers.max)
+        return result.isfinite() | (overflows & (result == exact.sign() * torch.inf))
+
+    if ((kind != other) & ~(may_be(candidate, truth) & may_be(baseline, theirs_truth))).any():
         return Parity(False, ours, theirs, limit, "NaN or infinity at other places than the baseline's")
     if not finite.any():
         return Parity(True, 0.0, 0.0, 0.0, "no finite element")

@@ -1,0 +1,226 @@
+"""Random networks through :func:`fastunet.verify`, and the smallest that fails.
+
+Hypothesis draws the cases and, where one fails, looks for a simpler one that fails too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ACTIVATION, NORM, UPSAMPLE, UNetConfig
+from ..model import FastUNet
+from ..reference import UNet
+from .harness import verify
+from .report import Report
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+LAYOUTS = ("contiguous", "channels_last", "strided", "transposed", "expanded")
+# Powers of 2 by which weights or inputs may be scaled and still leave room for sums in forward and
+# backward: float16 reaches from 2**-24 to 2**16, the others beyond 2**-126 and 2**127, of which
+# the variances in norms take the root.
+_ROOM = {"float16": 5, "bfloat16": 40, "float32": 40}
+# A variance over fewer pixels may be so small that the norm blows up every rounding before it.
+_PIXELS_OF_A_VARIANCE = 32
+
+
+@dataclass(frozen=True)
+class Case:
+    """One random check; equal cases are equal to the bit.
+
+    Attributes:
+        in_channels ... activation: of the network, as :class:`fastunet.UNetConfig` has them.
+        training: train mode, where batch norm takes the batch's statistics.
+        batch, height, width, layout: of the inputs. ``layout`` is one of ``LAYOUTS``.
+        dtype: a key of ``DTYPES``.
+        weight_scale: log2 of the factor on every first convolution of a pair, and of its inverse
+            on every second.
+        input_scale: log2 of the factor on the inputs.
+        seed: of weights and inputs.
+    """
+
+    in_channels: int
+    out_channels: int
+    features: tuple[int, ...]
+    upsample: str
+    align_corners: bool
+    norm: str | None
+    activation: str
+    training: bool
+    batch: int
+    height: int
+    width: int
+    layout: str
+    dtype: str
+    weight_scale: int
+    input_scale: int
+    seed: int
+
+    @property
+    def config(self) -> UNetConfig:
+        names = {field.name for field in dataclasses.fields(UNetConfig)}
+        return UNetConfig(**{name: value for name, value in vars(self).items() if name in names})
+
+    def to_json(self) -> str:
+        return json.dumps(vars(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Case:
+        """The case that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: another text; says what was expected.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        values = json.loads(text)
+        if not isinstance(values, dict) or values.keys() != names:
+            raise ValueError(f"expected an object with {', '.join(sorted(names))}, got {text}")
+        if values["dtype"] not in DTYPES or values["layout"] not in LAYOUTS:
+            raise ValueError(f"expected a dtype of {tuple(DTYPES)} and a layout of {LAYOUTS}, got {text}")
+        case = cls(**{**values, "features": tuple(values["features"])})
+        case.config  # noqa: B018 (raises ValueError)
+        return case
+
+    def inputs(self, device: str) -> Tensor:
+        """(N, C, H, W), of this case's dtype and strides."""
+        shape = (self.batch, self.in_channels, self.height, self.width)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed)) * 2.0**self.input_scale
+        x = x.to(device, DTYPES[self.dtype])
+        if self.layout == "channels_last":
+            return x.contiguous(memory_format=torch.channels_last)
+        if self.layout == "strided":  # every second pixel of every second channel, from an odd address
+            n, c, h, w = shape
+            return x.new_empty(n * 2 * c * h * 2 * w + 1)[1:].view(n, 2 * c, h, 2 * w)[:, ::2, :, ::2].copy_(x)
+        if self.layout == "transposed":
+            return x.transpose(2, 3).contiguous().transpose(2, 3)
+        return x[:1].expand(shape) if self.layout == "expanded" else x
+
+    def networks(self, device: str) -> tuple[FastUNet, UNet]:
+        """A model and a reference of the same weights, in float32."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        model = FastUNet.from_config(self.config)
+        with torch.no_grad():
+            for name, module in model.named_modules():
+                if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                    fan_in = module.weight[0].numel() if isinstance(module, nn.Conv2d) else module.in_channels
+                    module.weight.normal_(0, (2 / fan_in) ** 0.5, generator=generator)
+                    module.bias.normal_(0, 0.1, generator=generator)  # pyright: ignore[reportOptionalMemberAccess]
+                    if ".net." in name:
+                        scale = self.weight_scale if name.endswith(".net.0") else -self.weight_scale
+                        module.weight.mul_(2.0**scale)
+                        # A bias far larger than what it is added to makes a constant map, of which a norm
+                        # shows nothing but the roundings.
+                        scale += self.input_scale if name == "downs.0.conv.net.0" else 0
+                        module.bias.mul_(2.0**scale)  # pyright: ignore[reportOptionalMemberAccess]
+                elif isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d)):
+                    module.weight.uniform_(-1.5, 1.5, generator=generator)
+                    module.bias.normal_(0, 0.5, generator=generator)
+                    if isinstance(module, nn.BatchNorm2d):
+                        assert module.running_mean is not None and module.running_var is not None
+                        module.running_mean.normal_(0, 0.5, generator=generator)
+                        module.running_var.uniform_(0.5, 2, generator=generator)
+        plain = UNet.from_config(self.config)
+        plain.load_state_dict(model.state_dict())
+        return model.to(device).train(self.training), plain.to(device).train(self.training)
+
+    def check(self, device: str) -> Report:
+        """:func:`fastunet.verify` of this case."""
+        return verify(*self.networks(device), self.inputs(device), dtype=DTYPES[self.dtype])
+
+
+@dataclass(frozen=True)
+class Fuzzed:
+    """What :func:`fuzz` found: how many cases passed, and the simplest that did not, with its report or error."""
+
+    passed: int
+    case: Case | None = None
+    finding: Report | Exception | None = None
+
+
+class _Broken(Exception):
+    """A report that does not hold."""
+
+
+def fuzz(count: int, seed: int, device: str = "cpu", on_pass: Callable[[int], None] = lambda passed: None) -> Fuzzed:
+    """Check ``count`` random cases; the first that fails is made as simple as it can be.
+
+    Args:
+        seed: the same seed draws the same cases (with the same version of Hypothesis).
+        on_pass: called after each passing case with their number.
+
+    Raises:
+        ImportError: Hypothesis is not installed.
+    """
+    import hypothesis
+    from hypothesis import strategies as st
+
+    @st.composite
+    def cases(draw: Callable) -> Case:
+        features = tuple(draw(st.lists(st.integers(1, 12), min_size=2, max_size=4)))
+        norm = draw(st.sampled_from(NORM))
+        dtype = draw(st.sampled_from(list(DTYPES)))
+        training = norm == "batch" and draw(st.booleans())
+        least = 2 ** (len(features) - 1)
+        batch = draw(st.integers(1, 3))
+        height, width = draw(st.integers(least, 6 * least)), draw(st.integers(least, 6 * least))
+        pixels = (height // least) * (width // least) * (batch if training else 1)
+        if (norm == "instance" or training) and pixels < _PIXELS_OF_A_VARIANCE:
+            height, width = 6 * least, 6 * least
+        room = _ROOM[dtype]
+        return Case(
+            in_channels=draw(st.integers(1, 5)),
+            out_channels=draw(st.integers(1, 4)),
+            features=features,
+            upsample=draw(st.sampled_from(UPSAMPLE)),
+            align_corners=draw(st.booleans()),
+            norm=norm,
+            activation=draw(st.sampled_from(ACTIVATION)),
+            training=training,
+            batch=batch,
+            height=height,
+            width=width,
+            layout=draw(st.sampled_from(LAYOUTS)),
+            dtype=dtype,
+            weight_scale=draw(st.integers(-room, room)),
+            input_scale=draw(st.integers(-room, room)),
+            seed=draw(st.integers(0, 2**31)),
+        )
+
+    passed, failure = 0, None
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        report_multiple_bugs=False,
+        print_blob=False,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
+    )
+    @hypothesis.given(cases())
+    def run(case: Case) -> None:
+        nonlocal passed, failure
+        try:
+            finding: Report | Exception = case.check(device)
+        except Exception as error:  # a crash is a finding too
+            finding = error
+        if isinstance(finding, Report) and finding.ok:
+            if failure is None:
+                passed += 1
+                on_pass(passed)
+            return
+        failure = case, finding  # the last one that Hypothesis tries is the simplest
+        raise _Broken
+
+    try:
+        run()
+    except _Broken:
+        assert failure is not None
+        return Fuzzed(passed, *failure)
+    return Fuzzed(passed)
