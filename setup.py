@@ -12,6 +12,7 @@ from setuptools import setup
 # PyTorch's CPU builds do not bring Triton, and Triton's wheels exist for these two platforms.
 TRITON = "triton>=3.6; sys_platform == 'linux' and (platform_machine == 'x86_64' or platform_machine == 'aarch64')"
 
+VERIFY = ["hypothesis", "matplotlib"]
 TEST = ["build", "hypothesis", "pytest", "pytest-benchmark", "pytest-xdist", "setuptools>=77"]
 DEV = ["matplotlib", "pyright", "ruff"]
 
@@ -38,8 +39,8 @@ setup(
     ],
     python_requires=">=3.10",
     install_requires=["torch>=2.11", TRITON, "numpy", "pillow", "rich", "safetensors", "tifffile"],
-    extras_require={"test": TEST, "dev": TEST + DEV},
-    packages=["fastunet", "fastunet.kernels", "fastunet.parity"],
+    extras_require={"verify": VERIFY, "test": TEST, "dev": TEST + DEV},
+    packages=["fastunet", "fastunet.cli", "fastunet.kernels", "fastunet.parity"],
     package_dir={"fastunet": "fastunet", "fastunet.kernels": "kernels"},
     package_data={"fastunet": ["py.typed", "pretrained/*"]},
     entry_points={"console_scripts": ["fastunet=fastunet.cli:main"]},

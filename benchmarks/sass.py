@@ -16,7 +16,6 @@ import collections
 import contextlib
 import dataclasses
 import json
-import math
 import re
 import subprocess
 import sys
@@ -38,7 +37,7 @@ from triton.runtime.jit import JITFunction
 from fastunet import kernels, weights
 from fastunet.config import UNetConfig
 from fastunet.kernels import tuning
-from fastunet.trace import Layer, trace
+from fastunet.parity.configs import launches as launches_of_network
 
 ARCHES = {80: "sm_80", 90: "sm_90a"}
 # Bytes a block. What is compiled for sm_80 also serves sm_86, sm_89 and sm_120, which have less.
@@ -102,8 +101,8 @@ def compiled_for(arch: int) -> Iterator[list[tuple[dict[str, Any], Any]]]:
             module.capability = capability
 
 
-def layers() -> Iterator[tuple[UNetConfig, Layer]]:
-    """Those of the seed network with every upsampling and of the nuclei model, at even and odd sizes.
+def networks() -> Iterator[tuple[UNetConfig, tuple[int, int, int]]]:
+    """The seed network with every upsampling and the nuclei model, at even and odd (batch, height, width).
 
     Triton compiles arguments that divide by 16, and those that are 1, to kernels of their own.
     """
@@ -111,40 +110,20 @@ def layers() -> Iterator[tuple[UNetConfig, Layer]]:
     bilinear = [dataclasses.replace(seed, align_corners=corners) for corners in (False, True)]
     others = [dataclasses.replace(seed, upsample=upsample) for upsample in ("bilinear_conv", "nearest", "transpose")]
     for config in (*bilinear, *others, weights.NUCLEI_CONFIG):
-        for batch, height, width in ((1, 256, 256), (2, 131, 197)):
-            for layer in trace(config, height, width, batch):
-                yield config, layer
+        for size in ((1, 256, 256), (2, 131, 197)):
+            yield config, size
 
 
 def launches(dtype: torch.dtype, tf32: bool) -> Iterator[Callable[[], Any]]:
     """A call for each launch that the shipped networks make, and for what the operators take beyond them."""
 
-    def t(*shape: int) -> torch.Tensor:
+    def t(*shape: int, fan_in: int = 1) -> torch.Tensor:
         layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
         return torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
 
-    def of(config: UNetConfig, layer: Layer) -> Callable[[], Any]:
-        inputs, out = [t(*shape) for shape in layer.in_shapes], layer.out_shape[1]
-        c, pixels = sum(x.shape[1] for x in inputs), out * inputs[-1].shape[0] * inputs[-1].shape[2:].numel()
-        if layer.op == "conv_transpose2x2":
-            return lambda: kernels.conv_transpose2x2_fwd(inputs[0], t(c, out, 2, 2), t(out), tf32=tf32)
-        side = math.isqrt(layer.flops // (2 * c * pixels))  # of the taps
-        weight, bias = t(out, c, side, side), t(out)
-        if layer.op == "upsample_concat_conv2d_relu":
-            mode = {"transpose": "none", "nearest": "nearest"}.get(config.upsample, "bilinear")
-            corners = mode == "bilinear" and config.align_corners
-            return lambda: kernels.upconcat_conv3x3_fwd(
-                inputs[0], inputs[1], weight, bias, mode=mode, align_corners=corners, slope=0.0, tf32=tf32
-            )
-        if layer.op == "conv2d_relu_pool":
-            fwd = kernels.conv_pool_fwd
-        else:
-            fwd = kernels.stem_fwd if side == 3 and c <= kernels.STEM_CHANNELS else kernels.conv_fwd
-        slope = 0.0 if side == 3 else 1.0
-        return lambda: fwd(inputs[0], weight, bias, slope=slope, tf32=tf32)
-
-    for config, layer in layers():
-        yield of(config, layer)
+    for config, size in networks():
+        for launch in launches_of_network(config, size, t, tf32=tf32):
+            yield launch.run
     yield lambda: kernels.stem_fwd(t(2, 4, 256, 256), t(64, 4, 3, 3), t(64), slope=0.0, tf32=tf32)
     yield lambda: kernels.conv_fwd(t(1, 128, 64, 64), t(128, 128, 3, 3), None, slope=0.01, tf32=tf32)
     yield lambda: kernels.conv_pool_fwd(t(2, 24, 64, 64), t(160, 24, 3, 3), t(160), slope=0.0, tf32=tf32)

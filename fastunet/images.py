@@ -99,6 +99,20 @@ def _read_tiff(path: Path) -> np.ndarray:
     return image.astype(np.float32)
 
 
+def list_images(folder: Path) -> list[Path]:
+    """The images in a folder, by name. Hidden files, such as macOS's ``._cell.png``, are not images.
+
+    Raises:
+        OSError: it cannot be listed. ImageError: there are none.
+    """
+    found = sorted(
+        path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file()
+    )
+    if not found:
+        raise ImageError(f"{folder}: no images in this folder (expected {', '.join(SUFFIXES)})")
+    return found
+
+
 def limits(image: np.ndarray, channels: int) -> tuple[float, float]:
     """The grey levels that become 0 and 1: the 1st and the 99.8th percentile.
 

@@ -28,6 +28,10 @@ class ConvConfig:
     num_stages: int
     tma: bool = False
 
+    def __str__(self) -> str:
+        tile = f"{self.block_co} x ({self.block_n}, {self.block_h}, {self.block_w}) x {self.block_k}"
+        return f"{tile}, {self.num_warps} warps, {self.num_stages} stages, {'TMA' if self.tma else 'pointers'}"
+
     def tiles(self, n: int, h: int, w: int, out_channels: int) -> int:
         """How many tiles cover ``n`` maps of ``h`` x ``w`` pixels and ``out_channels`` channels."""
         blocks = ((n, self.block_n), (h, self.block_h), (w, self.block_w), (out_channels, self.block_co))
@@ -120,6 +124,23 @@ def conv_config(
     # 96 KB of stages fit sm_86, sm_89 and sm_120 too (99 KB).
     stages = 4 if large else 3
     return ConvConfig(block_co, *_tile(pixels, height, width), block_k, num_warps=8, num_stages=stages, tma=use_tma)
+
+
+def conv_configs(
+    channels: tuple[int, ...],
+    out_channels: int,
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    *,
+    precise: bool = False,
+    interpolating: bool = False,
+) -> tuple[ConvConfig, ...]:
+    """Every tile that :func:`conv_config` may give for such a layer on such a device, wherever its tensors lie."""
+    shape = channels, out_channels, height, width, dtype, capability
+    tiles = (conv_config(*shape, precise=precise, tma=tma, interpolating=interpolating) for tma in (True, False))
+    return tuple(dict.fromkeys(tiles))
 
 
 def stem_config(channels: int, out_channels: int, height: int, width: int, *, precise: bool = False) -> ConvConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,13 +22,20 @@ from PIL import Image
 
 import fastunet
 from fastunet import images, weights
-from fastunet.cli import main, output_names
+from fastunet.cli import main
+from fastunet.cli.segment import output_names
 from fastunet.config import UPSAMPLE, UNetConfig
 from fastunet.predict import predict_mask
 from fastunet.reference import UNet
 from fastunet.trace import totals, trace
 
-COMMANDS = ("segment", "summary", "info")
+FUNCTIONS = {
+    "segment": "fastunet.cli.segment.segment",
+    "summary": "fastunet.cli.describe.summary",
+    "info": "fastunet.cli.describe.info",
+    "verify": "fastunet.cli.verify.run",
+}
+COMMANDS = tuple(FUNCTIONS)
 
 
 class Run(NamedTuple):
@@ -345,7 +353,7 @@ def test_ctrl_c(run, file: Path, picture: Path, tmp_path: Path, monkeypatch) -> 
     def interrupt(*_) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastunet.cli.predict_mask", interrupt)
+    monkeypatch.setattr("fastunet.cli.segment.predict_mask", interrupt)
     done = run("segment", picture, "--out", tmp_path / "out", "--weights", file)
     assert (done.code, done.errors) == (130, ["fastunet: interrupted"])
     assert listing(tmp_path / "out") == set()
@@ -414,9 +422,9 @@ def test_help_has_examples_that_parse(run, command: str, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for name in COMMANDS:
-        monkeypatch.setattr(f"fastunet.cli.{name}", lambda arguments: 0)
+        monkeypatch.setattr(FUNCTIONS[name], lambda arguments: 0)
     for example in examples:
-        assert run(*example.split()[1:]).code == 0, example
+        assert run(*shlex.split(example)[1:]).code == 0, example
 
 
 def process(*arguments: str) -> subprocess.Popen[str]:

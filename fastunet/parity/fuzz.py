@@ -158,6 +158,7 @@ def fuzz(count: int, seed: int, device: str = "cpu", on_pass: Callable[[int], No
     """
     import hypothesis
     from hypothesis import strategies as st
+    from hypothesis.errors import Flaky
 
     @st.composite
     def cases(draw: Callable) -> Case:
@@ -191,7 +192,8 @@ def fuzz(count: int, seed: int, device: str = "cpu", on_pass: Callable[[int], No
             seed=draw(st.integers(0, 2**31)),
         )
 
-    passed, failure = 0, None
+    passed = 0
+    failed: Fuzzed | None = None
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
@@ -200,27 +202,27 @@ def fuzz(count: int, seed: int, device: str = "cpu", on_pass: Callable[[int], No
         database=None,
         report_multiple_bugs=False,
         print_blob=False,
-        suppress_health_check=list(hypothesis.HealthCheck),
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
         phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
     )
     @hypothesis.given(cases())
     def run(case: Case) -> None:
-        nonlocal passed, failure
+        nonlocal passed, failed
         try:
             finding: Report | Exception = case.check(device)
         except Exception as error:  # a crash is a finding too
             finding = error
         if isinstance(finding, Report) and finding.ok:
-            if failure is None:
+            if failed is None:
                 passed += 1
                 on_pass(passed)
             return
-        failure = case, finding  # the last one that Hypothesis tries is the simplest
+        failed = Fuzzed(passed, case, finding)  # the last one that Hypothesis tries is the simplest
         raise _Broken
 
     try:
         run()
-    except _Broken:
-        assert failure is not None
-        return Fuzzed(passed, *failure)
+    except (_Broken, Flaky):
+        assert failed is not None
+        return failed
     return Fuzzed(passed)

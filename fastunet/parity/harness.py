@@ -91,7 +91,7 @@ def verify(
             parity = rule(
                 ours[name], theirs[name], exact[name], tf32=tf32, stages=min(stage, depth), terms=terms.get(name, 0.0)
             )
-            errors = _errors(ours[name], exact[name]), _errors(theirs[name], exact[name])
+            errors = distance(ours[name], exact[name]), distance(theirs[name], exact[name])
             kind = "output" if name == _LOGITS else "layer"
             comparisons.append(Comparison(kind, name, implementation, parity, *errors))
     runs: dict[str, Callable[[Tensor], Tensors]] = {"": lambda x: _forward(candidate, x)}
@@ -181,13 +181,14 @@ def _compare_gradients(
                 stages=_GRADIENT_STAGES * depth,
                 terms=terms.get(name, 0.0),
             )
-            errors = _errors(ours[name], exact[name]), _errors(theirs[name], their_exact[name])
+            errors = distance(ours[name], exact[name]), distance(theirs[name], their_exact[name])
             # The operators' backward passes are torch's own.
             comparisons.append(Comparison("gradient", name, "torch", parity, *errors))
     return comparisons
 
 
-def _errors(result: Tensor, truth: Tensor) -> Errors:
+def distance(result: Tensor, truth: Tensor) -> Errors:
+    """Errors of a result, over the elements that are finite in both."""
     off = result.double() - truth
     finite = truth.isfinite() & off.isfinite()
     off, truth = off[finite].abs(), truth[finite]

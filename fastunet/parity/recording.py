@@ -163,14 +163,15 @@ def terms_of_layers(network: nn.Module, x: Tensor, smallest: float) -> tuple[dic
         if not y.numel():
             continue
         conv: Any = network.get_submodule(name)
-        squares = {key: p**2 for key, p in conv.named_parameters()}
-        roots = torch.func.functional_call(conv, squares, (inputs**2).clamp(min=smallest**2)).amax((0, 2, 3)).sqrt()
+        factors = {key: p**2 for key, p in conv.named_parameters()}
+        roots = torch.func.functional_call(conv, factors, (inputs**2).clamp(min=smallest**2)).amax((0, 2, 3)).sqrt()
         terms[name] = lost * roots.max().item()
         if network.config.norm is not None and ".net." in name:
             parent, _, last = name.rpartition(".")
             norm: Any = network.get_submodule(f"{parent}.{int(last) + 1}")
-            variance = _mean_and_variance(norm, y)[1].amin(0).flatten()
-            roots = roots * norm.weight.abs() / (variance + norm.eps).sqrt()
+            mean, variance = (t.flatten(1) for t in _mean_and_variance(norm, y))
+            squares = (roots**2 + mean**2) * norm.weight**2 / (variance + norm.eps) + norm.bias**2
+            roots = squares.amax(0).sqrt()
             y = norm(y)
             if _is_fused(network):
                 terms[name] = lost * roots.max().item()

@@ -38,6 +38,9 @@ class Comparison:
             return 1.0 if self.parity.candidate_error == 0 else float("inf")
         return self.parity.candidate_error / self.parity.baseline_error
 
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "ratio": self.ratio}
+
 
 @dataclass(frozen=True)
 class Check:
@@ -106,7 +109,7 @@ class Report:
             "device": self.device,
             "dtype": self.dtype,
             "input_shape": list(self.input_shape),
-            "comparisons": [{**dataclasses.asdict(c), "ratio": c.ratio} for c in self.comparisons],
+            "comparisons": [c.to_dict() for c in self.comparisons],
             "checks": [dataclasses.asdict(c) for c in self.checks],
             "candidate_segmentation": dataclasses.asdict(self.candidate_segmentation),
             "baseline_segmentation": dataclasses.asdict(self.baseline_segmentation),
@@ -122,8 +125,8 @@ class Report:
         for c in self.comparisons:
             label, verdict = f"{c.kind} {c.name}", "" if c.parity.ok else f"  BROKEN: {c.parity.reason}"
             lines.append(
-                f"{label:{width}}  {c.candidate.max:7.1e}   {c.baseline.max:7.1e}  {c.ratio:5.2f}  {c.parity.limit:7.1e}"
-                f"   {c.candidate.mean:7.1e}   {c.baseline.mean:7.1e}"
+                f"{label:{width}}  {c.candidate.max:7.1e}   {c.baseline.max:7.1e}"
+                f"  {c.ratio:5.2f}  {c.parity.limit:7.1e}   {c.candidate.mean:7.1e}   {c.baseline.mean:7.1e}"
                 f"   {c.candidate.relative_l2:7.1e}   {c.baseline.relative_l2:7.1e}{verdict}"
             )
         lines.append("")

@@ -1,0 +1,352 @@
+"""``fastunet verify``: proof that a fast model computes what its reference does."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import errno
+import importlib
+import importlib.util
+import json
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import dispatch, weights
+from ..config import UNetConfig
+from ..files import atomic_write
+from ..images import ImageError, list_images, normalise, read_image
+from ..model import FastUNet
+from ..parity import Report, verify
+from ..parity.fuzz import Case, Fuzzed, fuzz
+from ..parity.picture import draw
+from ..parity.report import Comparison
+from ..reference import UNet
+from .shared import (
+    DTYPES,
+    SetupError,
+    a_count,
+    a_seed,
+    a_size,
+    add_device_and_dtype,
+    examples,
+    new_console,
+    new_progress,
+)
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser's."""
+    command = commands.add_parser(
+        "verify",
+        help="check a model against plain PyTorch and float64",
+        description="""\
+Run a model as FastUNet, as plain PyTorch in the same dtype (the baseline) and as plain PyTorch in
+float64 (the truth). Every layer, the output and every gradient of the first may be no farther from
+the truth than the second, but for a stated floor of a few roundings; and it must repeat itself bit
+by bit. With TRITON_INTERPRET=1 on a CPU, the kernels run in Triton's interpreter, slowly.
+
+Exit code: 0 all holds, 1 something does not, 2 nothing could be started.""",
+        **examples(
+            "fastunet verify --weights mine.safetensors --images plate1/ --dtype bf16 --device cuda",
+            "fastunet verify --config '{\"features\": [32, 64, 128]}' --size 100x75 --plot error.png",
+            "fastunet verify --weights mine.pt --factory mylab.models:unet --json report.json",
+            "fastunet verify --fuzz 500 --seed 1",
+            "fastunet verify --all-configs --device cuda --dtype fp16",
+        ),
+    )
+    what = command.add_mutually_exclusive_group()
+    what.add_argument(
+        "--weights", type=Path, metavar="FILE", help="safetensors, .pt or .pth (default: the shipped nuclei model)"
+    )
+    command.add_argument(
+        "--config",
+        type=_config,
+        metavar="JSON|FILE",
+        help="a UNetConfig, as JSON or in a file: of weights without one, or of a network with weights from --seed",
+    )
+    what.add_argument("--case", type=_case, metavar="JSON", help="one case that --fuzz found, and nothing else")
+    command.add_argument(
+        "--factory",
+        metavar="PACKAGE.MODULE:FUNCTION",
+        help="your reference: a function without arguments that returns an nn.Module. If its parameters have "
+        "FastUNet's names it is given the model's weights, else it must come with them",
+    )
+    command.add_argument("--images", type=Path, metavar="FOLDER", help="inputs (default: random numbers from --seed)")
+    command.add_argument(
+        "--size",
+        type=a_size,
+        metavar="SIDE|HxW",
+        help="in pixels; of images, the middle (default: 256, or what they have)",
+    )
+    command.add_argument("--batch", type=a_count, default=2, metavar="N", help="images at most (default: %(default)s)")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON too")
+    command.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG of the error over the image")
+    command.add_argument(
+        "--fuzz", type=a_count, metavar="N", help="also check N random networks; a failure is made small"
+    )
+    command.add_argument("--seed", type=a_seed, default=0, metavar="S", help="of all random numbers (default: 0)")
+    command.add_argument(
+        "--all-configs", action="store_true", help="also check every launch configuration that may be chosen"
+    )
+    add_device_and_dtype(command)
+    command.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check, print, write; interrupted, what is known so far."""
+    _check_setup(arguments)
+    console, found = new_console(), _Findings()
+    with _kernels(arguments.device):
+        try:
+            case = arguments.case
+            found.report = _check_model(arguments) if case is None else case.check(arguments.device)
+            console.print(found.report, soft_wrap=True)
+            if arguments.all_configs:
+                _check_configs(arguments, found)
+            if arguments.fuzz is not None:
+                _fuzz(arguments, found)
+        except KeyboardInterrupt:
+            found.interrupted = True
+    if found.configs is not None or found.fuzzed is not None or found.interrupted:
+        console.print(found.summary(arguments.device), soft_wrap=True)
+    if arguments.json is not None:
+        with atomic_write(arguments.json) as temporary:
+            temporary.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+    if arguments.plot is not None and found.report is not None:
+        with atomic_write(arguments.plot) as temporary:
+            temporary.write_bytes(draw(found.report))
+    if found.interrupted:
+        return 130
+    return 0 if found.ok else 1
+
+
+class _Findings:
+    """All that one call of the command has found so far."""
+
+    def __init__(self) -> None:
+        self.report: Report | None = None
+        self.configs: list[Comparison] | None = None
+        self.fuzzed: Fuzzed | None = None
+        self.interrupted = False
+
+    @property
+    def ok(self) -> bool:
+        configs = all(c.parity.ok for c in self.configs or ())
+        fuzzed = self.fuzzed is None or self.fuzzed.case is None
+        return self.report is not None and self.report.ok and configs and fuzzed and not self.interrupted
+
+    def to_dict(self) -> dict[str, Any]:
+        fuzzed = self.fuzzed
+        return {
+            "ok": self.ok,
+            "interrupted": self.interrupted,
+            "report": self.report and self.report.to_dict(),
+            "configs": self.configs and [c.to_dict() for c in self.configs],
+            "fuzz": fuzzed
+            and {
+                "passed": fuzzed.passed,
+                "failed": fuzzed.case and vars(fuzzed.case),
+                "finding": fuzzed.finding.to_dict() if isinstance(fuzzed.finding, Report) else repr(fuzzed.finding),
+            },
+        }
+
+    def summary(self, device: str) -> str:
+        lines = []
+        if self.configs is not None:
+            broken = [c for c in self.configs if not c.parity.ok]
+            lines += [f"BROKEN: {c.name} as {c.implementation}: {c.parity}" for c in broken]
+            lines.append(f"launch configurations: {len(self.configs) - len(broken)} of {len(self.configs)} hold")
+        if self.fuzzed is not None:
+            lines.append(f"random networks: {self.fuzzed.passed} hold")
+            if self.fuzzed.case is not None:
+                lines += [
+                    "the simplest that does not:",
+                    str(self.fuzzed.finding)
+                    if isinstance(self.fuzzed.finding, Report)
+                    else f"raised {self.fuzzed.finding!r}",
+                    f"again: fastunet verify --case {shlex.quote(self.fuzzed.case.to_json())} --device {device}",
+                ]
+        if self.interrupted:
+            lines.append("interrupted: these are the results so far")
+        lines.append("all holds" if self.ok else "NOT all holds")
+        return "\n".join(lines)
+
+
+def _check_setup(arguments: argparse.Namespace) -> None:
+    """What can be known to fail is said before anything runs."""
+    for option, package in (("plot", "matplotlib"), ("fuzz", "hypothesis")):
+        if getattr(arguments, option) is not None and importlib.util.find_spec(package) is None:
+            raise SetupError(f"--{option}: needs {package} (pip install 'fastunet[verify]')")
+    for option in ("json", "plot"):
+        path: Path | None = getattr(arguments, option)
+        if path is not None:
+            try:
+                if path.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+                tempfile.TemporaryFile(dir=path.parent).close()
+            except OSError as error:
+                raise SetupError(f"--{option}: cannot write {path} ({error.strerror})") from None
+    if arguments.all_configs:
+        obstacle = dispatch.why_not_triton(torch.device(arguments.device), DTYPES[arguments.dtype])
+        if obstacle is not None:
+            hint = "; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter" if arguments.device == "cpu" else ""
+            raise SetupError(f"--all-configs: {obstacle}{hint}")
+
+
+@contextlib.contextmanager
+def _kernels(device: str) -> Iterator[None]:
+    """Interpreted kernels are too slow to be chosen by themselves; who sets TRITON_INTERPRET asks for them."""
+    if device == "cpu" and dispatch.interpreting() and dispatch.has_triton():
+        with dispatch.forced("triton"):
+            yield
+    else:
+        yield
+
+
+def _check_model(arguments: argparse.Namespace) -> Report:
+    model = _model(arguments)
+    reference: nn.Module = UNet.from_config(model.config)
+    if arguments.factory is not None:
+        reference = _call_factory(arguments.factory)
+    ours, theirs = model.state_dict(), reference.state_dict()
+    if arguments.factory is None or ours.keys() == theirs.keys():
+        try:
+            reference.load_state_dict(ours)
+        except RuntimeError as error:  # shapes
+            raise SetupError(f"--factory: {str(error).splitlines()[-1].strip()}") from None
+    reference = reference.to(arguments.device).eval()
+    x = _inputs(arguments, model.config).to(arguments.device)
+    try:
+        report = verify(model.to(arguments.device), reference, x, dtype=DTYPES[arguments.dtype])
+    except ValueError as error:
+        raise SetupError(str(error)) from None
+    return dataclasses.replace(report, command=_command(arguments))
+
+
+def _model(arguments: argparse.Namespace) -> FastUNet:
+    if arguments.weights is None and arguments.config is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(arguments.seed)
+            return FastUNet.from_config(arguments.config).eval()
+    path = arguments.weights or weights.NUCLEI
+    if arguments.config is None:
+        return weights.load(path)
+    model = FastUNet.from_config(arguments.config)
+    weights.load_into(model, weights.read(path)[1], str(path))
+    return model.eval()
+
+
+def _call_factory(name: str) -> nn.Module:
+    module_name, colon, function = name.partition(":")
+    if not colon or not function:
+        raise SetupError(f"--factory: expected PACKAGE.MODULE:FUNCTION, got {name!r}")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a module in this folder, as with python -m
+    try:
+        made = getattr(importlib.import_module(module_name), function)()
+    except Exception as error:  # whatever the user's code raises
+        raise SetupError(f"--factory: {name} failed ({type(error).__name__}: {error})") from None
+    if not isinstance(made, nn.Module):
+        raise SetupError(f"--factory: expected {name} to return an nn.Module, got {type(made).__name__}")
+    return made
+
+
+def _inputs(arguments: argparse.Namespace, config: UNetConfig) -> Tensor:
+    """(N, C, H, W), from the images or at random."""
+    least, channels = config.minimum_size, config.in_channels
+    if arguments.images is None:
+        height, width = arguments.size or (256, 256)
+        images = []
+    else:
+        if channels not in (1, 3):
+            raise SetupError(f"--images: expected a model of 1 or 3 channels, got {channels}")
+        try:
+            paths = list_images(arguments.images)[: arguments.batch]
+            images = [normalise(read_image(path), channels) for path in paths]
+        except ImageError as error:
+            raise SetupError(f"--images: {error}") from None
+        except OSError as error:
+            raise SetupError(f"--images: {arguments.images} cannot be listed ({error.strerror})") from None
+        smallest = [min(256, *(image.shape[axis] for image in images)) for axis in (1, 2)]
+        height, width = arguments.size or smallest
+        for path, image in zip(paths, images, strict=True):
+            if image.shape[1] < height or image.shape[2] < width:
+                raise SetupError(
+                    f"--size: {path} has {image.shape[1]}x{image.shape[2]} pixels, expected at least {height}x{width}"
+                )
+    if min(height, width) < least:
+        raise SetupError(f"--size: expected at least {least}x{least} for this network, got {height}x{width}")
+    if not images:
+        generator = torch.Generator().manual_seed(arguments.seed)
+        return torch.randn(arguments.batch, channels, height, width, generator=generator)
+    tops = [((image.shape[1] - height) // 2, (image.shape[2] - width) // 2) for image in images]
+    return torch.stack(
+        [image[:, top : top + height, left : left + width] for image, (top, left) in zip(images, tops, strict=True)]
+    )
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """The command line that repeats the check of the model, defaults that vary by machine included."""
+    words = ["fastunet", "verify"]
+    if arguments.weights is not None:
+        words += ["--weights", str(arguments.weights)]
+    if arguments.config is not None:
+        words += ["--config", arguments.config.to_json()]
+    if arguments.size is not None:
+        words += ["--size", "{}x{}".format(*arguments.size)]
+    for option in ("factory", "images", "batch", "seed", "device", "dtype"):
+        value = getattr(arguments, option)
+        if value is not None:
+            words += [f"--{option}", str(value)]
+    return shlex.join(words)
+
+
+def _check_configs(arguments: argparse.Namespace, found: _Findings) -> None:
+    from ..parity.configs import check_configs  # needs Triton
+
+    config = _model(arguments).config
+    height, width = arguments.size or (256, 256)
+    found.configs = []
+    with new_progress(new_console(stderr=True)) as progress:
+        task = progress.add_task("launch configurations", total=None)
+        size, dtype = (arguments.batch, height, width), DTYPES[arguments.dtype]
+        for comparison in check_configs(config, size, arguments.device, dtype, arguments.seed):
+            found.configs.append(comparison)
+            progress.update(task, advance=1, description=comparison.name)
+
+
+def _fuzz(arguments: argparse.Namespace, found: _Findings) -> None:
+    found.fuzzed = Fuzzed(0)
+    with new_progress(new_console(stderr=True)) as progress:
+        task = progress.add_task("random networks", total=arguments.fuzz)
+
+        def on_pass(passed: int) -> None:
+            found.fuzzed = Fuzzed(passed)  # what is known if it is interrupted
+            progress.update(task, completed=passed)
+
+        found.fuzzed = fuzz(arguments.fuzz, arguments.seed, arguments.device, on_pass)
+
+
+def _config(text: str) -> UNetConfig:
+    try:
+        if not text.lstrip().startswith("{"):
+            text = Path(text).read_text(encoding="utf-8")
+        return UNetConfig.from_json(text)
+    except (OSError, ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"expected a UNetConfig as JSON or a file with one ({error})") from None
+
+
+def _case(text: str) -> Case:
+    try:
+        return Case.from_json(text)
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"expected a case as --fuzz prints it ({error})") from None
