@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -14,6 +16,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # a worker a core; their threads would fight for them
 
 import pytest  # noqa: E402
+
+from fastunet.cli import main  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 
@@ -51,3 +55,32 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         return out.fill_(torch.nan) if out.is_floating_point() and out.device.type != "meta" else out
 
     monkeypatch.setattr(torch, "empty", poison)
+
+
+class Run(NamedTuple):
+    """What one command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        return self.err.splitlines()
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
+    """run("segment", path): a command line's exit code and output."""
+
+    def call(*arguments: object) -> Run:
+        before = capsys.readouterr().out  # the seed, which a failure must still show
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse's way out
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        print(before, end="")  # noqa: T201
+        return Run(code, captured.out, captured.err)
+
+    return call

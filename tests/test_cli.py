@@ -9,9 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -22,7 +20,6 @@ from PIL import Image
 
 import fastunet
 from fastunet import images, weights
-from fastunet.cli import main
 from fastunet.cli.segment import output_names
 from fastunet.config import UPSAMPLE, UNetConfig
 from fastunet.predict import predict_mask
@@ -36,33 +33,6 @@ FUNCTIONS = {
     "verify": "fastunet.cli.verify.run",
 }
 COMMANDS = tuple(FUNCTIONS)
-
-
-class Run(NamedTuple):
-    """What one command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def errors(self) -> list[str]:
-        return self.err.splitlines()
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
-    def call(*arguments: object) -> Run:
-        before = capsys.readouterr().out  # the seed, which a failure must still show
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as stop:  # argparse's way out
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        print(before, end="")  # noqa: T201
-        return Run(code, captured.out, captured.err)
-
-    return call
 
 
 @pytest.fixture

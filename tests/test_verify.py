@@ -77,7 +77,16 @@ def test_the_kernels_pass(x):
         report = fastunet.verify(model, plain, x[..., :4, :6], dtype=torch.float16)
     assert report.ok, str(report)
     assert {c.implementation for c in report.comparisons if c.kind != "gradient"} == {"triton"}
-    assert "another batch position" in {check.name for check in report.checks}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", NETWORKS, ids=str)
+def test_the_kernels_pass_on_a_gpu(options, dtype, x):
+    model, plain = pair(**options)
+    report = fastunet.verify(model.cuda(), plain.cuda(), x.cuda(), dtype=dtype)
+    assert report.ok, str(report)
+    assert {"another stream", "another batch position"} <= {check.name for check in report.checks}
 
 
 # --- mutants: (function of ops, its faulty double, first layer to break) ------------------------

@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             case = arguments.case
             found.report = _check_model(arguments) if case is None else case.check(arguments.device)
-            console.print(found.report, soft_wrap=True)
+            console.print(str(found.report), soft_wrap=True)
             if arguments.all_configs:
                 _check_configs(arguments, found)
             if arguments.fuzz is not None:
@@ -146,6 +146,7 @@ class _Findings:
 
     def to_dict(self) -> dict[str, Any]:
         fuzzed = self.fuzzed
+        finding = fuzzed and fuzzed.finding
         return {
             "ok": self.ok,
             "interrupted": self.interrupted,
@@ -155,7 +156,7 @@ class _Findings:
             and {
                 "passed": fuzzed.passed,
                 "failed": fuzzed.case and vars(fuzzed.case),
-                "finding": fuzzed.finding.to_dict() if isinstance(fuzzed.finding, Report) else repr(fuzzed.finding),
+                "finding": finding.to_dict() if isinstance(finding, Report) else finding and repr(finding),
             },
         }
 

@@ -119,7 +119,10 @@ def check_configs(
     generator = torch.Generator().manual_seed(seed)
 
     def make(*shape: int, fan_in: int = 1) -> Tensor:
-        return (torch.randn(shape, generator=generator) / fan_in**0.5).to(device, dtype)
+        # The strides that the operators give their results, also where sizes of 1 leave a choice.
+        layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+        values = torch.randn(shape, generator=generator) / fan_in**0.5
+        return torch.empty(shape, dtype=dtype, device=device, memory_format=layout).copy_(values)
 
     capability = tuning.capability(torch.device(device))
     for tf32 in (True, False) if dtype == torch.float32 else (True,):

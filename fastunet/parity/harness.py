@@ -52,8 +52,8 @@ def verify(
             the parameters that require one and the input. Their truth takes the sides of ReLUs and
             max-pools that the network took (see :mod:`fastunet.parity.recording`).
         deterministic: repeat the candidate: bitwise the same, with every element written, on
-            another stream (CUDA), and of our kernels at another place of the batch (torch's
-            convolutions on a CPU do not promise that).
+            another stream, and of our kernels at another place of the batch (both on CUDA: a CPU's
+            matrix products, in torch as in the interpreter, do not promise that).
         rule: decides on each tensor; takes what :func:`fastunet.parity.compare` takes.
 
     Raises:
@@ -94,18 +94,21 @@ def verify(
             errors = distance(ours[name], exact[name]), distance(theirs[name], exact[name])
             kind = "output" if name == _LOGITS else "layer"
             comparisons.append(Comparison(kind, name, implementation, parity, *errors))
-    runs: dict[str, Callable[[Tensor], Tensors]] = {"": lambda x: _forward(candidate, x)}
-    if gradients:
-        cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
-        comparisons += _compare_gradients(candidate, baseline, truth, x, cotangent, depth, lost, tf32, rule)
-        runs["gradients, "] = lambda x: _gradients(candidate, x, cotangent, Recorder())
     checks: list[Check] = []
     if deterministic:
-        for prefix, run in runs.items():
-            checks += _repeat(prefix, run, x)
-        if implementation == "triton" and len(x) > 1:
+        checks += _repeat("", ours, lambda: _forward(candidate, x))
+        if implementation == "triton" and x.is_cuda and len(x) > 1:
             again = {name: t.roll(-1, 0) for name, t in _forward(candidate, x.roll(1, 0)).items()}
             checks.append(_same("another batch position", ours, again))
+    if gradients:
+        cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
+        sides = Recorder()
+        found = _gradients(candidate, x, cotangent, sides)
+        comparisons += _compare_gradients(
+            found, sides.decisions, baseline, truth, x, cotangent, depth, lost, tf32, rule
+        )
+        if deterministic:
+            checks += _repeat("gradients, ", found, lambda: _gradients(candidate, x, cotangent, Recorder()))
     return Report(
         str(x.device),
         str(dtype).removeprefix("torch."),
@@ -150,7 +153,8 @@ _gradients = gradients  # verify's argument has the same name
 
 
 def _compare_gradients(
-    candidate: nn.Module,
+    ours: Tensors,
+    decisions: list[Tensor],
     baseline: nn.Module,
     truth: nn.Module,
     x: Tensor,
@@ -160,12 +164,11 @@ def _compare_gradients(
     tf32: bool,
     rule: Rule,
 ) -> list[Comparison]:
-    sides, their_sides = Recorder(), Recorder()
-    ours = gradients(candidate, x, cotangent, sides)
+    their_sides = Recorder()
     theirs = gradients(baseline, x, cotangent, their_sides)
     wide, smallest = (x.double(), cotangent.double()), torch.finfo(x.dtype).smallest_normal
     try:
-        exact, terms = gradients_and_terms(truth, *wide, sides.decisions, smallest, lost)
+        exact, terms = gradients_and_terms(truth, *wide, decisions, smallest, lost)
         their_exact, _ = gradients_and_terms(truth, *wide, their_sides.decisions, smallest, lost)
     except OtherDecisions as error:
         raise ValueError(f"gradients: cannot be compared, {error}; gradients=False leaves them out") from None
@@ -236,21 +239,21 @@ def _same(name: str, first: Tensors, again: Tensors) -> Check:
     return Check(name, True, "bitwise equal")
 
 
-def _repeat(prefix: str, run: Callable[[Tensor], Tensors], x: Tensor) -> Iterator[Check]:
+def _repeat(prefix: str, first: Tensors, run: Callable[[], Tensors]) -> Iterator[Check]:
     """Runs of the candidate that must give bitwise what the first gave."""
-    first = run(x)
-    yield _same(f"{prefix}second run", first, run(x))
+    yield _same(f"{prefix}second run", first, run())
     with _poisoned_memory():
-        poisoned = run(x)
+        poisoned = run()
     unwritten = {name: int((t.isnan() & ~first[name].isnan()).sum()) for name, t in poisoned.items()}
     detail = next((f"{n} elements of {name} kept the NaN put there" for name, n in unwritten.items() if n), "")
     yield Check(f"{prefix}every element written", not detail, detail or "memory was filled with NaN before")
-    if x.is_cuda:
-        stream = torch.cuda.Stream(x.device)
-        stream.wait_stream(torch.cuda.current_stream(x.device))
+    device = next(iter(first.values())).device
+    if device.type == "cuda":
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            again = run(x)
-        torch.cuda.current_stream(x.device).wait_stream(stream)
+            again = run()
+        torch.cuda.current_stream(device).wait_stream(stream)
         yield _same(f"{prefix}another stream", first, again)
 
 

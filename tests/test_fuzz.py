@@ -1,0 +1,112 @@
+"""Random networks hold, and one that does not is found and made small."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from fastunet import dispatch, ops, reference
+from fastunet.parity import Report
+from fastunet.parity.fuzz import DTYPES, LAYOUTS, Case, fuzz
+
+SIMPLE = Case(1, 1, (1, 1), "bilinear", False, None, "relu", False, 1, 2, 2, "contiguous", "float32", 0, 0, 0)
+
+
+# Fixed seeds: what is drawn here is repeated by whoever runs the suite; `fastunet verify --fuzz` draws afresh.
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_500_random_networks_hold(seed):
+    found = fuzz(125, seed)
+    assert found.case is None, f"{found.case}\n{found.finding}"
+    assert found.passed == 125
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not interpreted where they can run")
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_200_random_networks_hold_in_the_interpreter(seed):
+    with dispatch.forced("triton"):
+        found = fuzz(50, seed)
+    assert found.case is None, f"{found.case}\n{found.finding}"
+    assert found.passed == 50
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("seed", range(4))
+def test_200_random_networks_hold_on_a_gpu(seed):
+    found = fuzz(50, seed, "cuda")
+    assert found.case is None, f"{found.case}\n{found.finding}"
+
+
+def test_a_fault_is_found_and_made_small(monkeypatch):
+    def fault(x, skip, weight, bias, mode, align_corners, slope):
+        y = reference.upsample_concat_conv2d_relu(x, skip, weight, bias, mode, align_corners, slope)
+        return y * 2 if mode == "nearest" and skip.shape[1] > 2 else y
+
+    class Faulty:
+        def __getattr__(self, name):
+            return fault if name == "upsample_concat_conv2d_relu" else getattr(reference, name)
+
+    monkeypatch.setattr(ops, "reference", Faulty())
+    seen = []
+    found = fuzz(200, 7, on_pass=seen.append)
+    assert isinstance(found.finding, Report) and found.case is not None
+    assert found.finding.first_failure is not None and found.finding.first_failure.name.startswith("ups.")
+    # All but what the fault needs is as simple as a case can be.
+    case = found.case
+    assert (case.upsample, case.features[0]) == ("nearest", 3)
+    assert (len(case.features), case.batch, case.in_channels, case.layout) == (2, 1, 1, "contiguous")
+    assert not Case.from_json(case.to_json()).check("cpu").ok
+    assert seen == list(range(1, found.passed + 1))
+
+
+def test_a_crash_is_a_finding(monkeypatch):
+    monkeypatch.setattr(ops, "reference", None)
+    found = fuzz(5, 0)
+    assert isinstance(found.finding, AttributeError)
+    assert found.passed == 0 and found.case is not None
+
+
+def test_the_same_seed_draws_the_same_networks(monkeypatch):
+    drawn: list[Case] = []
+    monkeypatch.setattr(Case, "check", lambda case, device: drawn.append(case) or SIMPLE_REPORT)
+    for seed in (3, 3, 4):
+        fuzz(20, seed)
+    assert drawn[:20] == drawn[20:40] != drawn[40:]
+
+
+SIMPLE_REPORT = SIMPLE.check("cpu")
+
+
+def test_equal_cases_are_equal_to_the_bit():
+    ours, theirs = (SIMPLE.networks("cpu")[0].state_dict() for _ in range(2))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert torch.equal(SIMPLE.inputs("cpu"), SIMPLE.inputs("cpu"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inputs_are_alike_in_every_layout(layout, dtype):
+    case = Case(**{**vars(SIMPLE), "in_channels": 3, "batch": 2, "height": 4, "width": 5, "dtype": dtype})
+    x = Case(**{**vars(case), "layout": layout}).inputs("cpu")
+    wanted = case.inputs("cpu")
+    assert x.shape == wanted.shape and x.dtype == DTYPES[dtype]
+    assert torch.equal(x[0], wanted[0])
+    contiguous = {"contiguous": x.is_contiguous(), "channels_last": x.is_contiguous(memory_format=torch.channels_last)}
+    assert contiguous.get(layout, not x.is_contiguous())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"dtype": "int8"}, "expected a dtype of"),
+        ({"layout": "round"}, "a layout of"),
+        ({"features": [0, 1]}, "features"),
+        ({"novel": 1}, "expected an object with"),
+    ],
+)
+def test_what_is_no_case_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Case.from_json(json.dumps({**vars(SIMPLE), **change}))
