@@ -138,8 +138,8 @@ def terms_of_layers(network: nn.Module, x: Tensor, smallest: float) -> tuple[dic
     """For each layer of a reference of ours, what :func:`compare` calls terms; none for another network.
 
     A map of few elements may be small because its sums cancel, and then its errors, and those of
-    all maps after it, are as large as its terms were: their ratio is carried on, and returned
-    too. Numbers below ``smallest``, the working dtype's smallest normal one, have that one's errors.
+    all maps after it, are as large as its terms were: their ratio is carried on, and the largest
+    one returned too. Numbers below ``smallest``, the working dtype's smallest normal one, have that one's errors.
     """
     if not isinstance(network, UNet):
         return {}, 1.0
@@ -157,7 +157,7 @@ def terms_of_layers(network: nn.Module, x: Tensor, smallest: float) -> tuple[dic
         handle.remove()
 
     terms: dict[str, float] = {}
-    lost = 1.0  # the largest ratio of terms to results so far
+    lost = most_lost = 1.0  # the ratio of a map's terms to its values
     for name in names:
         inputs, y = calls[name]
         if not y.numel():
@@ -178,8 +178,9 @@ def terms_of_layers(network: nn.Module, x: Tensor, smallest: float) -> tuple[dic
         if name != "head":
             y = activate_(y, network.config.slope)
         largest = y.abs().max().item()
-        lost = max(lost, lost * roots.max().item() / largest if largest else 1.0)
-    return terms, lost
+        lost = max(1.0, lost * roots.max().item() / largest if largest else lost)
+        most_lost = max(lost, most_lost)
+    return terms, most_lost
 
 
 def _is_fused(network: UNet) -> bool:
@@ -226,13 +227,15 @@ def gradients_and_terms(
     for handle in handles:
         handle.remove()
     terms: dict[str, float] = {}
+    backward_lost = 1.0
     arriving = 0.0  # what the layer behind sends, before anything cancels on the way
     for name, module, inputs, caught in reversed(calls):
         if not caught:
             continue
         gradient = caught[0]
         largest = gradient.abs().max().item()
-        lost = max(lost, lost * arriving / largest if largest else 1.0)
+        backward_lost = max(1.0, backward_lost * arriving / largest if largest else backward_lost)
+        scale = max(lost, backward_lost)  # of the two factors of a term, the worse known
         squares = {key: (p.detach() ** 2).requires_grad_() for key, p in module.named_parameters(recurse=False)}
         squared = _terms_of_norm(module, inputs) if _is_norm(module) else inputs**2
         squared = squared.clamp(min=smallest**2).requires_grad_()
@@ -243,12 +246,12 @@ def gradients_and_terms(
             else torch.func.functional_call(module, squares, squared)
         )
         sums = torch.autograd.grad(y, [squared, *squares.values()], (gradient**2).clamp(min=smallest**2))
-        roots = [s.max().sqrt().item() for s in sums]
-        terms |= {f"{name}.{key}": lost * root for key, root in zip(squares, roots[1:], strict=True)}
-        if inputs.shape == x.shape:
-            terms["input"] = lost * roots[0]
         if _is_norm(module):
-            roots[0] /= (_mean_and_variance(module, inputs)[1] + module.eps).min().sqrt().item()
+            sums = (sums[0] / (_mean_and_variance(module, inputs)[1] + module.eps), *sums[1:])
+        roots = [s.max().sqrt().item() for s in sums]
+        terms |= {f"{name}.{key}": scale * root for key, root in zip(squares, roots[1:], strict=True)}
+        if inputs.shape == x.shape:
+            terms["input"] = scale * roots[0]
         arriving = roots[0]
     return found, terms
 
