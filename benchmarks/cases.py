@@ -1,0 +1,147 @@
+"""What is measured, as data. A case says what to compute; providers.py says who computes it.
+
+Names read ``infer seed 256x256 b16 bf16`` or ``op downs.1.conv.net.0 256x256 b1 fp16``: what, the
+network's image size, batch, dtype.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from fastunet.config import UNetConfig
+from fastunet.trace import Layer, trace
+
+#: tf32 and fp32 are both float32; tf32 rounds the factors of products on tensor cores.
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
+
+SEED = UNetConfig()
+#: The layout of milesial/Pytorch-UNet with ``bilinear=False``: batch norm, transposed convolutions, RGB.
+MILESIAL_TRANSPOSE = UNetConfig(in_channels=3, upsample="transpose", norm="batch")
+#: The seed's network in small, so that a CPU is done in seconds.
+SMALL = UNetConfig(features=(16, 32, 64, 128, 256))
+NETWORKS = {
+    "seed": SEED,
+    "seed-transpose": dataclasses.replace(SEED, upsample="transpose"),
+    "milesial-transpose": MILESIAL_TRANSPOSE,
+    "small": SMALL,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One computation.
+
+    Attributes:
+        kind: ``"op"`` (one fused operator), ``"infer"`` (a forward pass) or ``"train"`` (forward,
+            backward, optimiser).
+        network: a key of ``NETWORKS``. dtype: a key of ``DTYPES``.
+        batch, height, width: of the network's input.
+        operator: for ``"op"``, a name of :func:`operators`.
+    """
+
+    kind: str
+    network: str
+    dtype: str
+    batch: int
+    height: int
+    width: int
+    operator: str | None = None
+
+    @property
+    def name(self) -> str:
+        what = self.network if self.operator is None else f"{self.network} {self.operator}"
+        return f"{self.kind} {what} {self.height}x{self.width} b{self.batch} {self.dtype}"
+
+    @property
+    def config(self) -> UNetConfig:
+        return NETWORKS[self.network]
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The fused operators of the network, or the one operator."""
+        if self.operator is None:
+            return trace(self.config, self.height, self.width, self.batch)
+        return [operators(self.config, self.height, self.width, self.batch)[self.operator]]
+
+    @property
+    def channels(self) -> str:
+        """``"64>128"`` of an operator, ``"1>64..1024>2"`` of a network."""
+        if self.operator is not None:
+            (layer,) = self.layers
+            return f"{'+'.join(str(shape[1]) for shape in layer.in_shapes)}>{layer.out_shape[1]}"
+        c = self.config
+        return f"{c.in_channels}>{c.features[0]}..{c.features[-1]}>{c.out_channels}"
+
+    @property
+    def flops(self) -> int:
+        """2 x multiply-adds of the convolutions; three times as many for a training step."""
+        return sum(layer.flops for layer in self.layers) * (3 if self.kind == "train" else 1)
+
+    @property
+    def bytes(self) -> int:
+        """Each fused operator's inputs, weights and results once; three times that for a training step."""
+        elements = 0
+        for layer in self.layers:
+            n, c, h, w = layer.out_shape
+            pooled = n * c * (h // 2) * (w // 2) if layer.op == "conv2d_relu_pool" else 0
+            elements += sum(map(math.prod, layer.in_shapes)) + math.prod(layer.out_shape) + pooled + layer.parameters
+        return elements * DTYPES[self.dtype].itemsize * (3 if self.kind == "train" else 1)
+
+
+def operators(config: UNetConfig, height: int, width: int, batch: int) -> dict[str, Layer]:
+    """Every distinct operator of a network by name: its layers, and each level's upsampling with concatenation alone.
+
+    Layers of one shape are one operator, named by the first of them.
+    """
+    found: dict[str, Layer] = {}
+    seen = set()
+    for layer in trace(config, height, width, batch):
+        shape = (layer.op, layer.in_shapes, layer.out_shape, layer.name == "head")
+        if shape not in seen:
+            seen.add(shape)
+            found[layer.name] = layer
+        if layer.op == "upsample_concat_conv2d_relu" and config.upsample in ("bilinear", "nearest"):
+            x, skip = layer.in_shapes
+            out = (batch, x[1] + skip[1], *skip[2:])
+            name = f"{layer.name.partition('.conv')[0]}.concat"
+            found[name] = Layer(name, "upsample_concat", layer.in_shapes, out, 0, 0)
+    return found
+
+
+def cases(device: str) -> list[Case]:
+    """All cases of a device type, the most informative first: networks, then training, then operators."""
+    return list(_cuda() if device == "cuda" else _cpu())
+
+
+def _cuda() -> Iterator[Case]:
+    for dtype in ("bf16", "fp16", "tf32"):
+        for size, batch in ((256, 16), (256, 1), (512, 8), (512, 1), (1024, 1)):
+            yield Case("infer", "seed", dtype, batch, size, size)
+        for batch in (1, 16):
+            yield Case("infer", "milesial-transpose", dtype, batch, 256, 256)
+    for dtype in ("bf16", "fp16", "tf32"):
+        for size, batch in ((256, 16), (512, 4)):
+            yield Case("train", "seed", dtype, batch, size, size)
+    for dtype in ("bf16", "fp16", "tf32", "fp32"):
+        for size in (256, 512):
+            for batch in (16, 1):
+                for name in operators(SEED, size, size, batch):
+                    yield Case("op", "seed", dtype, batch, size, size, name)
+                for name, layer in operators(NETWORKS["seed-transpose"], size, size, batch).items():
+                    if layer.op == "conv_transpose2x2":
+                        yield Case("op", "seed-transpose", dtype, batch, size, size, name)
+
+
+def _cpu() -> Iterator[Case]:
+    yield Case("infer", "small", "fp32", 1, 128, 128)
+    yield Case("infer", "small", "fp32", 4, 64, 64)
+    yield Case("infer", "seed", "fp32", 1, 128, 128)
+    yield Case("infer", "seed", "fp32", 1, 256, 256)
+    yield Case("train", "small", "fp32", 4, 64, 64)
+    for name in operators(SMALL, 64, 64, 1):
+        yield Case("op", "small", "fp32", 1, 64, 64, name)
