@@ -48,7 +48,6 @@ class Machine:
 
 def this_machine(device: str) -> Machine:
     """Of ``"cpu"`` or ``"cuda"``; the run gets an id of its own."""
-    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=Path(__file__).parent,
@@ -61,7 +60,7 @@ def this_machine(device: str) -> Machine:
     except importlib.metadata.PackageNotFoundError:
         triton = "none"
     return Machine(
-        device=name,
+        device=device_name(device),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         triton=triton,
@@ -71,7 +70,10 @@ def this_machine(device: str) -> Machine:
     )
 
 
-def _cpu_name() -> str:
+def device_name(device: str) -> str:
+    """What the maker calls the device of ``"cpu"`` or ``"cuda"``."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -84,7 +86,7 @@ class Job:
     """One case for the worker."""
 
     case: Case
-    providers: tuple[str, ...]
+    providers: tuple[Provider, ...]
     device: str
     seconds: float
     seed: int
@@ -116,8 +118,8 @@ def run(
             if budget is not None and time.monotonic() - start > budget:
                 return
             on_case(case)
-            names = tuple(p.name for p in PROVIDERS if p.name in providers and p.serves(case, device))
-            yield from worker.do(Job(case, names, device, seconds, seed, machine))
+            serving = tuple(p for p in PROVIDERS if p.name in providers and p.serves(case, device))
+            yield from worker.do(Job(case, serving, device, seconds, seed, machine))
     finally:
         worker.stop()
 
@@ -152,7 +154,7 @@ class _Worker:
                 code = self._process.exitcode
                 name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
                 dead.append(_row(job, at, "failed", f"the process died ({name})", None))
-                left = tuple(p for p in job.providers if p != at)
+                left = tuple(p for p in job.providers if p.name != at)
                 if not at or not left:
                     return dead
                 job = Job(job.case, left, job.device, job.seconds, job.seed, job.machine)
@@ -171,15 +173,18 @@ def _work(pipe: Any) -> None:
             job = pipe.recv()
         except EOFError:
             return
-        pipe.send(measure(job, measured, pipe.send))
+        pipe.send(measure_or_say_why(job, measured, pipe.send))
 
 
-def measure(
-    job: Job,
-    measured: dict[str, Ceilings],
-    at: Callable[[str], None],
-    available: Sequence[Provider] = PROVIDERS,
-) -> list[Row]:
+def measure_or_say_why(job: Job, measured: dict[str, Ceilings], at: Callable[[str], None]) -> list[Row]:
+    """:func:`measure`; if inputs or truth cannot be made, a row for each provider says why."""
+    try:
+        return measure(job, measured, at)
+    except Exception as error:
+        return [_row(job, provider.name, "failed", _reason(error), None) for provider in job.providers]
+
+
+def measure(job: Job, measured: dict[str, Ceilings], at: Callable[[str], None]) -> list[Row]:
     """The rows of one case: outputs checked first, then those that pass timed in interleaved rounds.
 
     Args:
@@ -198,9 +203,7 @@ def measure(
         calls: dict[str, Call] = {}
         first: dict[str, float] = {}
         errors: dict[str, float] = {}
-        for provider in available:
-            if provider.name not in job.providers:
-                continue
+        for provider in job.providers:
             at(provider.name)
             name, output = provider.name, []
             try:
@@ -213,8 +216,7 @@ def measure(
                     continue
                 calls[name] = call
             except Exception as error:  # whatever a provider raises is its row
-                reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-                rows.append(_row(job, name, "failed", reason, ceiling))
+                rows.append(_row(job, name, "failed", _reason(error), ceiling))
         for graph, some in _passes(calls, clock, rows, job, ceiling, at):
             timed = interleave(clock, some, seconds=job.seconds) if some else {}
             for name, found in timed.items():
@@ -223,6 +225,11 @@ def measure(
                     _row(job, name, "ok", "", ceiling, errors[name], baseline_error, found, peak, first[name], graph)
                 )
     return rows
+
+
+def _reason(error: Exception) -> str:
+    """One line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _passes(
@@ -238,8 +245,7 @@ def _passes(
         try:
             graphs[name] = capture(call)
         except Exception as error:
-            reason = f"cannot be captured: {str(error).strip().partition(chr(10))[0]}"
-            rows.append(_row(job, name, "failed", reason, ceiling, graph=True))
+            rows.append(_row(job, name, "failed", f"cannot be captured, {_reason(error)}", ceiling, graph=True))
             torch.cuda.synchronize()
     yield True, graphs
 

@@ -59,22 +59,22 @@ class Operator(nn.Module):
         if self.op != "upsample_concat":
             self.bias = nn.Parameter(torch.randn(out))
 
-    def forward(self, *x: Tensor) -> Any:
+    def forward(self, *x: Any) -> Any:
         slope = 0.0 if self.relu else 1.0
         options: dict[str, Any] = {"mode": self.mode, "align_corners": self.corners}
         if self.op == "upsample_concat":
             return (ops if self.fast else reference).upsample_concat(*x, **options)
-        parameters = self.weight, self.bias
+        tensors: Any = (*x, self.weight, self.bias)
         if self.op == "conv_transpose2x2":
-            return (ops if self.fast else reference).conv_transpose2x2(*x, *parameters)
+            return (ops if self.fast else reference).conv_transpose2x2(*tensors)
         if self.op == "upsample_concat_conv2d_relu":
             if self.fast:
-                return ops.upsample_concat_conv2d_relu(*x, *parameters, relu=self.relu, **options)
-            return reference.upsample_concat_conv2d_relu(*x, *parameters, slope=slope, **options)
-        pool = self.op == "conv2d_relu_pool"
+                return ops.upsample_concat_conv2d_relu(*tensors, relu=self.relu, **options)
+            return reference.upsample_concat_conv2d_relu(*tensors, slope=slope, **options)
+        pool: Any = self.op == "conv2d_relu_pool"
         if self.fast:
-            return ops.conv2d_relu(*x, *parameters, relu=self.relu, pool=pool)
-        y = reference.conv2d_relu(*x, *parameters, slope=slope)
+            return ops.conv2d_relu(*tensors, relu=self.relu, pool=pool)
+        y = reference.conv2d_relu(*tensors, slope=slope)
         return (y, F.max_pool2d(y, 2)) if pool else y
 
 
@@ -136,7 +136,7 @@ def _call(work: Work, module: nn.Module, inputs: tuple[Tensor, ...], compiled: d
     return step
 
 
-def _channels_last(work: Work) -> tuple[nn.Module, tuple[Tensor, ...]]:
+def _channels_last(work: Work) -> tuple[Any, tuple[Tensor, ...]]:
     module = copy.deepcopy(work.module).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return module, tuple(x.contiguous(memory_format=torch.channels_last) for x in work.inputs)
 
@@ -188,21 +188,15 @@ def cudnn_fused(work: Work) -> Call:
             return torch.cudnn_convolution_relu(x, weight, bias, [1, 1], pad, [1, 1], 1)
         return F.conv2d(x, weight, bias, padding=pad[0])
 
-    if isinstance(module, Operator):
-        (layer,) = work.case.layers
+    def operator(*x: Any) -> Any:
+        z = x[0] if len(x) == 1 else reference.upsample_concat(x[0], x[1], module.mode, module.corners)
+        y = conv(z, module.weight, module.bias, 0.0 if module.relu else 1.0)
+        return (y, F.max_pool2d(y, 2)) if module.op == "conv2d_relu_pool" else y
 
-        def forward(*x: Tensor) -> Any:
-            z = x[0] if len(x) == 1 else reference.upsample_concat(*x, module.mode, module.corners)
-            y = conv(z, module.weight, module.bias, 0.0 if module.relu else 1.0)
-            return (y, F.max_pool2d(y, 2)) if layer.op == "conv2d_relu_pool" else y
-    else:
-        assert isinstance(module, UNet)
-        unet = module
+    def network(*x: Any) -> Any:
+        return _unet_of(module, conv, x[0])
 
-        def forward(*x: Tensor) -> Any:
-            return _unet_of(unet, conv, x[0])
-
-    return _call(work, _Function(forward), inputs)
+    return _call(work, _Function(operator if isinstance(module, Operator) else network), inputs)
 
 
 def _unet_of(unet: UNet, conv: Callable[..., Tensor], x: Tensor) -> Tensor:
@@ -237,13 +231,11 @@ class _Function(nn.Module):
 def step_conv(work: Work) -> Call:
     """A rung of the ladder: our convolution with bias and ReLU; pool, upsampling and concatenation are torch's."""
     module, inputs = _channels_last(work)
-    assert isinstance(module, UNet)
-    unet = module
 
     def conv(x: Tensor, weight: Tensor, bias: Tensor, slope: float) -> Tensor:
         return ops.conv2d_relu(x, weight, bias, relu=slope != 1)
 
-    return _call(work, _Function(lambda x: _unet_of(unet, conv, x)), inputs)
+    return _call(work, _Function(lambda x: _unet_of(module, conv, x)), inputs)
 
 
 def fastunet(work: Work) -> Call:

@@ -31,6 +31,7 @@ FUNCTIONS = {
     "summary": "fastunet.cli.describe.summary",
     "info": "fastunet.cli.describe.info",
     "verify": "fastunet.cli.verify.run",
+    "bench": "fastunet.cli.bench.bench",
 }
 COMMANDS = tuple(FUNCTIONS)
 

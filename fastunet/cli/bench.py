@@ -1,0 +1,158 @@
+"""``fastunet bench`` and ``fastunet report``: measure, and show what was measured. Both need a checkout."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .shared import SetupError, a_count, a_device, a_seed, examples, new_console, new_progress, new_table
+
+QUICK = {"cuda": 14, "cpu": 6}  # cases of --quick: the first ones, which tell most
+
+
+def add(commands: Any) -> None:
+    """Add both commands to the parser's."""
+    command = commands.add_parser(
+        "bench",
+        help="time FastUNet beside PyTorch's best",
+        description="""\
+Time every provider on every case, in interleaved rounds, after its output has been checked against
+float64. Rows are appended to benchmarks/results/<device>.jsonl. Needs a checkout of FastUNet.
+
+Exit code: 0 all was timed, 1 something was wrong or failed (its row says why), 2 nothing started.""",
+        **examples(
+            "fastunet bench --quick",
+            "fastunet bench --cases 'infer seed 256' --providers fastunet compile --budget 300",
+            "fastunet bench --quick --compare benchmarks/results/nvidia-h200.jsonl",
+        ),
+    )
+    command.add_argument("--cases", nargs="+", metavar="TEXT", help="those whose name holds one of the texts")
+    command.add_argument("--providers", nargs="+", metavar="NAME", help="these alone (default: all that serve)")
+    command.add_argument("--quick", action="store_true", help="the most informative cases, 1 second each")
+    command.add_argument("--budget", type=a_count, metavar="SECONDS", help="start no case later than that")
+    command.add_argument("--compare", type=Path, metavar="FILE", help="show each ratio to the rows of this file")
+    command.add_argument("--out", type=Path, metavar="FILE", help="append rows here instead")
+    command.add_argument("--seed", type=a_seed, default=0, metavar="S", help="of weights and inputs (default: 0)")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    command.add_argument("--device", type=a_device, default=default, help="cpu or cuda (default here: %(default)s)")
+    command.set_defaults(run=bench)
+
+
+def _benchmarks(name: str) -> Any:
+    """A module of the checkout's ``benchmarks`` folder, which is not installed."""
+    root = Path(__file__).resolve().parents[2]
+    if (root / "benchmarks" / "cases.py").is_file() and str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    try:
+        return importlib.import_module(f"benchmarks.{name}")
+    except ModuleNotFoundError as error:
+        raise SetupError(f"benchmarks are not installed: run this in a checkout of FastUNet ({error})") from None
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    """Run, append rows, print a table."""
+    cases_module, providers_module = _benchmarks("cases"), _benchmarks("providers")
+    rows_module, bench_module = _benchmarks("rows"), _benchmarks("bench")
+    device = arguments.device.partition(":")[0]
+    cases = cases_module.cases(device)
+    if arguments.cases:
+        chosen = [case for case in cases if any(text in case.name for text in arguments.cases)]
+        if not chosen:
+            raise SetupError(f"--cases: no case's name holds {' or '.join(map(repr, arguments.cases))}")
+        cases = chosen
+    elif arguments.quick:
+        cases = cases[: QUICK[device]]
+    names = [provider.name for provider in providers_module.PROVIDERS]
+    for name in arguments.providers or ():
+        if name not in names:
+            raise SetupError(f"--providers: expected some of {', '.join(map(repr, names))}, got {name!r}")
+    try:
+        before = rows_module.read(arguments.compare) if arguments.compare is not None else None
+    except rows_module.RowError as error:
+        raise SetupError(f"--compare: {error}") from None
+    out = arguments.out or rows_module.file_of(bench_module.device_name(device))
+
+    console, errors, rows, done = new_console(), new_console(stderr=True), [], []
+    interrupted, start = False, time.monotonic()
+    with new_progress(errors) as progress:
+        task = progress.add_task("", total=len(cases))
+
+        def on_case(case: Any) -> None:
+            progress.update(task, completed=len(done), description=case.name)
+            done.append(case)
+
+        try:
+            for row in bench_module.run(
+                cases,
+                arguments.providers or names,
+                device,
+                seconds=1.0 if arguments.quick else 5.0,
+                budget=arguments.budget,
+                seed=arguments.seed,
+                on_case=on_case,
+            ):
+                rows_module.append(out, row)
+                rows.append(row)
+        except KeyboardInterrupt:
+            interrupted = True
+    _print(console, rows, providers_module.OURS)
+    if before is not None:
+        _print_changes(console, rows_module.changes(rows, before))
+    left = cases[len(done) :]
+    if left:
+        console.print(f"left out ({len(left)}): {', '.join(case.name for case in left)}", soft_wrap=True)
+    console.print(f"{len(rows)} rows in {out}, {time.monotonic() - start:.0f} s", soft_wrap=True)
+    if interrupted:
+        console.print("interrupted: these are the rows so far")
+        return 130
+    return 0 if all(row.state == "ok" for row in rows) else 1
+
+
+def _print(console: Any, rows: list[Any], ours: tuple[str, ...]) -> None:
+    numeric = ("median ms", "p20..p80", "against best", "TFLOP/s", "of ceiling", "error", "eager's", "MiB", "first ms")
+    table = new_table("case", "provider", *numeric, numeric=numeric)
+    best: dict[str, float] = {}
+    for row in rows:
+        if row.state == "ok" and row.provider not in ours:
+            best[row.case] = min(best.get(row.case, row.median_ms), row.median_ms)
+    last = None
+    for row in rows:
+        name = row.provider + (" (graph)" if row.graph else "")
+        case, last = (row.case if row.case != last else ""), row.case
+        if row.state != "ok":
+            table.add_row(case, name, row.state, row.reason)
+            continue
+        share = f"{row.tflops / row.ceiling_tflops:.0%}" if row.ceiling_tflops and row.flops else "-"
+        table.add_row(
+            case,
+            name,
+            f"{row.median_ms:.3f}",
+            f"{row.p20_ms:.3f}..{row.p80_ms:.3f}",
+            f"{best[row.case] / row.median_ms:.2f}x" if row.case in best else "-",
+            f"{row.tflops:.2f}",
+            share,
+            f"{row.max_err:.1e}",
+            f"{row.baseline_err:.1e}",
+            "-" if row.peak_mem_mb is None else f"{row.peak_mem_mb:.0f}",
+            f"{row.first_ms:.0f}",
+        )
+    console.print(table)
+
+
+def _print_changes(console: Any, changes: list[Any]) -> None:
+    table = new_table(
+        "case", "provider", "before ms", "now ms", "speed-up", "", numeric=("before ms", "now ms", "speed-up")
+    )
+    for change in changes:
+        verdict = "within the spread" if not change.real else "faster" if change.ratio > 1 else "SLOWER"
+        times = f"{change.before.median_ms:.3f}", f"{change.row.median_ms:.3f}", f"{change.ratio:.2f}x"
+        table.add_row(change.row.case, change.row.provider, *times, verdict)
+    console.print(table)
+    if not changes:
+        console.print("nothing to compare: no earlier row is of these cases on this device", soft_wrap=True)
