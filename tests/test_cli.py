@@ -32,6 +32,7 @@ FUNCTIONS = {
     "info": "fastunet.cli.describe.info",
     "verify": "fastunet.cli.verify.run",
     "bench": "fastunet.cli.bench.bench",
+    "report": "fastunet.cli.bench.report",
 }
 COMMANDS = tuple(FUNCTIONS)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import sys
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..files import atomic_write
 from .shared import SetupError, a_count, a_device, a_seed, examples, new_console, new_progress, new_table
 
 QUICK = {"cuda": 14, "cpu": 6}  # cases of --quick: the first ones, which tell most
@@ -42,6 +44,21 @@ Exit code: 0 all was timed, 1 something was wrong or failed (its row says why), 
     default = "cuda" if torch.cuda.is_available() else "cpu"
     command.add_argument("--device", type=a_device, default=default, help="cpu or cuda (default here: %(default)s)")
     command.set_defaults(run=bench)
+
+    command = commands.add_parser(
+        "report",
+        help="turn benchmark rows into a page, pictures and the README's table",
+        description="""\
+Write index.html, which opens from disk, and PNG charts from benchmark rows; on request also the
+table between the README's markers. Needs a checkout of FastUNet and matplotlib.""",
+        **examples(
+            "fastunet report", "fastunet report --rows benchmarks/results --out docs/results --readme README.md"
+        ),
+    )
+    command.add_argument("--rows", type=Path, metavar="FILE|FOLDER", help="default: benchmarks/results")
+    command.add_argument("--out", type=Path, metavar="DIR", help="default: docs/results")
+    command.add_argument("--readme", type=Path, metavar="FILE", help="also write the table into this file")
+    command.set_defaults(run=report)
 
 
 def _benchmarks(name: str) -> Any:
@@ -156,3 +173,35 @@ def _print_changes(console: Any, changes: list[Any]) -> None:
     console.print(table)
     if not changes:
         console.print("nothing to compare: no earlier row is of these cases on this device", soft_wrap=True)
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Rows into a page, pictures and a table."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SetupError("report: needs matplotlib (pip install 'fastunet[verify]')")
+    rows_module, report_module = _benchmarks("rows"), _benchmarks("report")
+    source = arguments.rows or rows_module.RESULTS
+    try:
+        rows = rows_module.read(source)
+    except rows_module.RowError as error:
+        raise SetupError(f"--rows: {error}") from None
+    if not rows:
+        raise SetupError(f"--rows: no rows in {source} (fastunet bench makes them)")
+    try:
+        readme = arguments.readme and report_module.into_readme(
+            arguments.readme.read_text(encoding="utf-8"), report_module.readme_table(rows)
+        )
+    except (OSError, ValueError) as error:
+        raise SetupError(f"--readme: {error}") from None
+    try:
+        written = report_module.write(rows, arguments.out or rows_module.RESULTS.parents[1] / "docs" / "results")
+        if readme:
+            with atomic_write(arguments.readme) as temporary:
+                temporary.write_text(readme, encoding="utf-8")
+            written.append(arguments.readme)
+    except OSError as error:
+        raise SetupError(f"--out: cannot write {error.filename} ({error.strerror})") from None
+    console = new_console()
+    for path in written:
+        console.print(str(path), soft_wrap=True)
+    return 0
