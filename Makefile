@@ -45,12 +45,15 @@ $(OTHER_TRITONS:%=triton-%): triton-%: $(VENV)/triton-%/installed
 	PYTHONPATH=$(<D) $(RUN) -m pytest -q -n $(WORKERS) tests/kernels
 	PYTHONPATH=$(<D) $(RUN) benchmarks/sass.py $(TENSOR_CORES)
 
-bench: $(VENV)/installed ## timings
-	$(RUN) -m pytest benchmarks
+bench: $(VENV)/installed ## timings against plain PyTorch, every output checked first; rows and page
+	-$(RUN) -m fastunet bench
+	$(RUN) -m fastunet report --readme README.md
 
-gpu: ## the tests of the kernels on this machine's GPU, in this checkout, with its own Python
+gpu: ## on this machine's GPU, in this checkout, with its own Python: tests, verify, the quick benchmark
 	@$(PYTHON) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'PyTorch sees no CUDA device')"
-	PYTHONPATH=. $(PYTHON) -m pytest -q -n 8 tests/kernels tests/test_ops.py tests/test_model.py
+	PYTHONPATH=. $(PYTHON) -m pytest -q -n 8 -m "cuda or not slow" tests/kernels tests/test_ops.py tests/test_model.py tests/test_verify.py tests/test_fuzz.py
+	PYTHONPATH=. $(PYTHON) -m fastunet verify --device cuda --dtype bf16
+	PYTHONPATH=. $(PYTHON) -m fastunet bench --quick --budget 180
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

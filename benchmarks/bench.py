@@ -197,7 +197,7 @@ def measure(job: Job, measured: dict[str, Ceilings], at: Callable[[str], None]) 
             measured[case.dtype] = ceilings(clock, DTYPES[case.dtype])
         ceiling = measured[case.dtype]
         work = make_work(case, clock.device, job.seed)
-        truth, baseline = _truth(work), _baseline(work)
+        truth, baseline = truth_of(work), baseline_of(work)
         baseline_error = (baseline.double() - truth).abs().max().item()
         rows: list[Row] = []
         calls: dict[str, Call] = {}
@@ -209,7 +209,7 @@ def measure(job: Job, measured: dict[str, Ceilings], at: Callable[[str], None]) 
             try:
                 call = provider.prepare(work)
                 first[name] = clock.first(lambda call=call, output=output: output.append(call().detach().clone()))
-                parity = _check(output[0], baseline, truth, case)
+                parity = check(output[0], baseline, truth, case)
                 errors[name] = parity.candidate_error
                 if not parity.ok:
                     rows.append(_row(job, name, "wrong", str(parity), ceiling, parity.candidate_error, baseline_error))
@@ -250,7 +250,7 @@ def _passes(
     yield True, graphs
 
 
-def _check(output: Tensor, baseline: Tensor, truth: Tensor, case: Case) -> Parity:
+def check(output: Tensor, baseline: Tensor, truth: Tensor, case: Case) -> Parity:
     if output.shape != truth.shape:
         return Parity(False, 0.0, 0.0, 0.0, f"shape {tuple(output.shape)}, expected {tuple(truth.shape)}")
     dtype = DTYPES[case.dtype]  # a training step's loss is float32, but rests on the working dtype
@@ -259,7 +259,7 @@ def _check(output: Tensor, baseline: Tensor, truth: Tensor, case: Case) -> Parit
 
 
 @torch.no_grad()
-def _truth(work: Work) -> Tensor:
+def truth_of(work: Work) -> Tensor:
     """The output, or of a training step the loss, in float64."""
     y = copy.deepcopy(work.module).double()(*(x.double() for x in work.inputs))
     y = y[0] if isinstance(y, tuple) else y
@@ -267,7 +267,7 @@ def _truth(work: Work) -> Tensor:
 
 
 @torch.no_grad()
-def _baseline(work: Work) -> Tensor:
+def baseline_of(work: Work) -> Tensor:
     case, module = work.case, copy.deepcopy(work.module)
     mixed = case.kind == "train" and case.dtype in ("fp16", "bf16")
     with torch.autocast(work.device.type, DTYPES[case.dtype], enabled=mixed):
