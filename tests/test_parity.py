@@ -36,6 +36,19 @@ def test_the_limit_is_the_baselines_error_plus_the_floor(dtype, truth):
     assert not compare(wrong, baseline, truth).ok
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_error_everywhere_shows_in_the_root_mean_square(dtype, seed):
+    """Each element within the limit, all of them off: a result scaled by a few eps."""
+    truth = torch.randn(10_000, dtype=torch.float64).clamp(-2, 2)
+    eps = torch.finfo(dtype).eps
+    baseline = truth.to(dtype)
+    floor = {torch.float32: 4.0}.get(dtype, 1.0)
+    assert compare((truth + 0.1 * floor * eps).to(dtype), baseline, truth).ok
+    scaled = compare((truth * (1 + floor * eps)).to(dtype), baseline, truth)
+    assert not scaled.ok and scaled.candidate_error <= scaled.limit
+    assert scaled.reason.startswith("root-mean-square error")
+
+
 def test_tf32_has_its_own_floor(truth):
     baseline = truth.float()
     off = baseline + TF32_EPS * truth.abs().max().float()

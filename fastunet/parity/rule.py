@@ -17,6 +17,13 @@ TF32_EPS = 2.0**-10  # tf32 keeps 10 bits of mantissa, as float16 does
 _FLOOR_ROUNDINGS = {torch.float16: 1.0, torch.bfloat16: 1.0, torch.float32: 4.0, torch.float64: 4.0}
 
 
+# A maximum is one element; an error in all of them shows in the root mean square. A correct candidate
+# that rounds once where the baseline rounds twice, or the reverse, differs by sqrt(2); twice is the limit.
+# Luck averages out over n elements: as 1 / sqrt(n) where they are independent, but neighbours share
+# their inputs, so the floor is divided by n**(1/4).
+_RMS_RATIO = 2.0
+
+
 @dataclass(frozen=True)
 class Parity:
     """Outcome of :func:`compare`; errors are maxima of |result - truth| over finite elements."""
@@ -50,8 +57,10 @@ def compare(
     The rule (after the tests of apple/ml-cross-entropy): the candidate's largest error may not
     exceed the baseline's plus a floor of ``eps * max |truth|`` for 16-bit dtypes, four times that
     for float32 (the derivation stands beside ``_FLOOR_ROUNDINGS``), and never less than one step
-    of the dtype's smallest numbers. NaN and infinities must stand where the baseline has them,
-    but for elements so near the dtype's largest number that an error within the limit overflows.
+    of the dtype's smallest numbers. Nor may its root-mean-square error exceed twice the baseline's
+    plus that floor over ``n ** (1/4)``, for n elements. NaN and infinities must stand where the
+    baseline has them, but for elements so near the dtype's largest number that an error within the
+    limit overflows.
 
     Args:
         candidate, baseline: of one shape and dtype. truth: float64, of the same shape.
@@ -102,4 +111,8 @@ def compare(
         return Parity(False, ours, theirs, limit, "NaN or infinity at other places than the baseline's")
     if not finite.any():
         return Parity(True, 0.0, 0.0, 0.0, "no finite element")
+    rms, their_rms = (t[finite].square().mean().sqrt().item() for t in (candidate - truth, baseline - theirs_truth))
+    rms_limit = _RMS_RATIO * their_rms + floor / int(finite.sum()) ** 0.25
+    if ours <= limit and rms > rms_limit:
+        return Parity(False, ours, theirs, limit, f"root-mean-square error {rms:.1e}, limit {rms_limit:.1e}")
     return Parity(ours <= limit, ours, theirs, limit, f"baseline's error plus a floor of {floor:.1e}")
