@@ -49,8 +49,8 @@ class FastUNet(UNet):
         self.check_input(x)
         if _plain_torch(x) and self._takes_statistics():
             # A CPU's norms want NCHW. Instance norm copies channels_last maps there and back, which costs
-            # more than the layout gives; group norm, and batch norm in train mode, take them as they are
-            # and sum their statistics one by one, with up to 300 times the error.
+            # more than the layout gives; group norm, and batch norm where it trains, take them as they are
+            # and sum over their pixels one by one, with up to 300 times the error.
             return super().forward(x).contiguous(memory_format=torch.channels_last)
         skips = []
         for down in self.downs:
@@ -62,11 +62,13 @@ class FastUNet(UNet):
         return ops.conv2d_relu(x, *self._weights(self.head), relu=False)
 
     def _takes_statistics(self) -> bool:
-        """Whether a norm goes by the statistics of the map it is given."""
+        """Whether a norm sums over the map it is given, in its forward pass or for its gradients."""
         if self.config.norm != "batch":
             return self.config.norm == "instance"
         norms = (m for m in self.modules() if isinstance(m, nn.BatchNorm2d))
-        return any(norm.training or norm.running_mean is None for norm in norms)
+        return any(
+            norm.training or norm.running_mean is None or _wants_gradient([*norm.parameters()]) for norm in norms
+        )
 
     def _double_conv(
         self, block: Any, x: Tensor, *, pool: bool = False, skip: Tensor | None = None, mode: str = "none"

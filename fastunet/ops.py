@@ -37,7 +37,8 @@ def _on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def _tf32() -> bool:
+def tf32() -> bool:
+    """Whether float32 convolutions may round their factors to tf32."""
     # Answers for torch.backends.cudnn.allow_tf32 too, and does not raise when the two APIs are mixed.
     return torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -67,7 +68,7 @@ def _conv2d_relu(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -
     if _takes_triton(x):
         stem = x.shape[1] <= kernels.STEM_CHANNELS and weight.shape[-1] == 3
         with _on_device(x):
-            return (kernels.stem_fwd if stem else kernels.conv_fwd)(x, weight, bias, slope=slope, tf32=_tf32())
+            return (kernels.stem_fwd if stem else kernels.conv_fwd)(x, weight, bias, slope=slope, tf32=tf32())
     # channels_last is the faster layout of torch's CPU convolutions as well.
     return _channels_last(reference.conv2d_relu(_channels_last(x), weight, bias, slope))
 
@@ -81,7 +82,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> Tensor:
 def _conv2d_relu_pool(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> tuple[Tensor, Tensor]:
     if _takes_triton(x):
         with _on_device(x):
-            return kernels.conv_pool_fwd(x, weight, bias, slope=slope, tf32=_tf32())
+            return kernels.conv_pool_fwd(x, weight, bias, slope=slope, tf32=tf32())
     y = _channels_last(reference.conv2d_relu(_channels_last(x), weight, bias, slope))
     return y, _channels_last(F.max_pool2d(y, 2))
 
@@ -202,7 +203,7 @@ def _upsample_concat_conv2d_relu(
     if _takes_triton(x):
         with _on_device(x):
             return kernels.upconcat_conv3x3_fwd(
-                x, skip, weight, bias, mode=mode, align_corners=align_corners, slope=slope, tf32=_tf32()
+                x, skip, weight, bias, mode=mode, align_corners=align_corners, slope=slope, tf32=tf32()
             )
     x, skip = _channels_last(x), _channels_last(skip)
     return _channels_last(reference.upsample_concat_conv2d_relu(x, skip, weight, bias, mode, align_corners, slope))
@@ -242,7 +243,7 @@ _upsample_concat_conv2d_relu.register_autograd(_upsample_concat_conv2d_relu_back
 def _conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if _takes_triton(x):
         with _on_device(x):
-            return kernels.conv_transpose2x2_fwd(x, weight, bias, tf32=_tf32())
+            return kernels.conv_transpose2x2_fwd(x, weight, bias, tf32=tf32())
     return _channels_last(reference.conv_transpose2x2(_channels_last(x), weight, bias))
 
 

@@ -30,7 +30,7 @@ ROOMS: dict[str, set[str]] = {
     "ops": {"config", "dispatch", "reference", "kernels"},
     "model": {"config", "reference", "dispatch", "ops"},
     # What is done with a model.
-    "parity": {"config", "dispatch", "kernels", "reference", "model", "trace"},
+    "parity": {"config", "dispatch", "kernels", "reference", "ops", "model", "trace"},
     "weights": {"config", "files", "reference", "model"},
     "convert": {"config", "reference", "model", "weights"},
     "explain": {"config", "dispatch", "model", "trace"},

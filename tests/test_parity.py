@@ -39,12 +39,12 @@ def test_the_limit_is_the_baselines_error_plus_the_floor(dtype, truth):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_an_error_everywhere_shows_in_the_root_mean_square(dtype, seed):
     """Each element within the limit, all of them off: a result scaled by a few eps."""
-    truth = torch.randn(10_000, dtype=torch.float64).clamp(-2, 2)
+    truth = torch.rand(10_000, dtype=torch.float64) / 2 + 1
     eps = torch.finfo(dtype).eps
     baseline = truth.to(dtype)
     floor = {torch.float32: 4.0}.get(dtype, 1.0)
     assert compare((truth + 0.1 * floor * eps).to(dtype), baseline, truth).ok
-    scaled = compare((truth * (1 + floor * eps)).to(dtype), baseline, truth)
+    scaled = compare((truth * (1 + 0.9 * floor * eps)).to(dtype), baseline, truth)
     assert not scaled.ok and scaled.candidate_error <= scaled.limit
     assert scaled.reason.startswith("root-mean-square error")
 
@@ -92,7 +92,7 @@ def test_cancelling_terms_and_the_baselines_own_truth_count(truth):
     baseline = truth.half()
     off = baseline + 8 * torch.finfo(torch.float16).eps
     assert not compare(off, baseline, truth).ok
-    assert compare(off, baseline, truth, terms=10.0).ok
+    assert compare(off, baseline, truth, terms=40.0).ok
     elsewhere = truth + 1
     assert compare(baseline, elsewhere.half(), truth, baseline_truth=elsewhere).limit < 0.01
 

@@ -240,6 +240,74 @@ def test_a_gradient_that_does_not_repeat_is_caught(x, monkeypatch):
     assert "gradients, second run" in {check.name for check in report.checks if not check.ok}, str(report)
 
 
+def test_a_missing_gradient_is_caught(x, monkeypatch):
+    model, plain = pair()
+    right = ops._convolution_backward
+    monkeypatch.setattr(ops, "_convolution_backward", lambda *a: (right(*a)[0], None, None))
+    report = fastunet.verify(model, plain, x, deterministic=False)
+    assert report.first_failure is not None
+    assert report.first_failure.name == "head.bias", str(report)
+    assert report.first_failure.parity.reason == "the candidate has no gradient"
+    # A reference that asks for none does not hide it.
+    assert not fastunet.verify(model, plain.requires_grad_(False), x, deterministic=False).ok
+
+
+class Otherwise(FastUNet):
+    """Right as long as no gradient is wanted."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + 1 if torch.is_grad_enabled() else y
+
+
+def test_the_forward_pass_of_training_is_compared_too(x):
+    model, plain = pair()
+    model.__class__ = Otherwise
+    report = fastunet.verify(model, plain, x)
+    assert report.first_failure is not None and report.first_failure.name == "logits with gradients", str(report)
+
+
+def test_weights_prepared_once_and_for_all_are_caught(x, monkeypatch):
+    model, plain = pair(norm="batch")
+    monkeypatch.setattr(fastunet.model._Prepared, "fresh", lambda *_: True)
+    report = fastunet.verify(model, plain, x)
+    assert [check.name for check in report.checks if not check.ok] == ["after weights changed in place"], str(report)
+
+
+def test_a_model_with_stale_weights_is_caught_itself(x):
+    model, plain = pair()
+    with torch.no_grad():
+        model(x)
+    model.get_parameter("bottleneck.net.0.weight").data.mul_(2)  # which no version counts
+    plain.load_state_dict(model.state_dict())
+    report = fastunet.verify(model, plain, x)
+    assert [check.name for check in report.checks if not check.ok] == ["the model itself, not a copy"], str(report)
+    model.refresh()
+    assert fastunet.verify(model, plain, x).ok
+
+
+def test_a_model_that_overflows_does_not_hold(x):
+    model, plain = pair()
+    with torch.no_grad():
+        for network in (model, plain):
+            network.head.weight.mul_(1e6)
+    report = fastunet.verify(model, plain, x, dtype=torch.float16, gradients=False)
+    assert "finite output" in {check.name for check in report.checks if not check.ok}, str(report)
+    with pytest.raises(ValueError, match=r"inputs: expected values within the range of torch.float16"):
+        fastunet.verify(model, plain, x * 1e6, dtype=torch.float16)
+
+
+def test_a_network_that_trains_behind_norms_that_do_not(x):
+    model, plain = pair(norm="batch")
+    for network in (model, plain):
+        network.train()
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+    report = fastunet.verify(model, plain, x)
+    assert report.ok, str(report)
+
+
 def test_frozen_parameters_have_no_gradient_to_compare(x):
     model, plain = pair(norm="batch")
     for network in (model, plain):
@@ -305,7 +373,11 @@ def test_a_reference_with_its_own_names_is_compared_in_its_output(x):
     model, plain = pair()
     report = fastunet.verify(model, Own(plain), x)
     assert report.ok
-    assert [(c.kind, c.name) for c in report.comparisons] == [("output", "logits"), ("gradient", "input")]
+    assert [(c.kind, c.name) for c in report.comparisons] == [
+        ("output", "logits"),
+        ("output", "logits with gradients"),
+        ("gradient", "input"),
+    ]
 
 
 class Smooth(Own):
@@ -337,5 +409,7 @@ def test_clear_errors(x):
         fastunet.verify(model, Own(UNet(2, 2, (4, 6, 8))), x)
     with torch.no_grad():
         plain.head.weight[1] += 1
+    with pytest.raises(ValueError, match="reference: expected plain PyTorch, got a FastUNet"):
+        fastunet.verify(model, model, x)
     with pytest.raises(ValueError, match=r"reference: expected the model's weights, 'head.weight' holds other values"):
         fastunet.verify(model, plain, x)

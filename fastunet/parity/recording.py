@@ -110,11 +110,12 @@ def run_with_layers(network: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Te
         # Instance norm on a CPU runs the reference, without an operator.
         return y, dict(zip(names, recorder.results, strict=True)) if recorder.results else {}
     layers: dict[str, Tensor] = {}
-    # What the operators return: with a norm folded in or none, the activation; else the convolution.
-    after = 0 if not _is_fused(network) else 1 if network.config.norm is None else 2
     handles = []
     for name in names:
         parent, _, last = name.rpartition(".")
+        # What the operator returns: with a norm folded in or none, the activation; else the convolution.
+        norm = _norm_after(network, name)
+        after = 1 if norm is None else 2 if _is_folded(norm) else 0
         if parent.endswith(".up"):  # a 1x1 convolution, which FastUNet runs before the upsampling
 
             def commuted(module: Any, inputs: Any, _: Tensor, name: str = name) -> None:
@@ -166,14 +167,13 @@ def terms_of_layers(network: nn.Module, x: Tensor, smallest: float) -> tuple[dic
         factors = {key: p**2 for key, p in conv.named_parameters()}
         roots = torch.func.functional_call(conv, factors, (inputs**2).clamp(min=smallest**2)).amax((0, 2, 3)).sqrt()
         terms[name] = lost * roots.max().item()
-        if network.config.norm is not None and ".net." in name:
-            parent, _, last = name.rpartition(".")
-            norm: Any = network.get_submodule(f"{parent}.{int(last) + 1}")
+        norm = _norm_after(network, name)
+        if norm is not None and norm.weight is not None:
             mean, variance = (t.flatten(1) for t in _mean_and_variance(norm, y))
             squares = (roots**2 + mean**2) * norm.weight**2 / (variance + norm.eps) + norm.bias**2
             roots = squares.amax(0).sqrt()
             y = norm(y)
-            if _is_fused(network):
+            if _is_folded(norm):
                 terms[name] = lost * roots.max().item()
         if name != "head":
             y = activate_(y, network.config.slope)
@@ -183,15 +183,26 @@ def terms_of_layers(network: nn.Module, x: Tensor, smallest: float) -> tuple[dic
     return terms, most_lost
 
 
-def _is_fused(network: UNet) -> bool:
-    """Whether FastUNet's operators hold the activation, and the norm if there is one."""
-    return network.config.norm is None or (network.config.norm == "batch" and not network.training)
+def _norm_after(network: UNet, name: str) -> Any:
+    """The norm behind a layer's convolution, or None."""
+    if network.config.norm is None or ".net." not in name:
+        return None
+    parent, _, last = name.rpartition(".")
+    return network.get_submodule(f"{parent}.{int(last) + 1}")
 
 
-def gradients(network: nn.Module, x: Tensor, cotangent: Tensor, mode: Recorder | Replay) -> dict[str, Tensor]:
-    """Gradients of ``sum(cotangent * network(x))``, in the order in which backward meets them.
+def _is_folded(norm: Any) -> bool:
+    """Whether FastUNet's operator holds the norm and the activation behind it."""
+    return isinstance(norm, nn.BatchNorm2d) and not norm.training and norm.running_mean is not None
 
-    Those of the parameters that require one, by their names, the last layer's first; then ``"input"``.
+
+def gradients(
+    network: nn.Module, x: Tensor, cotangent: Tensor, mode: Recorder | Replay
+) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """``network(x)``, and the gradients of ``sum(cotangent * network(x))`` in the order in which backward meets them.
+
+    Those of the parameters that require one, by their names, the last layer's first; then
+    ``"input"``. None for what the output does not depend on.
     """
     x = x.detach().requires_grad_()
     parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
@@ -199,14 +210,17 @@ def gradients(network: nn.Module, x: Tensor, cotangent: Tensor, mode: Recorder |
     with torch.enable_grad():
         with mode:
             y = network(x)
-        found = torch.autograd.grad(y, [*reversed(parameters.values()), x], cotangent, allow_unused=True)
-    return {name: g for name, g in zip(names, found, strict=True) if g is not None}
+        wanted = [*reversed(parameters.values()), x]
+        if not y.requires_grad:
+            return y, dict.fromkeys(names)
+        found = torch.autograd.grad(y, wanted, cotangent, allow_unused=True)
+    return y.detach(), dict(zip(names, found, strict=True))
 
 
 def gradients_and_terms(
     network: nn.Module, x: Tensor, cotangent: Tensor, decisions: Sequence[Tensor], smallest: float, lost: float
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """:func:`gradients` with imposed decisions, and for each parameter what :func:`compare` calls terms.
+) -> tuple[dict[str, Tensor | None], dict[str, tuple[float, int]]]:
+    """:func:`gradients` with imposed decisions, and for each what :func:`compare` calls terms and summands.
 
     A parameter's gradient is a sum over pixels. Where its terms cancel (behind a norm that uses the
     batch's statistics that of a bias is 0), the result's size says nothing of its rounding errors.
@@ -215,18 +229,20 @@ def gradients_and_terms(
     calls: list[tuple[str, Any, Tensor, list[Tensor]]] = []
     handles = []
     for name, module in network.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) or _is_norm(module):
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) or (_is_norm(module) and module.weight is not None):
 
             def keep(module: Any, inputs: Any, output: Tensor, name: str = name) -> None:
                 caught: list[Tensor] = []
+                if not inputs or not output.requires_grad:
+                    return
                 output.register_hook(caught.append)
                 calls.append((name, module, inputs[0].detach(), caught))
 
             handles.append(module.register_forward_hook(keep))
-    found = gradients(network, x, cotangent, Replay(decisions))
+    _, found = gradients(network, x, cotangent, Replay(decisions))
     for handle in handles:
         handle.remove()
-    terms: dict[str, float] = {}
+    terms: dict[str, tuple[float, int]] = {}
     backward_lost = 1.0
     arriving = 0.0  # what the layer behind sends, before anything cancels on the way
     for name, module, inputs, caught in reversed(calls):
@@ -249,9 +265,10 @@ def gradients_and_terms(
         if _is_norm(module):
             sums = (sums[0] / (_mean_and_variance(module, inputs)[1] + module.eps), *sums[1:])
         roots = [s.max().sqrt().item() for s in sums]
-        terms |= {f"{name}.{key}": scale * root for key, root in zip(squares, roots[1:], strict=True)}
+        pixels = gradient.numel() // gradient.shape[1]
+        terms |= {f"{name}.{key}": (scale * root, pixels) for key, root in zip(squares, roots[1:], strict=True)}
         if inputs.shape == x.shape:
-            terms["input"] = scale * roots[0]
+            terms["input"] = scale * roots[0], 1
         arriving = roots[0]
     return found, terms
 
