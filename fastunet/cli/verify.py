@@ -26,7 +26,7 @@ from ..files import atomic_write
 from ..images import ImageError, list_images, normalise, read_image
 from ..model import FastUNet
 from ..parity import Report, verify
-from ..parity.fuzz import Case, Fuzzed, fuzz
+from ..parity.fuzz import Case, Fuzzed, fuzz, randomise
 from ..parity.picture import draw
 from ..parity.report import Comparison
 from ..reference import UNet
@@ -193,9 +193,20 @@ def _check_setup(arguments: argparse.Namespace) -> None:
             try:
                 if path.is_dir():
                     raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+                if path.exists() and (not path.is_file() or path.suffix.lower() in (".safetensors", ".pt", ".pth")):
+                    raise SetupError(f"--{option}: expected a file to write a report to, got {path}")
                 tempfile.TemporaryFile(dir=path.parent).close()
             except OSError as error:
                 raise SetupError(f"--{option}: cannot write {path} ({error.strerror})") from None
+    if arguments.json is not None and arguments.plot is not None and arguments.json == arguments.plot:
+        raise SetupError(f"--plot: expected another file than --json, got {arguments.plot}")
+    if arguments.case is not None:
+        others = ("config", "factory", "images", "size", "fuzz", "all_configs")
+        given = next((name for name in others if getattr(arguments, name)), None)
+        if given is not None:
+            raise SetupError(
+                f"--{given.replace('_', '-')}: cannot be given with --case, which holds a network and inputs"
+            )
     if arguments.all_configs:
         obstacle = dispatch.why_not_triton(torch.device(arguments.device), DTYPES[arguments.dtype])
         if obstacle is not None:
@@ -230,20 +241,26 @@ def _check_model(arguments: argparse.Namespace) -> Report:
         report = verify(model.to(arguments.device), reference, x, dtype=DTYPES[arguments.dtype])
     except ValueError as error:
         raise SetupError(str(error)) from None
+    except (Exception, SystemExit) as error:  # the user's module, or memory
+        raise SetupError(f"the networks could not be run ({_one_line(error)})") from None
     return dataclasses.replace(report, command=_command(arguments))
 
 
 def _model(arguments: argparse.Namespace) -> FastUNet:
     if arguments.weights is None and arguments.config is not None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(arguments.seed)
-            return FastUNet.from_config(arguments.config).eval()
+        model = FastUNet.from_config(arguments.config)
+        randomise(model, arguments.seed)
+        return model.eval()
     path = arguments.weights or weights.NUCLEI
     if arguments.config is None:
         return weights.load(path)
     model = FastUNet.from_config(arguments.config)
     weights.load_into(model, weights.read(path)[1], str(path))
     return model.eval()
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _call_factory(name: str) -> nn.Module:
@@ -254,8 +271,8 @@ def _call_factory(name: str) -> nn.Module:
         sys.path.insert(0, "")  # a module in this folder, as with python -m
     try:
         made = getattr(importlib.import_module(module_name), function)()
-    except Exception as error:  # whatever the user's code raises
-        raise SetupError(f"--factory: {name} failed ({type(error).__name__}: {error})") from None
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
+        raise SetupError(f"--factory: {name} failed ({_one_line(error)})") from None
     if not isinstance(made, nn.Module):
         raise SetupError(f"--factory: expected {name} to return an nn.Module, got {type(made).__name__}")
     return made
@@ -297,7 +314,8 @@ def _inputs(arguments: argparse.Namespace, config: UNetConfig) -> Tensor:
 
 def _command(arguments: argparse.Namespace) -> str:
     """The command line that repeats the check of the model, defaults that vary by machine included."""
-    words = ["fastunet", "verify"]
+    words = ["TRITON_INTERPRET=1"] if dispatch.interpreting() else []
+    words += ["fastunet", "verify"]
     if arguments.weights is not None:
         words += ["--weights", str(arguments.weights)]
     if arguments.config is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.metadata
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -133,11 +134,33 @@ def verify(
         tuple(x.shape),
         tuple(comparisons),
         tuple(checks),
+        tuple(_not_compared(ours, exact, x, gradients, deterministic)),
+        _versions(x),
         _segmentation(y, logits),
         _segmentation(theirs[_LOGITS], logits),
         _error_map(y, logits),
         _error_map(theirs[_LOGITS], logits),
     )
+
+
+def _not_compared(ours: Tensors, exact: Tensors, x: Tensor, gradients: bool, deterministic: bool) -> Iterator[str]:
+    if not ours.keys() & exact.keys() - {_LOGITS}:
+        why = "the model ran without fused operators" if len(ours) == 1 else "the reference names its layers otherwise"
+        yield f"layers ({why})"
+    if not gradients:
+        yield "gradients (not asked for)"
+    if not deterministic:
+        yield "repeatability (not asked for)"
+    elif not x.is_cuda:
+        yield "other streams and places in the batch (a CPU)"
+    elif len(x) == 1:
+        yield "places in the batch (there is one image)"
+
+
+def _versions(x: Tensor) -> str:
+    triton = importlib.metadata.version("triton") if dispatch.has_triton() else "none"
+    where = torch.cuda.get_device_name(x.device) if x.is_cuda else f"{torch.get_num_threads()} threads"
+    return f"PyTorch {torch.__version__}, Triton {triton}, {where}"
 
 
 def _check_weights(model: nn.Module, reference: nn.Module) -> None:

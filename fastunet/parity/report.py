@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +40,14 @@ class Comparison:
         return self.parity.candidate_error / self.parity.baseline_error
 
     def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "ratio": self.ratio}
+        """Plain values; infinities, which JSON lacks, become None."""
+        return _finite({**dataclasses.asdict(self), "ratio": self.ratio})
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,7 @@ class Report:
         comparisons: layers in the order in which they run, the output, then gradients in the order
             in which they are found, the last layer's first.
         checks: of the candidate alone.
+        not_compared: what could not be, and why. versions: of what ran, and on how many threads.
         candidate_map, baseline_map: (N, H, W) float32 on the CPU, the largest error among a pixel's
             logits; not in the dict. :func:`fastunet.parity.picture.draw` shows them.
         command: a command line that repeats the check, where it came from one.
@@ -87,6 +96,8 @@ class Report:
     input_shape: tuple[int, ...]
     comparisons: tuple[Comparison, ...]
     checks: tuple[Check, ...]
+    not_compared: tuple[str, ...]
+    versions: str
     candidate_segmentation: Segmentation
     baseline_segmentation: Segmentation
     candidate_map: Tensor = field(repr=False)
@@ -111,6 +122,8 @@ class Report:
             "input_shape": list(self.input_shape),
             "comparisons": [c.to_dict() for c in self.comparisons],
             "checks": [dataclasses.asdict(c) for c in self.checks],
+            "not_compared": list(self.not_compared),
+            "versions": self.versions,
             "candidate_segmentation": dataclasses.asdict(self.candidate_segmentation),
             "baseline_segmentation": dataclasses.asdict(self.baseline_segmentation),
             "command": self.command,
@@ -118,7 +131,7 @@ class Report:
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.input_shape))
-        lines = [f"{self.dtype} on {self.device}, input {shape}; errors are distances to float64", ""]
+        lines = [f"{self.dtype} on {self.device}, input {shape}; errors are distances to float64", self.versions, ""]
         width = max(len(f"{c.kind} {c.name}") for c in self.comparisons)
         lines.append(f"{'':{width}}  ----------- largest -----------    ------ mean ------    -- relative L2 ---")
         lines.append(f"{'':{width}}     ours  baseline  ratio    limit      ours  baseline      ours  baseline")
@@ -137,6 +150,7 @@ class Report:
                 f"Dice lower by {1 - s.dice:.1e}, IoU by {1 - s.iou:.1e}"
             )
         lines += [f"{'ok' if c.ok else 'BROKEN'}: {c.name} ({c.detail})" for c in self.checks]
+        lines += [f"not compared: {what}" for what in self.not_compared]
         first = self.first_failure
         if first is not None:
             lines.append(f"first to break the rule: {first.kind} {first.name}, on {first.implementation}")
