@@ -16,6 +16,12 @@ from PIL import Image
 from fastunet import FastUNet, UNetConfig, kernels, ops, reference, weights
 
 SMALL = '{"in_channels": 1, "features": [3, 4], "align_corners": false}'
+CASE = (
+    '{"in_channels":1,"out_channels":1,"features":[1,1],"upsample":"bilinear","align_corners":false,"norm":null,'
+    '"activation":"relu","training":false,"batch":1,"height":2,"width":2,"layout":"contiguous","dtype":"float32",'
+    '"weight_scale":0,"input_scale":0,"seed":0}'
+)
+NO_BATCH = CASE.replace('"batch":1', '"batch":0')
 QUICK = ("--config", SMALL, "--size", "8x10", "--batch", "1")
 
 
@@ -144,6 +150,16 @@ def number():
 
 def crash():
     raise OSError("no weights here")
+
+def leave():
+    raise SystemExit(0)
+
+class Late(Own):
+    def forward(self, x):
+        raise KeyError("layer")
+
+def late():
+    return Late(2)
 """
 
 
@@ -168,6 +184,8 @@ def test_a_reference_of_ones_own(run, factory):
         ("mylab_models:none", "mylab_models:none failed (AttributeError"),
         ("no_such_lab:unet", "no_such_lab:unet failed (ModuleNotFoundError"),
         ("mylab_models:crash", "mylab_models:crash failed (OSError: no weights here)"),
+        ("mylab_models:leave", "mylab_models:leave failed (SystemExit: 0)"),
+        ("mylab_models:late", "the networks could not be run (KeyError: 'layer')"),
         ("mylab_models:number", "expected mylab_models:number to return an nn.Module, got int"),
     ],
 )
@@ -195,6 +213,10 @@ def test_outputs_of_another_shape(run, factory):
         ("--plot .", "--plot: cannot write . (Is a directory)"),
         ("--images nowhere", "--images: nowhere cannot be listed (No such file or directory)"),
         ("--images .", "no images in this folder"),
+        ("--json out --plot out", "--plot: expected another file than --json, got out"),
+        ("--json /dev/null", "--json: expected a file to write a report to, got /dev/null"),
+        (f"--case '{CASE}' --images plate", "--images: cannot be given with --case"),
+        (f"--case '{NO_BATCH}'", "expected a batch of at least 1"),
         ("--weights nowhere.pt", "nowhere.pt: no such file"),
         ("--all-configs", "--all-configs: the device is a CPU; TRITON_INTERPRET=1 runs the kernels"),
     ],
@@ -205,6 +227,20 @@ def test_wrong_usage_is_one_line(run, words, message, tmp_path, monkeypatch):
     assert (shown.code, shown.out) == (2, "")
     assert len(shown.errors) == 1 and message in shown.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_are_not_overwritten(run, tmp_path):
+    weights.save(FastUNet(features=(3, 4)), tmp_path / "mine.safetensors")
+    before = (tmp_path / "mine.safetensors").read_bytes()
+    shown = run("verify", *QUICK, "--json", tmp_path / "mine.safetensors")
+    assert shown.code == 2 and "expected a file to write a report to" in shown.err
+    assert (tmp_path / "mine.safetensors").read_bytes() == before
+
+
+def test_what_was_not_compared_is_said(run, factory):
+    assert "not compared: other streams and places in the batch (a CPU)" in run("verify", *QUICK).out
+    shown = run("verify", *QUICK, "--factory", "mylab_models:own")
+    assert "not compared: layers (the reference names its layers otherwise)" in shown.out
 
 
 def test_unusable_images(run, images):

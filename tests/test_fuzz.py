@@ -104,6 +104,9 @@ def test_inputs_are_alike_in_every_layout(layout, dtype):
         ({"dtype": "int8"}, "expected a dtype of"),
         ({"layout": "round"}, "a layout of"),
         ({"features": [0, 1]}, "features"),
+        ({"batch": 0}, "a batch of at least 1"),
+        ({"height": 1}, "maps of at least 2x2"),
+        ({"width": "2"}, "expected integers for"),
         ({"novel": 1}, "expected an object with"),
     ],
 )
