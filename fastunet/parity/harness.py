@@ -52,9 +52,10 @@ def verify(
         gradients: compare those of ``sum(logits * v)``, v being random numbers of variance 1, for
             the parameters that require one and the input. Their truth takes the sides of ReLUs and
             max-pools that the network took (see :mod:`fastunet.parity.recording`).
-        deterministic: repeat the candidate: bitwise the same, with every element written, on
-            another stream, and of our kernels at another place of the batch (both on CUDA: a CPU's
-            matrix products, in torch as in the interpreter, do not promise that).
+        deterministic: repeat the candidate, and once more after its weights were changed in place:
+            bitwise the same, with every element written, on another stream, and of our kernels at
+            another place of the batch (both on CUDA: a CPU's matrix products, in torch as in the
+            interpreter, do not promise that).
         rule: decides on each tensor; takes what :func:`fastunet.parity.compare` takes.
 
     Raises:
@@ -126,7 +127,7 @@ def verify(
             checks += _repeat("gradients, ", kept, run)
     finite = int((~y.isfinite()).sum())
     checks.append(Check("finite output", not finite, f"{finite} of {y.numel()} are not" if finite else "all"))
-    if isinstance(model, FastUNet) and not any(module.training for module in model.modules()):
+    if deterministic and isinstance(model, FastUNet) and not any(module.training for module in model.modules()):
         checks += _fresh(model, candidate, x, y)
     return Report(
         str(x.device),
