@@ -269,8 +269,7 @@ def truth_of(work: Work) -> Tensor:
 @torch.no_grad()
 def baseline_of(work: Work) -> Tensor:
     case, module = work.case, copy.deepcopy(work.module)
-    mixed = case.kind == "train" and case.dtype in ("fp16", "bf16")
-    with torch.autocast(work.device.type, DTYPES[case.dtype], enabled=mixed):
+    with torch.autocast(work.device.type, DTYPES[case.dtype], enabled=case.is_mixed):
         y = module(*work.inputs)
     y = y[0] if isinstance(y, tuple) else y
     return y if work.target is None else F.cross_entropy(y.float(), work.target)

@@ -22,13 +22,29 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, 
 SEED = UNetConfig()
 #: The layout of milesial/Pytorch-UNet with ``bilinear=False``: batch norm, transposed convolutions, RGB.
 MILESIAL_TRANSPOSE = UNetConfig(in_channels=3, upsample="transpose", norm="batch")
-#: The seed's network in small, so that a CPU is done in seconds.
+#: Its default, ``bilinear=True``: half the bottleneck, and levels that narrow in their first convolution.
+MILESIAL_BILINEAR = UNetConfig(
+    in_channels=3,
+    features=(64, 128, 256, 512, 512),
+    decoder_features=((64, 64), (128, 64), (256, 128), (512, 256)),
+    norm="batch",
+)
+#: The seed's and milesial's networks in small, so that a CPU is done in seconds.
 SMALL = UNetConfig(features=(16, 32, 64, 128, 256))
+SMALL_MILESIAL = UNetConfig(
+    in_channels=3,
+    features=(16, 32, 64, 128, 128),
+    decoder_features=((16, 16), (32, 16), (64, 32), (128, 64)),
+    norm="batch",
+)
 NETWORKS = {
     "seed": SEED,
     "seed-transpose": dataclasses.replace(SEED, upsample="transpose"),
     "milesial-transpose": MILESIAL_TRANSPOSE,
+    "milesial-bilinear": MILESIAL_BILINEAR,
+    "pytorch_unet": MILESIAL_BILINEAR,  # the name it has in torchbench
     "small": SMALL,
+    "small-milesial": SMALL_MILESIAL,
 }
 
 
@@ -42,6 +58,8 @@ class Case:
         network: a key of ``NETWORKS``. dtype: a key of ``DTYPES``.
         batch, height, width: of the network's input.
         operator: for ``"op"``, a name of :func:`operators`.
+        autocast: of inference, float32 weights under ``torch.autocast`` to ``dtype``. (Training in
+            16 bits always runs so.)
     """
 
     kind: str
@@ -51,11 +69,18 @@ class Case:
     height: int
     width: int
     operator: str | None = None
+    autocast: bool = False
 
     @property
     def name(self) -> str:
         what = self.network if self.operator is None else f"{self.network} {self.operator}"
-        return f"{self.kind} {what} {self.height}x{self.width} b{self.batch} {self.dtype}"
+        name = f"{self.kind} {what} {self.height}x{self.width} b{self.batch} {self.dtype}"
+        return f"{name} autocast" if self.autocast else name
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether weights are float32 and autocast takes the convolutions to ``dtype``."""
+        return self.dtype in ("fp16", "bf16") and (self.autocast or self.kind == "train")
 
     @property
     def config(self) -> UNetConfig:
@@ -122,8 +147,11 @@ def _cuda() -> Iterator[Case]:
     for dtype in ("bf16", "fp16", "tf32"):
         for size, batch in ((256, 16), (256, 1), (512, 8), (512, 1), (1024, 1)):
             yield Case("infer", "seed", dtype, batch, size, size)
-        for batch in (1, 16):
-            yield Case("infer", "milesial-transpose", dtype, batch, 256, 256)
+        for network in ("milesial-bilinear", "milesial-transpose"):
+            for batch in (1, 16):
+                yield Case("infer", network, dtype, batch, 256, 256)
+        if dtype in ("bf16", "fp16"):
+            yield Case("infer", "pytorch_unet", dtype, 1, 640, 959, autocast=True)
     for dtype in ("bf16", "fp16", "tf32"):
         for size, batch in ((256, 16), (512, 4)):
             yield Case("train", "seed", dtype, batch, size, size)
@@ -142,6 +170,8 @@ def _cpu() -> Iterator[Case]:
     yield Case("infer", "small", "fp32", 4, 64, 64)
     yield Case("infer", "seed", "fp32", 1, 128, 128)
     yield Case("infer", "seed", "fp32", 1, 256, 256)
+    yield Case("infer", "small-milesial", "fp32", 1, 128, 128)
+    yield Case("infer", "small-milesial", "bf16", 1, 80, 120, autocast=True)
     yield Case("train", "small", "fp32", 4, 64, 64)
     for name in operators(SMALL, 64, 64, 1):
         yield Case("op", "small", "fp32", 1, 64, 64, name)

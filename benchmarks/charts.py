@@ -21,7 +21,9 @@ COLOURS = {
     "compile": "#0072B2",
     "compile max-autotune": "#009E73",
     "compile max-autotune triton": "#7FBC41",
-    "fastunet conv+relu": "#E69F00",
+    "fastunet conv+relu": "#F0E442",
+    "fastunet conv+relu+pool": "#F5C242",
+    "fastunet upsample+concat": "#E69F00",
     "fastunet": "#D55E00",
 }
 ORDER = [provider.name for provider in PROVIDERS]

@@ -91,8 +91,7 @@ def make_work(case: Case, device: torch.device, seed: int) -> Work:
         inputs = [torch.randn(shape) for shape in shapes]
         classes = max(case.config.out_channels, 2)
         target = torch.randint(classes, (case.batch, case.height, case.width))
-    # Training keeps float32 weights and runs under autocast, as people do.
-    dtype = torch.float32 if case.kind == "train" else DTYPES[case.dtype]
+    dtype = torch.float32 if case.is_mixed else DTYPES[case.dtype]
     module = module.to(device, dtype).train(case.kind == "train")
     return Work(
         case, module, tuple(x.to(device, dtype) for x in inputs), target.to(device) if case.kind == "train" else None
@@ -104,11 +103,13 @@ def make_work(case: Case, device: torch.device, seed: int) -> Work:
 
 def _call(work: Work, module: nn.Module, inputs: tuple[Tensor, ...], compiled: dict[str, Any] | None = None) -> Call:
     """One forward without gradients, or one training step that returns the loss."""
-    if work.case.kind != "train":
+    case = work.case
+    autocast = functools.partial(torch.autocast, work.device.type, DTYPES[case.dtype], enabled=case.is_mixed)
+    if case.kind != "train":
         run = module if compiled is None else torch.compile(module, **compiled)
 
         def forward() -> Tensor:
-            with torch.no_grad():
+            with torch.no_grad(), autocast():
                 y = run(*inputs)
             return y[0] if isinstance(y, tuple) else y
 
@@ -116,9 +117,6 @@ def _call(work: Work, module: nn.Module, inputs: tuple[Tensor, ...], compiled: d
     assert work.target is not None
     target = work.target
     optimiser = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
-    autocast = functools.partial(
-        torch.autocast, work.device.type, DTYPES[work.case.dtype], enabled=work.case.dtype in ("fp16", "bf16")
-    )
 
     def loss_of(*x: Tensor) -> Tensor:
         with autocast():
@@ -199,23 +197,46 @@ def cudnn_fused(work: Work) -> Call:
     return _call(work, _Function(operator if isinstance(module, Operator) else network), inputs)
 
 
-def _unet_of(unet: UNet, conv: Callable[..., Tensor], x: Tensor) -> Tensor:
-    """A U-Net without norm whose convolutions are ``conv(x, weight, bias, slope)``."""
+def _unet_of(
+    unet: UNet,
+    conv: Callable[..., Tensor],
+    x: Tensor,
+    *,
+    conv_pool: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    upsample_concat: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """A U-Net without norm or learned upsampling, of parts.
 
-    def double(block: Any, x: Tensor) -> Tensor:
-        for index in (0, 2):
-            x = conv(x, block.net[index].weight, block.net[index].bias, unet.config.slope)
-        return x
+    Args:
+        conv: ``conv(x, weight, bias, slope)``.
+        conv_pool: the same with the max-pool as a second result; torch's after ``conv`` by default.
+        upsample_concat: of x and skip; torch's by default.
+    """
+    slope = unet.config.slope
+
+    def weights(block: Any, index: int) -> tuple[Tensor, Tensor, float]:
+        return block.net[index].weight, block.net[index].bias, slope
 
     skips = []
     for down in unet.downs:
-        skips.append(double(down.conv, x))  # pyright: ignore[reportAttributeAccessIssue]
-        x = F.max_pool2d(skips[-1], 2)
-    x = double(unet.bottleneck, x)
+        block: Any = down.conv
+        x = conv(x, *weights(block, 0))
+        if conv_pool is None:
+            skip = conv(x, *weights(block, 2))
+            x = F.max_pool2d(skip, 2)
+        else:
+            skip, x = conv_pool(x, *weights(block, 2))
+        skips.append(skip)
+    for index in (0, 2):
+        x = conv(x, *weights(unet.bottleneck, index))
     for up in unet.ups:
         skip = skips.pop()
-        x = reference.pad_to(up.up(x), *skip.shape[2:])  # pyright: ignore[reportCallIssue]
-        x = double(up.conv, torch.cat([x, skip], 1))  # pyright: ignore[reportAttributeAccessIssue]
+        if upsample_concat is None:
+            x = torch.cat([reference.pad_to(up.up(x), *skip.shape[2:]), skip], 1)  # pyright: ignore[reportCallIssue]
+        else:
+            x = upsample_concat(x, skip)
+        for index in (0, 2):
+            x = conv(x, *weights(up.conv, index))
     return conv(x, unet.head.weight, unet.head.bias, 1.0)
 
 
@@ -228,14 +249,40 @@ class _Function(nn.Module):
         return self.function(*x)
 
 
+# The rungs of the ladder between torch and FastUNet: one more fused operator each.
+
+
 def step_conv(work: Work) -> Call:
-    """A rung of the ladder: our convolution with bias and ReLU; pool, upsampling and concatenation are torch's."""
+    """Our convolution with bias and ReLU; pool, upsampling and concatenation are torch's."""
+    return _rung(work)
+
+
+def step_pool(work: Work) -> Call:
+    """The max-pool comes with the convolution; upsampling and concatenation are torch's."""
+    return _rung(work, pool=True)
+
+
+def step_concat(work: Work) -> Call:
+    """Upsampling and concatenation are one kernel too, but the concatenated map is materialised."""
+    return _rung(work, pool=True, concat=True)
+
+
+def _rung(work: Work, *, pool: bool = False, concat: bool = False) -> Call:
     module, inputs = _channels_last(work)
+    config = work.case.config
 
-    def conv(x: Tensor, weight: Tensor, bias: Tensor, slope: float) -> Tensor:
-        return ops.conv2d_relu(x, weight, bias, relu=slope != 1)
+    def conv(x: Tensor, weight: Tensor, bias: Tensor, slope: float, pool: Any = False) -> Any:
+        return ops.conv2d_relu(x, weight, bias, relu=slope != 1, pool=pool)
 
-    return _call(work, _Function(lambda x: _unet_of(module, conv, x)), inputs)
+    def upsample_concat(x: Tensor, skip: Tensor) -> Tensor:
+        return ops.upsample_concat(x, skip, mode=config.upsample, align_corners=config.align_corners)
+
+    parts: dict[str, Any] = {}
+    if pool:
+        parts["conv_pool"] = functools.partial(conv, pool=True)
+    if concat:
+        parts["upsample_concat"] = upsample_concat
+    return _call(work, _Function(lambda x: _unet_of(module, conv, x, **parts)), inputs)
 
 
 def fastunet(work: Work) -> Call:
@@ -268,7 +315,8 @@ def _cudnn_serves(case: Case, device: str) -> bool:
 
 
 def _is_rung(case: Case, device: str) -> bool:
-    return case.kind == "infer" and case.config.norm is None
+    c = case.config
+    return case.kind == "infer" and c.norm is None and c.slope == 0 and c.upsample in ("bilinear", "nearest")
 
 
 @dataclass(frozen=True)
@@ -288,10 +336,12 @@ PROVIDERS = (
     Provider("compile max-autotune", compile_max_autotune, _cuda_alone),
     Provider("compile max-autotune triton", compile_max_autotune_triton, _cuda_alone),
     Provider("fastunet conv+relu", step_conv, _is_rung),
+    Provider("fastunet conv+relu+pool", step_pool, _is_rung),
+    Provider("fastunet upsample+concat", step_concat, _is_rung),
     Provider("fastunet", fastunet),
 )
-#: Not competitors: eager is what all are compared with in accuracy, and a rung is one of our own steps.
-OURS = ("fastunet conv+relu", "fastunet")
+#: FastUNet and the steps on the way to it; the others are its competitors.
+OURS = tuple(provider.name for provider in PROVIDERS if provider.name.startswith("fastunet"))
 
 
 @contextlib.contextmanager

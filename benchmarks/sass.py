@@ -12,7 +12,6 @@ WGMMA takes its left operand from registers, or if the shared memory does not fi
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import json
@@ -135,23 +134,22 @@ def launches(dtype: torch.dtype, tf32: bool) -> Iterator[Callable[[], Any]]:
 
 
 def examine(options: dict[str, Any], compiled: Any, arch: int, dtype: str) -> Row:
-    """Assemble the PTX once more, for ptxas's own report, and count instructions in the result."""
+    """Assemble the PTX once more, for ptxas's own report, and count the instructions that it names."""
+    ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        ptx.write_text(compiled.asm["ptx"])
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
         report = subprocess.run(
-            [get_ptxas(arch).path, "-v", f"--gpu-name={ARCHES[arch]}", ptx, "-o", cubin],
+            [get_ptxas(arch).path, "-v", f"--gpu-name={ARCHES[arch]}", source, "-o", Path(folder, "kernel.cubin")],
             capture_output=True,
             text=True,
             check=True,
         ).stderr
-        disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-        sass = subprocess.run([disassembler, cubin], capture_output=True, text=True, check=True).stdout
     registers = int(re.findall(r"Used (\d+) registers", report)[0])
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report))
-    opcodes = collections.Counter(re.findall(r"\b(HGMMA|HMMA|FFMA|UTMALDG)\b", sass))
-    # HGMMA names its left operand first: gdesc[...] is shared memory, R... are registers.
-    from_registers = len(re.findall(r"HGMMA\S* R\d+, R\d+", sass))
+    found = set(re.findall(r"\bwgmma\.mma_async|\bmma\.sync|\bfma\.rn\.f32|\bcp\.async\.bulk\.tensor", ptx))
+    # A WGMMA names its accumulators, then its left operand: registers in braces, or a descriptor of shared memory.
+    from_registers = len(re.findall(r"wgmma\.mma_async[^{;]*\{[^}]*\},\s*\{", ptx))
     shared = int(compiled.metadata.shared)
     faults = []
     if spills:
@@ -159,12 +157,13 @@ def examine(options: dict[str, Any], compiled: Any, arch: int, dtype: str) -> Ro
     if re.search(r"wgmma.*serialized|C7510|C7514|C7515", report, re.IGNORECASE):
         faults.append("wgmma serialized")
     if from_registers:
-        faults.append(f"{from_registers} HGMMA read their left operand from registers")
+        faults.append(f"{from_registers} WGMMA read their left operand from registers")
     if shared > SHARED_LIMIT[arch]:
         faults.append(f"shared memory {shared} of {SHARED_LIMIT[arch]} bytes")
     names = ("BLOCK_CO", "BLOCK_N", "BLOCK_H", "BLOCK_W", "BLOCK_K", "BLOCK_P", "BLOCK_C")
     tile = "x".join(str(options[name]) for name in names if name in options)
-    mma = next((name for name in ("HGMMA", "HMMA") if opcodes[name]), "FFMA" if opcodes["FFMA"] else "-")
+    kinds = {"wgmma.mma_async": "WGMMA", "mma.sync": "MMA", "fma.rn.f32": "FMA"}
+    mma = next((kind for instruction, kind in kinds.items() if instruction in found), "-")
     mode = options.get("MODE")
     return Row(
         kernel=compiled.metadata.name.strip("_").removesuffix("_kernel") + (f" {mode}" if mode else ""),
@@ -174,7 +173,7 @@ def examine(options: dict[str, Any], compiled: Any, arch: int, dtype: str) -> Ro
         registers=registers,
         spills=spills,
         shared=shared,
-        mma=mma + (" +TMA" if opcodes["UTMALDG"] else ""),
+        mma=mma + (" +TMA" if "cp.async.bulk.tensor" in found else ""),
         faults=tuple(faults),
     )
 

@@ -32,6 +32,8 @@ class UNetConfig:
         norm: ``None``, ``"batch"`` or ``"instance"`` (affine), between convolution and activation.
         activation: ``"relu"`` or ``"leaky_relu"``.
         negative_slope: of the leaky ReLU.
+        decoder_features: (middle, out) channels of each decoder level's two convolutions, from full
+            resolution down; by default both are the level's ``features``.
 
     Raises:
         ValueError: names the argument, its value and what was expected.
@@ -45,12 +47,15 @@ class UNetConfig:
     norm: str | None = None
     activation: str = "relu"
     negative_slope: float = 0.01
+    decoder_features: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
         try:
             object.__setattr__(self, "features", tuple(self.features))
         except TypeError:
             raise ValueError(f"features: expected a sequence of positive integers, got {self.features!r}") from None
+        if self.decoder_features is not None:
+            self._check_decoder()
         if not self.features:
             raise ValueError("features: expected at least one level, got ()")
         for name, values in (
@@ -73,6 +78,16 @@ class UNetConfig:
             # A slope of 1 or more would make the sign of the output differ from max(x, slope * x).
             raise ValueError(f"negative_slope: expected a number in [0, 1), got {self.negative_slope!r}")
 
+    def _check_decoder(self) -> None:
+        expected = f"None or (middle, out) for each of {self.depth} levels"
+        try:
+            pairs = tuple((middle, out) for middle, out in self.decoder_features or ())
+        except (TypeError, ValueError):
+            raise ValueError(f"decoder_features: expected {expected}, got {self.decoder_features!r}") from None
+        if len(pairs) != self.depth or not all(type(n) is int and n > 0 for pair in pairs for n in pair):
+            raise ValueError(f"decoder_features: expected {expected}, got {self.decoder_features!r}")
+        object.__setattr__(self, "decoder_features", pairs)
+
     @property
     def depth(self) -> int:
         """Number of 2x2 poolings."""
@@ -88,10 +103,20 @@ class UNetConfig:
         """Negative slope of the activation as an operator sees it: 0 is a plain ReLU."""
         return self.negative_slope if self.activation == "leaky_relu" else 0.0
 
+    def decoder_channels(self, level: int) -> tuple[int, int]:
+        """(middle, out) channels of decoder ``level``; 0 is full resolution."""
+        if self.decoder_features is None:
+            return self.features[level], self.features[level]
+        return self.decoder_features[level]
+
+    def channels_from(self, level: int) -> int:
+        """Channels that leave ``level``: the bottleneck's, where it is the last, or its decoder's."""
+        return self.features[-1] if level == self.depth else self.decoder_channels(level)[1]
+
     def upsampled_channels(self, level: int) -> int:
-        """Channels that decoder ``level`` (0 is full resolution) concatenates with its skip."""
+        """Channels that decoder ``level`` concatenates with its skip."""
         learned = self.upsample in ("bilinear_conv", "transpose")
-        return self.features[level] if learned else self.features[level + 1]
+        return self.features[level] if learned else self.channels_from(level + 1)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

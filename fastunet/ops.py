@@ -8,11 +8,16 @@ their arguments, apply the autocast rule, and speak logical NCHW.
 Autocast: convolutions run in the autocast dtype, as ``torch.conv2d`` does; ``upsample_concat``
 takes the widest dtype of its inputs, as ``torch.cat`` does. float64 is left alone.
 
+On a CPU and without gradients torch's own operators are called at once: the dispatcher's way through
+Python to a custom operator and back costs 0.1 ms, which is much to a small network.
+
 Gradients are first-order. What is saved for backward is each operator's input and output; the
 upsampled and the concatenated map are computed again.
 """
 
 import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Literal, overload
 
 import torch
@@ -30,6 +35,26 @@ _UPSAMPLING = ("bilinear", "nearest")
 
 def _takes_triton(x: Tensor) -> bool:
     return dispatch.choose(x.device, x.dtype).implementation == "triton"
+
+
+_watched: ContextVar[bool] = ContextVar("fastunet_watched", default=False)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[None]:
+    """Within the block every call goes through its registered operator, for who looks on by a mode."""
+    token = _watched.set(True)
+    try:
+        yield
+    finally:
+        _watched.reset(token)
+
+
+def _at_once(x: Tensor) -> bool:
+    """Whether torch's operators serve ``x`` without the dispatcher: on a CPU, without gradients, in eager."""
+    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or _watched.get():
+        return False
+    return not _takes_triton(x)
 
 
 def _on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -63,14 +88,18 @@ def _channels_last(x: Tensor) -> Tensor:
 # --- conv2d_relu -----------------------------------------------------------------------------
 
 
+def _conv2d_relu_torch(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> Tensor:
+    # channels_last is the faster layout of torch's CPU convolutions as well.
+    return _channels_last(reference.conv2d_relu(_channels_last(x), weight, bias, slope))
+
+
 @torch.library.custom_op("fastunet::conv2d_relu", mutates_args=())
 def _conv2d_relu(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> Tensor:
     if _takes_triton(x):
         stem = x.shape[1] <= kernels.STEM_CHANNELS and weight.shape[-1] == 3
         with _on_device(x):
             return (kernels.stem_fwd if stem else kernels.conv_fwd)(x, weight, bias, slope=slope, tf32=tf32())
-    # channels_last is the faster layout of torch's CPU convolutions as well.
-    return _channels_last(reference.conv2d_relu(_channels_last(x), weight, bias, slope))
+    return _conv2d_relu_torch(x, weight, bias, slope)
 
 
 @_conv2d_relu.register_fake
@@ -78,13 +107,17 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> Tensor:
     return _empty(x, weight.shape[0], x.shape[2], x.shape[3])
 
 
+def _conv2d_relu_pool_torch(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> tuple[Tensor, Tensor]:
+    y = _conv2d_relu_torch(x, weight, bias, slope)
+    return y, _channels_last(F.max_pool2d(y, 2))
+
+
 @torch.library.custom_op("fastunet::conv2d_relu_pool", mutates_args=())
 def _conv2d_relu_pool(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> tuple[Tensor, Tensor]:
     if _takes_triton(x):
         with _on_device(x):
             return kernels.conv_pool_fwd(x, weight, bias, slope=slope, tf32=tf32())
-    y = _channels_last(reference.conv2d_relu(_channels_last(x), weight, bias, slope))
-    return y, _channels_last(F.max_pool2d(y, 2))
+    return _conv2d_relu_pool_torch(x, weight, bias, slope)
 
 
 @_conv2d_relu_pool.register_fake
@@ -134,12 +167,16 @@ _conv2d_relu_pool.register_autograd(_conv2d_relu_pool_backward, setup_context=_s
 # --- upsample_concat -------------------------------------------------------------------------
 
 
+def _upsample_concat_torch(x: Tensor, skip: Tensor, mode: str, align_corners: bool) -> Tensor:
+    return _channels_last(reference.upsample_concat(x, skip, mode, align_corners))
+
+
 @torch.library.custom_op("fastunet::upsample_concat", mutates_args=())
 def _upsample_concat(x: Tensor, skip: Tensor, mode: str, align_corners: bool) -> Tensor:
     if _takes_triton(x):
         with _on_device(x):
             return kernels.upsample_concat_fwd(x, skip, mode=mode, align_corners=align_corners)
-    return _channels_last(reference.upsample_concat(x, skip, mode, align_corners))
+    return _upsample_concat_torch(x, skip, mode, align_corners)
 
 
 @_upsample_concat.register_fake
@@ -196,6 +233,13 @@ _upsample_concat.register_autograd(_upsample_concat_backward, setup_context=_sav
 # --- upsample_concat_conv2d_relu -------------------------------------------------------------
 
 
+def _upsample_concat_conv2d_relu_torch(
+    x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None, mode: str, align_corners: bool, slope: float
+) -> Tensor:
+    x, skip = _channels_last(x), _channels_last(skip)
+    return _channels_last(reference.upsample_concat_conv2d_relu(x, skip, weight, bias, mode, align_corners, slope))
+
+
 @torch.library.custom_op("fastunet::upsample_concat_conv2d_relu", mutates_args=())
 def _upsample_concat_conv2d_relu(
     x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None, mode: str, align_corners: bool, slope: float
@@ -205,8 +249,7 @@ def _upsample_concat_conv2d_relu(
             return kernels.upconcat_conv3x3_fwd(
                 x, skip, weight, bias, mode=mode, align_corners=align_corners, slope=slope, tf32=tf32()
             )
-    x, skip = _channels_last(x), _channels_last(skip)
-    return _channels_last(reference.upsample_concat_conv2d_relu(x, skip, weight, bias, mode, align_corners, slope))
+    return _upsample_concat_conv2d_relu_torch(x, skip, weight, bias, mode, align_corners, slope)
 
 
 @_upsample_concat_conv2d_relu.register_fake
@@ -239,12 +282,16 @@ _upsample_concat_conv2d_relu.register_autograd(_upsample_concat_conv2d_relu_back
 # --- conv_transpose2x2 -----------------------------------------------------------------------
 
 
+def _conv_transpose2x2_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _channels_last(reference.conv_transpose2x2(_channels_last(x), weight, bias))
+
+
 @torch.library.custom_op("fastunet::conv_transpose2x2", mutates_args=())
 def _conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if _takes_triton(x):
         with _on_device(x):
             return kernels.conv_transpose2x2_fwd(x, weight, bias, tf32=tf32())
-    return _channels_last(reference.conv_transpose2x2(_channels_last(x), weight, bias))
+    return _conv_transpose2x2_torch(x, weight, bias)
 
 
 @_conv_transpose2x2.register_fake
@@ -367,9 +414,9 @@ def conv2d_relu(
     _check_alike(x, weight=weight, bias=bias)
     slope = _slope(relu, negative_slope)
     if not pool:
-        return _conv2d_relu(x, weight, bias, slope)
+        return (_conv2d_relu_torch if _at_once(x) else _conv2d_relu)(x, weight, bias, slope)
     _check(x.shape[2] >= 2 and x.shape[3] >= 2, "x", "H and W of at least 2 to pool", tuple(x.shape))
-    return _conv2d_relu_pool(x, weight, bias, slope)
+    return (_conv2d_relu_pool_torch if _at_once(x) else _conv2d_relu_pool)(x, weight, bias, slope)
 
 
 def upsample_concat(x: Tensor, skip: Tensor, *, mode: str = "bilinear", align_corners: bool = True) -> Tensor:
@@ -389,7 +436,7 @@ def upsample_concat(x: Tensor, skip: Tensor, *, mode: str = "bilinear", align_co
         x, skip = x.to(dtype), skip.to(dtype)
     _check_sources(x, skip, mode, _UPSAMPLING)
     _check_alike(x, skip=skip)
-    return _upsample_concat(x, skip, mode, align_corners)
+    return (_upsample_concat_torch if _at_once(x) else _upsample_concat)(x, skip, mode, align_corners)
 
 
 def upsample_concat_conv2d_relu(
@@ -418,7 +465,8 @@ def upsample_concat_conv2d_relu(
     _check(weight.shape[2] == 3, "weight", "a 3x3 filter", tuple(weight.shape))
     _check_alike(x, skip=skip, weight=weight, bias=bias)
     slope = _slope(relu, negative_slope)
-    return _upsample_concat_conv2d_relu(x, skip, weight, bias, mode, align_corners, slope)
+    op = _upsample_concat_conv2d_relu_torch if _at_once(x) else _upsample_concat_conv2d_relu
+    return op(x, skip, weight, bias, mode, align_corners, slope)
 
 
 def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -439,4 +487,4 @@ def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     if bias is not None:
         _check(bias.shape == weight.shape[1:2], "bias", f"shape ({weight.shape[1]},)", tuple(bias.shape))
     _check_alike(x, weight=weight, bias=bias)
-    return _conv_transpose2x2(x, weight, bias)
+    return (_conv_transpose2x2_torch if _at_once(x) else _conv_transpose2x2)(x, weight, bias)

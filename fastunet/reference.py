@@ -88,25 +88,30 @@ def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class DoubleConv(nn.Module):
-    """(3x3 convolution, [norm], activation) twice. (N, in_ch, H, W) -> (N, out_ch, H, W)."""
+    """(3x3 convolution, [norm], activation) twice. (N, in_ch, H, W) -> (N, out_ch, H, W).
+
+    ``mid_ch``: channels between the two; by default ``out_ch``.
+    """
 
     def __init__(
         self,
         in_ch: int,
         out_ch: int,
         *,
+        mid_ch: int | None = None,
         norm: str | None = None,
         activation: str = "relu",
         negative_slope: float = 0.01,
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for channels in (in_ch, out_ch):
-            layers.append(nn.Conv2d(channels, out_ch, 3, padding=1))
+        mid_ch = out_ch if mid_ch is None else mid_ch
+        for before, after in ((in_ch, mid_ch), (mid_ch, out_ch)):
+            layers.append(nn.Conv2d(before, after, 3, padding=1))
             if norm == "batch":
-                layers.append(nn.BatchNorm2d(out_ch))
+                layers.append(nn.BatchNorm2d(after))
             elif norm == "instance":
-                layers.append(nn.InstanceNorm2d(out_ch, affine=True))
+                layers.append(nn.InstanceNorm2d(after, affine=True))
             leaky = activation == "leaky_relu"
             layers.append(nn.LeakyReLU(negative_slope, inplace=True) if leaky else nn.ReLU(inplace=True))
         self.net = nn.Sequential(*layers)
@@ -136,10 +141,12 @@ class Up(nn.Module):
 
     Args:
         in_ch: channels after the concatenation.
-        out_ch: channels out; for the learned kinds also the channels of the skip.
+        out_ch: channels out.
         upsample, align_corners: as in :class:`fastunet.config.UNetConfig`.
-        x_ch: channels of ``x``, needed by the learned kinds; they map it to ``in_ch - out_ch``.
-            The default ``in_ch`` fits widths that double from level to level.
+        x_ch: channels of ``x``, needed by the learned kinds, which map it to ``up_ch``. The default
+            ``in_ch`` fits widths that double from level to level.
+        up_ch: channels that the learned kinds give; by default ``in_ch - out_ch``.
+        mid_ch: of the double convolution.
     """
 
     def __init__(
@@ -150,10 +157,12 @@ class Up(nn.Module):
         upsample: str = "bilinear",
         align_corners: bool = True,
         x_ch: int | None = None,
+        up_ch: int | None = None,
         **block: Any,
     ) -> None:
         super().__init__()
         x_ch = in_ch if x_ch is None else x_ch
+        up_ch = in_ch - out_ch if up_ch is None else up_ch
         if upsample == "bilinear":
             self.up: nn.Module = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=align_corners)
         elif upsample == "nearest":
@@ -161,10 +170,10 @@ class Up(nn.Module):
         elif upsample == "bilinear_conv":
             self.up = nn.Sequential(
                 nn.Upsample(scale_factor=2, mode="bilinear", align_corners=align_corners),
-                nn.Conv2d(x_ch, in_ch - out_ch, 1),
+                nn.Conv2d(x_ch, up_ch, 1),
             )
         elif upsample == "transpose":
-            self.up = nn.ConvTranspose2d(x_ch, in_ch - out_ch, 2, stride=2)
+            self.up = nn.ConvTranspose2d(x_ch, up_ch, 2, stride=2)
         else:
             raise ValueError(f"upsample: unknown kind {upsample!r}")
         self.conv = DoubleConv(in_ch, out_ch, **block)
@@ -193,9 +202,20 @@ class UNet(nn.Module):
         norm: str | None = None,
         activation: str = "relu",
         negative_slope: float = 0.01,
+        decoder_features: tuple[tuple[int, int], ...] | None = None,
     ) -> None:
         super().__init__()
-        c = UNetConfig(in_channels, out_channels, features, upsample, align_corners, norm, activation, negative_slope)
+        c = UNetConfig(
+            in_channels,
+            out_channels,
+            features,
+            upsample,
+            align_corners,
+            norm,
+            activation,
+            negative_slope,
+            decoder_features,
+        )
         self.config = c
         block: dict[str, Any] = {"norm": norm, "activation": activation, "negative_slope": negative_slope}
         widths = (c.in_channels, *c.features)
@@ -204,15 +224,17 @@ class UNet(nn.Module):
         self.ups = nn.ModuleList(
             Up(
                 c.upsampled_channels(i) + c.features[i],
-                c.features[i],
+                c.decoder_channels(i)[1],
                 upsample=upsample,
                 align_corners=align_corners,
-                x_ch=c.features[i + 1],
+                x_ch=c.channels_from(i + 1),
+                up_ch=c.upsampled_channels(i),
+                mid_ch=c.decoder_channels(i)[0],
                 **block,
             )
             for i in reversed(range(c.depth))
         )
-        self.head = nn.Conv2d(c.features[0], c.out_channels, 1)
+        self.head = nn.Conv2d(c.channels_from(0), c.out_channels, 1)
 
     @classmethod
     def from_config(cls, config: UNetConfig) -> Self:

@@ -97,8 +97,9 @@ def trace(config: UNetConfig, height: int, width: int, batch: int = 1) -> list[L
             flops = 2 * weight * batch * x[2] * x[3]
             layers.append(Layer(f"{name}.up", "conv_transpose2x2", (x,), out, weight + channels, flops))
             x = out
-        x = conv(f"{name}.conv.net.0", "upsample_concat_conv2d_relu", (x, skip), channels)
-        x = conv(f"{name}.conv.net.{second}", "conv2d_relu", (x,), channels)
+        middle, out = config.decoder_channels(config.depth - 1 - index)
+        x = conv(f"{name}.conv.net.0", "upsample_concat_conv2d_relu", (x, skip), middle)
+        x = conv(f"{name}.conv.net.{second}", "conv2d_relu", (x,), out)
 
     conv("head", "conv2d_relu", (x,), config.out_channels, kernel=1)
     return layers

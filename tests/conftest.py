@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest  # noqa: E402
 
 from fastunet.cli import main  # noqa: E402
+from fastunet.parity.repeatability import poisoned_memory  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 
@@ -46,15 +47,10 @@ def seed() -> int:
 
 
 @pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+def poisoned() -> Iterator[None]:
     """torch.empty returns NaN, so that an element nobody wrote is seen."""
-    empty = torch.empty
-
-    def poison(*args, **kwargs) -> torch.Tensor:
-        out = empty(*args, **kwargs)
-        return out.fill_(torch.nan) if out.is_floating_point() and out.device.type != "meta" else out
-
-    monkeypatch.setattr(torch, "empty", poison)
+    with poisoned_memory():
+        yield
 
 
 class Run(NamedTuple):

@@ -14,8 +14,11 @@ import torch
 
 from benchmarks import bench, rows, timing
 from benchmarks.cases import DTYPES, NETWORKS, Case, cases, operators
-from benchmarks.providers import PROVIDERS, Call, Provider, Work, eager, fastunet, make_work
+from benchmarks.providers import OURS, PROVIDERS, Call, Provider, Work, eager, fastunet, make_work
+from fastunet import ops
 from fastunet.config import UNetConfig
+
+from .test_ops import Names
 
 NETWORKS["tiny"] = UNetConfig(features=(2, 3))
 TINY = Case("infer", "tiny", "fp32", 1, 8, 8)
@@ -151,6 +154,9 @@ def test_the_cases_of_the_suite():
     for size, batch in ((256, 1), (256, 16), (512, 1), (512, 8), (1024, 1)):
         for dtype in ("fp16", "bf16", "tf32"):
             assert f"infer seed {size}x{size} b{batch} {dtype}" in names
+    for network in ("milesial-bilinear", "milesial-transpose"):
+        assert f"infer {network} 256x256 b16 bf16" in names
+    assert "infer pytorch_unet 640x959 b1 fp16 autocast" in names
     assert "train seed 256x256 b16 bf16" in names and "train seed 512x512 b4 bf16" in names
     for operator in ("downs.0.conv.net.0", "head", "ups.3.concat", "ups.3.conv.net.0"):
         assert f"op seed {operator} 512x512 b16 fp32" in names
@@ -259,6 +265,30 @@ def test_every_provider_computes_the_case(kind, provider):
         (row,) = bench.measure(job, {}, lambda name: None)
         assert row.state == "ok", row
         assert row.max_err is not None and row.max_err < 1e-5
+
+
+@pytest.mark.parametrize("provider", GOOD, ids=lambda p: p.name)
+def test_autocast_keeps_float32_weights(provider):
+    case = dataclasses.replace(TINY, dtype="bf16", autocast=True)
+    work = make_work(case, torch.device("cpu"), 0)
+    assert {p.dtype for p in work.module.parameters()} == {torch.float32}
+    assert provider.prepare(work)().dtype == torch.bfloat16
+    (row,) = bench.measure(bench.Job(case, (provider,), "cpu", 0.0, 0, MACHINE), {}, lambda name: None)
+    assert row.state == "ok" and row.case.endswith(" bf16 autocast")
+
+
+def test_each_rung_fuses_one_operator_more():
+    found = []
+    for provider in (p for p in PROVIDERS if p.name in OURS):
+        call = provider.prepare(make_work(TINY, torch.device("cpu"), 0))
+        with ops.watched(), Names() as names:
+            call()
+        found.append({name for name in names.seen if name.startswith("fastunet::")})
+    conv, pool, concat, fused = (f"fastunet::{name}" for name in OPERATORS)
+    assert found == [{conv}, {conv, pool}, {conv, pool, concat}, {conv, pool, fused}]
+
+
+OPERATORS = ("conv2d_relu", "conv2d_relu_pool", "upsample_concat", "upsample_concat_conv2d_relu")
 
 
 def test_training_steps_train():

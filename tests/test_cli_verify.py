@@ -13,12 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
+import fastunet
 from fastunet import FastUNet, UNetConfig, kernels, ops, reference, weights
+from fastunet.parity.fuzz import Fuzzed
 
 SMALL = '{"in_channels": 1, "features": [3, 4], "align_corners": false}'
 CASE = (
     '{"in_channels":1,"out_channels":1,"features":[1,1],"upsample":"bilinear","align_corners":false,"norm":null,'
-    '"activation":"relu","training":false,"batch":1,"height":2,"width":2,"layout":"contiguous","dtype":"float32",'
+    '"activation":"relu","negative_slope":0.01,"decoder_features":null,"training":false,"batch":1,"height":2,"width":2,"layout":"contiguous","dtype":"float32",'
     '"weight_scale":0,"input_scale":0,"seed":0}'
 )
 NO_BATCH = CASE.replace('"batch":1', '"batch":0')
@@ -145,6 +147,16 @@ def own():
 def other_classes():
     return Own(3)
 
+class Clamped(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(1, 2, 3, padding=1)
+    def forward(self, x):
+        return self.conv(x).clamp(min=0)
+
+def clamped():
+    return Clamped()
+
 def number():
     return 3
 
@@ -171,10 +183,23 @@ def factory(tmp_path, monkeypatch):
 
 
 def test_a_reference_of_ones_own(run, factory):
-    assert run("verify", *QUICK, "--factory", "mylab_models:same").code == 0
-    shown = run("verify", *QUICK, "--factory", "mylab_models:own")  # with weights of its own
+    shown = run("verify", *QUICK, "--factory", "mylab_models:same")
+    assert shown.code == 0
+    assert "reference: mylab_models:same, with the model's weights, as its parameters have their names\n" in shown.out
+    shown = run("verify", *QUICK, "--factory", "mylab_models:own")
     assert shown.code == 1
+    assert "reference: mylab_models:own, with its own weights\n" in shown.out
     assert "output logits" in shown.out and "layer" not in shown.out.partition("output")[0]
+
+
+def test_gradients_can_be_left_out(run, factory):
+    words = ("verify", *QUICK, "--factory", "mylab_models:clamped")
+    shown = run(*words)
+    assert shown.code == 2 and "; --no-gradients leaves them out" in shown.err
+    shown = run(*words, "--no-gradients")
+    assert shown.code == 1 and "gradient input" not in shown.out
+    assert "not compared: gradients (not asked for)" in shown.out
+    assert any(line.startswith("again: ") and line.endswith(" --no-gradients") for line in shown.out.splitlines())
 
 
 @pytest.mark.parametrize(
@@ -219,6 +244,8 @@ def test_outputs_of_another_shape(run, factory):
         (f"--case '{NO_BATCH}'", "expected a batch of at least 1"),
         ("--weights nowhere.pt", "nowhere.pt: no such file"),
         ("--all-configs", "--all-configs: the device is a CPU; TRITON_INTERPRET=1 runs the kernels"),
+        ("--dtype tf32", "--dtype: tf32 is of tensor cores, expected fp32, fp16 or bf16 on a CPU"),
+        ("--fuzz 3 --plot error.png", "--plot: shows a model's error, expected --weights, --images or another"),
     ],
 )
 def test_wrong_usage_is_one_line(run, words, message, tmp_path, monkeypatch):
@@ -240,7 +267,7 @@ def test_weights_are_not_overwritten(run, tmp_path):
 def test_what_was_not_compared_is_said(run, factory):
     assert "not compared: other streams and places in the batch (a CPU)" in run("verify", *QUICK).out
     shown = run("verify", *QUICK, "--factory", "mylab_models:own")
-    assert "not compared: layers (the reference names its layers otherwise)" in shown.out
+    assert "not compared: layers (the reference has no modules of their names)" in shown.out
 
 
 def test_unusable_images(run, images):
@@ -273,13 +300,13 @@ def test_what_fuzz_finds_is_repeated_by_a_case(run, broken):
     assert shown.code == 1 and shown.out.endswith("\nNOT all holds\n")
     (again,) = [line for line in shown.out.splitlines() if line.startswith("again: fastunet verify --case")]
     repeated = run(*shlex.split(again.removeprefix("again: "))[1:])
-    assert repeated.code == 1
+    assert repeated.code == 1 and again in repeated.out
     assert repeated.out.strip() in shown.out
 
 
 def test_interrupted_with_the_results_so_far(run, monkeypatch, tmp_path):
-    def fuzz(count, seed, device, on_pass):
-        on_pass(41)
+    def fuzz(count, seed, device, on_progress):
+        on_progress(Fuzzed(41))
         raise KeyboardInterrupt
 
     monkeypatch.setattr("fastunet.cli.verify.fuzz", fuzz)
@@ -290,11 +317,40 @@ def test_interrupted_with_the_results_so_far(run, monkeypatch, tmp_path):
     assert found["interrupted"] is True and found["ok"] is False and found["fuzz"]["passed"] == 41
 
 
+def test_a_case_that_raises_is_found_by_its_command_too(run, monkeypatch):
+    monkeypatch.setattr(ops, "reference", None)
+    shown = run("verify", "--fuzz", "1")
+    assert shown.code == 1 and "raised AttributeError" in shown.out
+    (again,) = [line.removeprefix("again: ") for line in shown.out.splitlines() if line.startswith("again: ")]
+    repeated = run(*shlex.split(again)[1:])
+    assert repeated.code == 1 and "raised AttributeError" in repeated.out and again in repeated.out
+
+
+def test_random_networks_alone(run):
+    assert run("verify", "--fuzz", "2").out == "random networks: 2 hold\nall holds\n"
+
+
+def test_interrupted_in_the_model_with_the_results_so_far(run, monkeypatch, tmp_path):
+    def verify(*networks, on_result, **options):
+        report = fastunet.verify(*networks, **options)
+        on_result(report.comparisons[0])
+        on_result(report.checks[0])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastunet.cli.verify.verify", verify)
+    shown = run("verify", *QUICK, "--json", tmp_path / "report.json")
+    assert shown.code == 130
+    assert "layer downs.0.conv.net.0 " in shown.out and "ok: second run" in shown.out
+    assert shown.out.endswith("interrupted: these are the results so far\nNOT all holds\n")
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert [result["name"] for result in found["results"]] == ["downs.0.conv.net.0", "second run"]
+    assert found["report"] is None and found["ok"] is False
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not interpreted where they can run")
 def test_every_launch_configuration(run, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     words = ("verify", "--config", '{"features": [64, 64]}', "--size", "2x2", "--batch", "1", "--dtype", "fp16")
-    monkeypatch.setattr("fastunet.cli.verify._check_model", lambda arguments: Held())
     shown = run(*words, "--all-configs", "--json", tmp_path / "report.json")
     assert shown.code == 0, shown.out
     configs = json.loads((tmp_path / "report.json").read_text())["configs"]
@@ -305,23 +361,36 @@ def test_every_launch_configuration(run, monkeypatch, tmp_path):
     right = kernels.conv_fwd
 
     def wrong(*tensors, config, **options):
-        return right(*tensors, config=config, **options) + (0.1 if config.tma else 0)
+        """Through TMA nothing is written; through pointers it cannot be launched."""
+        if not config.tma:
+            raise RuntimeError("out of resource: shared memory")
+        y = right(*tensors, config=config, **options)
+        return torch.empty_like(y)
 
     monkeypatch.setattr(kernels, "conv_fwd", wrong)
     shown = run(*words, "--all-configs")
     assert shown.code == 1
-    assert "BROKEN: bottleneck.net.0 as" in shown.out and "TMA" in shown.out
-
-
-class Held:
-    """A report that holds."""
-
-    ok = True
-
-    def to_dict(self):
-        return {}
+    assert run(*words[:3], "--size", "1", "--all-configs").err.endswith(
+        "expected at least 2x2 for this network, got 1x1\n"
+    )
+    (again,) = [line.removeprefix("again: ") for line in shown.out.splitlines() if line.startswith("again: ")]
+    assert again.startswith("TRITON_INTERPRET=1 fastunet verify --config ") and again.endswith(" --all-configs")
+    broken = [line for line in shown.out.splitlines() if line.startswith("BROKEN: bottleneck.net.0 as ")]
+    assert len(broken) == 2 and "TMA: NO parity" in broken[0] and "NaN or infinity" in broken[0]
+    assert "pointers: NO parity" in broken[1] and "RuntimeError: out of resource" in broken[1]
 
 
 def test_the_default_is_the_shipped_model(run):
-    ours = run("verify", "--size", "16", "--batch", "1").out
-    assert ours == run("verify", "--size", "16", "--batch", "1", "--weights", weights.NUCLEI).out
+    words = ("verify", "--size", "16", "--batch", "1")
+    ours, named = run(*words).out, run(*words, "--weights", weights.NUCLEI).out
+    assert ours.replace("the shipped nuclei model", str(weights.NUCLEI)) == named
+
+
+def test_the_report_says_what_was_compared(run, images):
+    shown = run("verify", "--config", SMALL, "--images", images, "--batch", "2").out.splitlines()
+    assert shown[1:5] == [
+        "FastUNet(features=(3, 4), align_corners=False) against UNet",
+        "weights: random, seed 0",
+        "reference: plain PyTorch",
+        f"inputs: a.png, b.png; 2 of 3 in {images}, the middle 20x17 of each",
+    ]

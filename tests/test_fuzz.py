@@ -9,9 +9,11 @@ import torch
 
 from fastunet import dispatch, ops, reference
 from fastunet.parity import Report
-from fastunet.parity.fuzz import DTYPES, LAYOUTS, Case, fuzz
+from fastunet.parity.fuzz import DTYPES, LAYOUTS, Case, Fuzzed, fuzz
 
-SIMPLE = Case(1, 1, (1, 1), "bilinear", False, None, "relu", False, 1, 2, 2, "contiguous", "float32", 0, 0, 0)
+SIMPLE = Case(
+    1, 1, (1, 1), "bilinear", False, None, "relu", 0.01, None, False, 1, 2, 2, "contiguous", "float32", 0, 0, 0
+)
 
 
 # Fixed seeds: what is drawn here is repeated by whoever runs the suite; `fastunet verify --fuzz` draws afresh.
@@ -50,8 +52,8 @@ def test_a_fault_is_found_and_made_small(monkeypatch):
             return fault if name == "upsample_concat_conv2d_relu" else getattr(reference, name)
 
     monkeypatch.setattr(ops, "reference", Faulty())
-    seen = []
-    found = fuzz(200, 7, on_pass=seen.append)
+    seen: list[Fuzzed] = []
+    found = fuzz(200, 7, on_progress=seen.append)
     assert isinstance(found.finding, Report) and found.case is not None
     assert found.finding.first_failure is not None and found.finding.first_failure.name.startswith("ups.")
     # All but what the fault needs is as simple as a case can be.
@@ -59,7 +61,11 @@ def test_a_fault_is_found_and_made_small(monkeypatch):
     assert (case.upsample, case.features[0]) == ("nearest", 3)
     assert (len(case.features), case.batch, case.in_channels, case.layout) == (2, 1, 1, "contiguous")
     assert not Case.from_json(case.to_json()).check("cpu").ok
-    assert seen == list(range(1, found.passed + 1))
+    passing = [so_far.passed for so_far in seen if so_far.case is None]
+    assert passing == list(range(1, found.passed + 1))
+    # Who interrupts the search for a simpler case has the simplest so far.
+    failing = [so_far for so_far in seen if so_far.case is not None]
+    assert len(failing) > 1 and failing[-1] == found
 
 
 def test_a_crash_is_a_finding(monkeypatch):

@@ -259,7 +259,8 @@ def test_a_large_image_is_scaled_by_a_sample_of_it(rng: np.random.Generator, mon
     monkeypatch.setattr("fastunet.images._SAMPLE", 50_000)
     sampled = normalise(image, 1)
     assert not torch.equal(sampled, exact)
-    torch.testing.assert_close(sampled, exact, rtol=0.03, atol=0.01)
+    # The 99.8% quantile of 50,000 such numbers has a standard error of 1.25%; five of them.
+    torch.testing.assert_close(sampled, exact, rtol=0.0625, atol=0.01)
 
 
 @pytest.mark.parametrize("shape", [(23, 17), (24, 17, 3)], ids=str)

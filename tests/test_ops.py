@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastunet import dispatch, ops, reference
 from fastunet.parity import compare
@@ -72,6 +73,32 @@ def test_plain_torch_path(case, dtype, seed):
         parity = compare(got, baseline, true)
         assert parity.ok, str(parity)
         assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+class Names(TorchDispatchMode):
+    """Which operators run within the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_without_gradients_a_cpu_takes_the_short_way(case, seed):
+    op, _, shapes = case
+    inputs = [torch.randn(shape) for shape in shapes]
+    with torch.no_grad():
+        with Names() as short:
+            ours = outputs(op(*inputs))
+        with ops.watched(), Names() as long:
+            registered = outputs(op(*inputs))
+    assert not any(name.startswith("fastunet::") for name in short.seen)
+    assert any(name.startswith("fastunet::") for name in long.seen)
+    for a, b in zip(ours, registered, strict=True):
+        assert torch.equal(a, b) and a.stride() == b.stride()
 
 
 def test_kernel_path(case, seed, device):

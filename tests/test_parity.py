@@ -51,7 +51,7 @@ def test_an_error_everywhere_shows_in_the_root_mean_square(dtype, seed):
 
 def test_tf32_has_its_own_floor(truth):
     baseline = truth.float()
-    off = baseline + TF32_EPS * truth.abs().max().float()
+    off = baseline + TF32_EPS / 2 * truth.abs().max().float()
     assert not compare(off, baseline, truth).ok
     assert compare(off, baseline, truth, tf32=True).ok
 
@@ -78,6 +78,13 @@ def test_where_a_rounding_overflows_either_may_be_infinite(dtype):
     assert compare(finite, infinite, truth).ok and compare(infinite, finite, truth).ok
     assert not compare(infinite, finite, truth / 2).ok
     assert not compare(torch.tensor([1.0, torch.nan], dtype=dtype), finite, truth).ok
+
+
+@pytest.mark.parametrize("candidate, truth", [([1.0, -5e4], 65519.0), ([1.0, 0.0], 7e4), ([0.0], 1e6)], ids=str)
+def test_where_the_baseline_overflows_the_candidate_is_compared_still(candidate, truth):
+    found, exact = torch.tensor(candidate).half(), torch.tensor([*candidate[:-1], truth], dtype=torch.float64)
+    assert not compare(found, exact.half(), exact).ok
+    assert compare(exact.half(), exact.half(), exact).ok
 
 
 def test_numbers_below_the_smallest_may_differ_by_a_step():

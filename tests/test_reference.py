@@ -114,6 +114,17 @@ def test_any_depth_width_and_size(kind, features, size, seed):
     assert y.shape == (2, 3, *size) and y.dtype == torch.float64
 
 
+@pytest.mark.parametrize("kind, upsampled", [("nearest", (9, 5)), ("transpose", (4, 6)), ("bilinear_conv", (4, 6))])
+def test_a_decoder_of_its_own_widths(kind, upsampled):
+    """(middle, out) of each level, from full resolution down; learned upsampling gives the skip's channels."""
+    net = UNet(2, 3, (4, 6, 5), upsample=kind, decoder_features=((7, 8), (10, 9)))
+    shapes = {name: tuple(p.shape[:2]) for name, p in net.named_parameters() if p.ndim == 4}
+    assert shapes["ups.1.conv.net.0.weight"] == (7, 4 + upsampled[0]) and shapes["ups.1.conv.net.2.weight"] == (8, 7)
+    assert shapes["ups.0.conv.net.0.weight"] == (10, 6 + upsampled[1]) and shapes["ups.0.conv.net.2.weight"] == (9, 10)
+    assert shapes["head.weight"] == (3, 8)
+    assert net(torch.randn(1, 2, 9, 11)).shape == (1, 3, 9, 11)
+
+
 @pytest.mark.parametrize("norm", [None, "batch", "instance"])
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
 def test_blocks_hold_the_layers_asked_for(norm, activation):
@@ -140,6 +151,12 @@ def test_blocks_hold_the_layers_asked_for(norm, activation):
             r"negative_slope: expected a number in \[0, 1\), got 1.0",
         ),
         ({"negative_slope": "a"}, r"negative_slope: expected a number in \[0, 1\), got 'a'"),
+        (
+            {"features": (2, 3), "decoder_features": ((2, 2), (2, 2))},
+            r"decoder_features: expected None or \(middle, out\) for each of 1 levels, got \(\(2, 2\), \(2, 2\)\)",
+        ),
+        ({"features": (2, 3), "decoder_features": (4,)}, r"decoder_features: expected .* got \(4,\)"),
+        ({"features": (2, 3), "decoder_features": ((0, 1),)}, r"decoder_features: expected .* got \(\(0, 1\),\)"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

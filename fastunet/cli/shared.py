@@ -86,10 +86,11 @@ def examples(*lines: str) -> dict[str, Any]:
     return {"epilog": epilog, "formatter_class": argparse.RawDescriptionHelpFormatter}
 
 
-def add_device_and_dtype(command: argparse.ArgumentParser) -> None:
-    """The options --device and --dtype."""
+def add_device_and_dtype(command: argparse.ArgumentParser, *, tf32: bool = False) -> None:
+    """The options --device and --dtype, the latter with ``"tf32"`` if that is told from fp32."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
     command.add_argument(
         "--device", type=a_device, default=default, help="cpu, cuda or cuda:N (default here: %(default)s)"
     )
-    command.add_argument("--dtype", choices=DTYPES, default="fp32", help="default: %(default)s")
+    choices = [*DTYPES, "tf32"] if tf32 else [*DTYPES]
+    command.add_argument("--dtype", choices=choices, default="fp32", help="default: %(default)s")

@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from ..model import FastUNet
 from ..parity import Report, verify
 from ..parity.fuzz import Case, Fuzzed, fuzz, randomise
 from ..parity.picture import draw
-from ..parity.report import Comparison
+from ..parity.report import Check, Comparison, lines_of
+from ..parity.rule import tf32_convolutions
 from ..reference import UNet
 from .shared import (
     DTYPES,
@@ -52,7 +53,8 @@ def add(commands: Any) -> None:
 Run a model as FastUNet, as plain PyTorch in the same dtype (the baseline) and as plain PyTorch in
 float64 (the truth). Every layer, the output and every gradient of the first may be no farther from
 the truth than the second, but for a stated floor of a few roundings; and it must repeat itself bit
-by bit. With TRITON_INTERPRET=1 on a CPU, the kernels run in Triton's interpreter, slowly.
+by bit. With --fuzz or --all-configs that is done only if a model or images are named too.
+With TRITON_INTERPRET=1 on a CPU, the kernels run in Triton's interpreter, slowly.
 
 Exit code: 0 all holds, 1 something does not, 2 nothing could be started.""",
         **examples(
@@ -88,16 +90,22 @@ Exit code: 0 all holds, 1 something does not, 2 nothing could be started.""",
         help="in pixels; of images, the middle (default: 256, or what they have)",
     )
     command.add_argument("--batch", type=a_count, default=2, metavar="N", help="images at most (default: %(default)s)")
+    command.add_argument(
+        "--no-gradients",
+        action="store_false",
+        dest="gradients",
+        help="of a reference whose ReLUs or max-pools are written in another way, where they cannot be compared",
+    )
     command.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON too")
     command.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG of the error over the image")
     command.add_argument(
-        "--fuzz", type=a_count, metavar="N", help="also check N random networks; a failure is made small"
+        "--fuzz", type=a_count, metavar="N", help="check N random networks in all dtypes; a failure is made small"
     )
     command.add_argument("--seed", type=a_seed, default=0, metavar="S", help="of all random numbers (default: 0)")
     command.add_argument(
-        "--all-configs", action="store_true", help="also check every launch configuration that may be chosen"
+        "--all-configs", action="store_true", help="check every launch configuration that may be chosen for the model"
     )
-    add_device_and_dtype(command)
+    add_device_and_dtype(command, tf32=True)
     command.set_defaults(run=run)
 
 
@@ -105,11 +113,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Check, print, write; interrupted, what is known so far."""
     _check_setup(arguments)
     console, found = new_console(), _Findings()
-    with _kernels(arguments.device):
+    with _kernels(arguments.device), tf32_convolutions(arguments.dtype == "tf32"):
         try:
-            case = arguments.case
-            found.report = _check_model(arguments) if case is None else case.check(arguments.device)
-            console.print(str(found.report), soft_wrap=True)
+            if _names_a_model(arguments):
+                _check_model(arguments, found)
+                if found.report is not None:
+                    console.print(str(found.report), soft_wrap=True)
             if arguments.all_configs:
                 _check_configs(arguments, found)
             if arguments.fuzz is not None:
@@ -117,7 +126,7 @@ def run(arguments: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             found.interrupted = True
     if found.configs is not None or found.fuzzed is not None or found.interrupted:
-        console.print(found.summary(arguments.device), soft_wrap=True)
+        console.print(found.summary(arguments), soft_wrap=True)
     if arguments.json is not None:
         with atomic_write(arguments.json) as temporary:
             temporary.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
@@ -133,6 +142,7 @@ class _Findings:
     """All that one call of the command has found so far."""
 
     def __init__(self) -> None:
+        self.results: list[Comparison | Check] = []  # of the model, while there is no report
         self.report: Report | None = None
         self.configs: list[Comparison] | None = None
         self.fuzzed: Fuzzed | None = None
@@ -142,7 +152,7 @@ class _Findings:
     def ok(self) -> bool:
         configs = all(c.parity.ok for c in self.configs or ())
         fuzzed = self.fuzzed is None or self.fuzzed.case is None
-        return self.report is not None and self.report.ok and configs and fuzzed and not self.interrupted
+        return (self.report is None or self.report.ok) and configs and fuzzed and not self.interrupted
 
     def to_dict(self) -> dict[str, Any]:
         fuzzed = self.fuzzed
@@ -151,6 +161,7 @@ class _Findings:
             "ok": self.ok,
             "interrupted": self.interrupted,
             "report": self.report and self.report.to_dict(),
+            "results": [r.to_dict() if isinstance(r, Comparison) else vars(r) for r in self.results],
             "configs": self.configs and [c.to_dict() for c in self.configs],
             "fuzz": fuzzed
             and {
@@ -160,22 +171,24 @@ class _Findings:
             },
         }
 
-    def summary(self, device: str) -> str:
-        lines = []
+    def summary(self, arguments: argparse.Namespace) -> str:
+        lines = lines_of([c for c in self.results if isinstance(c, Comparison)]) if self.results else []
+        lines += [str(c) for c in self.results if isinstance(c, Check)]
         if self.configs is not None:
             broken = [c for c in self.configs if not c.parity.ok]
             lines += [f"BROKEN: {c.name} as {c.implementation}: {c.parity}" for c in broken]
             lines.append(f"launch configurations: {len(self.configs) - len(broken)} of {len(self.configs)} hold")
+            if broken:
+                lines.append(f"again: {_command(arguments)} --all-configs")
         if self.fuzzed is not None:
             lines.append(f"random networks: {self.fuzzed.passed} hold")
             if self.fuzzed.case is not None:
-                lines += [
-                    "the simplest that does not:",
-                    str(self.fuzzed.finding)
-                    if isinstance(self.fuzzed.finding, Report)
-                    else f"raised {self.fuzzed.finding!r}",
-                    f"again: fastunet verify --case {shlex.quote(self.fuzzed.case.to_json())} --device {device}",
-                ]
+                finding, command = self.fuzzed.finding, _case_command(self.fuzzed.case, arguments.device)
+                lines.append("the simplest that does not:")
+                if isinstance(finding, Report):
+                    lines.append(str(dataclasses.replace(finding, command=command)))
+                else:
+                    lines += [f"raised {finding!r}", f"again: {command}"]
         if self.interrupted:
             lines.append("interrupted: these are the results so far")
         lines.append("all holds" if self.ok else "NOT all holds")
@@ -207,11 +220,19 @@ def _check_setup(arguments: argparse.Namespace) -> None:
             raise SetupError(
                 f"--{given.replace('_', '-')}: cannot be given with --case, which holds a network and inputs"
             )
+    if arguments.dtype == "tf32" and arguments.device == "cpu":
+        raise SetupError("--dtype: tf32 is of tensor cores, expected fp32, fp16 or bf16 on a CPU")
+    if arguments.plot is not None and not _names_a_model(arguments):
+        raise SetupError("--plot: shows a model's error, expected --weights, --images or another that names one")
     if arguments.all_configs:
-        obstacle = dispatch.why_not_triton(torch.device(arguments.device), DTYPES[arguments.dtype])
+        obstacle = dispatch.why_not_triton(torch.device(arguments.device), _dtype(arguments))
         if obstacle is not None:
             hint = "; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter" if arguments.device == "cpu" else ""
             raise SetupError(f"--all-configs: {obstacle}{hint}")
+
+
+def _dtype(arguments: argparse.Namespace) -> torch.dtype:
+    return torch.float32 if arguments.dtype == "tf32" else DTYPES[arguments.dtype]
 
 
 @contextlib.contextmanager
@@ -224,26 +245,68 @@ def _kernels(device: str) -> Iterator[None]:
         yield
 
 
-def _check_model(arguments: argparse.Namespace) -> Report:
+def _names_a_model(arguments: argparse.Namespace) -> bool:
+    """Whether the model is to be checked: it or its inputs are named, or nothing else is asked for."""
+    named = ["weights", "case", "factory", "images"]
+    if not arguments.all_configs:  # which go by the configuration and the size themselves
+        named += ["config", "size"]
+    alone = arguments.fuzz is None and not arguments.all_configs
+    return alone or any(getattr(arguments, name) is not None for name in named)
+
+
+def _check_model(arguments: argparse.Namespace, found: _Findings) -> None:
+    """Fill in ``found.report``; until it is there, ``found.results``."""
+    with new_progress(new_console(stderr=True)) as progress:
+        task = progress.add_task("three networks", total=None)
+
+        def on_result(result: Comparison | Check) -> None:
+            found.results.append(result)
+            progress.update(task, advance=1, description=result.name)
+
+        if arguments.case is not None:
+            try:
+                report = arguments.case.check(arguments.device, on_result)
+            except Exception as error:  # which may be what --fuzz found
+                found.fuzzed = Fuzzed(0, arguments.case, error)
+                return
+            found.report = dataclasses.replace(report, command=_case_command(arguments.case, arguments.device))
+        else:
+            found.report = _verify(arguments, on_result)
+    found.results.clear()
+
+
+def _verify(arguments: argparse.Namespace, on_result: Callable[[Comparison | Check], None]) -> Report:
     model = _model(arguments)
     reference: nn.Module = UNet.from_config(model.config)
+    origin = "plain PyTorch"
     if arguments.factory is not None:
         reference = _call_factory(arguments.factory)
+        origin = f"{arguments.factory}, with its own weights"
     ours, theirs = model.state_dict(), reference.state_dict()
     if arguments.factory is None or ours.keys() == theirs.keys():
         try:
             reference.load_state_dict(ours)
         except RuntimeError as error:  # shapes
             raise SetupError(f"--factory: {str(error).splitlines()[-1].strip()}") from None
+        origin = origin.replace("its own weights", "the model's weights, as its parameters have their names")
     reference = reference.to(arguments.device).eval()
-    x = _inputs(arguments, model.config).to(arguments.device)
+    x, shown = _inputs(arguments, model.config)
     try:
-        report = verify(model.to(arguments.device), reference, x, dtype=DTYPES[arguments.dtype])
+        report = verify(
+            model.to(arguments.device),
+            reference,
+            x.to(arguments.device),
+            dtype=_dtype(arguments),
+            gradients=arguments.gradients,
+            on_result=on_result,
+        )
     except ValueError as error:
-        raise SetupError(str(error)) from None
+        raise SetupError(str(error).replace("gradients=False", "--no-gradients")) from None
     except (Exception, SystemExit) as error:  # the user's module, or memory
         raise SetupError(f"the networks could not be run ({_one_line(error)})") from None
-    return dataclasses.replace(report, command=_command(arguments))
+    shipped = "the shipped nuclei model" if arguments.config is None else f"random, seed {arguments.seed}"
+    about = (*report.about, f"weights: {arguments.weights or shipped}", f"reference: {origin}", f"inputs: {shown}")
+    return dataclasses.replace(report, about=about, command=_command(arguments))
 
 
 def _model(arguments: argparse.Namespace) -> FastUNet:
@@ -278,17 +341,19 @@ def _call_factory(name: str) -> nn.Module:
     return made
 
 
-def _inputs(arguments: argparse.Namespace, config: UNetConfig) -> Tensor:
-    """(N, C, H, W), from the images or at random."""
-    least, channels = config.minimum_size, config.in_channels
+def _inputs(arguments: argparse.Namespace, config: UNetConfig) -> tuple[Tensor, str]:
+    """(N, C, H, W), from the images or at random, and which they are."""
+    channels = config.in_channels
     if arguments.images is None:
+        paths, images = [], []
         height, width = arguments.size or (256, 256)
-        images = []
+        shown = f"normal random numbers, seed {arguments.seed}"
     else:
         if channels not in (1, 3):
             raise SetupError(f"--images: expected a model of 1 or 3 channels, got {channels}")
         try:
-            paths = list_images(arguments.images)[: arguments.batch]
+            there = list_images(arguments.images)
+            paths = there[: arguments.batch]
             images = [normalise(read_image(path), channels) for path in paths]
         except ImageError as error:
             raise SetupError(f"--images: {error}") from None
@@ -301,21 +366,26 @@ def _inputs(arguments: argparse.Namespace, config: UNetConfig) -> Tensor:
                 raise SetupError(
                     f"--size: {path} has {image.shape[1]}x{image.shape[2]} pixels, expected at least {height}x{width}"
                 )
-    if min(height, width) < least:
-        raise SetupError(f"--size: expected at least {least}x{least} for this network, got {height}x{width}")
+        names = ", ".join(path.name for path in paths)
+        shown = f"{names}; {len(paths)} of {len(there)} in {arguments.images}, the middle {height}x{width} of each"
+    _check_size(height, width, config)
     if not images:
         generator = torch.Generator().manual_seed(arguments.seed)
-        return torch.randn(arguments.batch, channels, height, width, generator=generator)
+        return torch.randn(arguments.batch, channels, height, width, generator=generator), shown
     tops = [((image.shape[1] - height) // 2, (image.shape[2] - width) // 2) for image in images]
-    return torch.stack(
-        [image[:, top : top + height, left : left + width] for image, (top, left) in zip(images, tops, strict=True)]
-    )
+    crops = [image[:, top : top + height, left : left + width] for image, (top, left) in zip(images, tops, strict=True)]
+    return torch.stack(crops), shown
+
+
+def _check_size(height: int, width: int, config: UNetConfig) -> None:
+    least = config.minimum_size
+    if min(height, width) < least:
+        raise SetupError(f"--size: expected at least {least}x{least} for this network, got {height}x{width}")
 
 
 def _command(arguments: argparse.Namespace) -> str:
     """The command line that repeats the check of the model, defaults that vary by machine included."""
-    words = ["TRITON_INTERPRET=1"] if dispatch.interpreting() else []
-    words += ["fastunet", "verify"]
+    words = _command_words()
     if arguments.weights is not None:
         words += ["--weights", str(arguments.weights)]
     if arguments.config is not None:
@@ -326,7 +396,17 @@ def _command(arguments: argparse.Namespace) -> str:
         value = getattr(arguments, option)
         if value is not None:
             words += [f"--{option}", str(value)]
+    if not arguments.gradients:
+        words.append("--no-gradients")
     return shlex.join(words)
+
+
+def _case_command(case: Case, device: str) -> str:
+    return shlex.join([*_command_words(), "--case", case.to_json(), "--device", device])
+
+
+def _command_words() -> list[str]:
+    return [*(["TRITON_INTERPRET=1"] if dispatch.interpreting() else []), "fastunet", "verify"]
 
 
 def _check_configs(arguments: argparse.Namespace, found: _Findings) -> None:
@@ -334,10 +414,11 @@ def _check_configs(arguments: argparse.Namespace, found: _Findings) -> None:
 
     config = _model(arguments).config
     height, width = arguments.size or (256, 256)
+    _check_size(height, width, config)
     found.configs = []
     with new_progress(new_console(stderr=True)) as progress:
         task = progress.add_task("launch configurations", total=None)
-        size, dtype = (arguments.batch, height, width), DTYPES[arguments.dtype]
+        size, dtype = (arguments.batch, height, width), _dtype(arguments)
         for comparison in check_configs(config, size, arguments.device, dtype, arguments.seed):
             found.configs.append(comparison)
             progress.update(task, advance=1, description=comparison.name)
@@ -348,11 +429,12 @@ def _fuzz(arguments: argparse.Namespace, found: _Findings) -> None:
     with new_progress(new_console(stderr=True)) as progress:
         task = progress.add_task("random networks", total=arguments.fuzz)
 
-        def on_pass(passed: int) -> None:
-            found.fuzzed = Fuzzed(passed)  # what is known if it is interrupted
-            progress.update(task, completed=passed)
+        def on_progress(so_far: Fuzzed) -> None:
+            found.fuzzed = so_far  # what is known if it is interrupted
+            doing = "random networks" if so_far.case is None else "making a failure small"
+            progress.update(task, completed=so_far.passed, description=doing)
 
-        found.fuzzed = fuzz(arguments.fuzz, arguments.seed, arguments.device, on_pass)
+        found.fuzzed = fuzz(arguments.fuzz, arguments.seed, arguments.device, on_progress)
 
 
 def _config(text: str) -> UNetConfig:

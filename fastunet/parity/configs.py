@@ -16,9 +16,10 @@ from .. import kernels, reference
 from ..config import UNetConfig
 from ..kernels import tuning
 from ..trace import Layer, trace
-from .harness import distance
+from .measures import distance
+from .repeatability import poisoned_memory, same
 from .report import Comparison
-from .rule import compare
+from .rule import Parity, compare, tf32_convolutions, truncating_stages
 
 
 @dataclass(frozen=True)
@@ -128,14 +129,36 @@ def check_configs(
     for tf32 in (True, False) if dtype == torch.float32 else (True,):
         rounds = tf32 and dtype == torch.float32 and device != "cpu"  # the interpreter does not
         for launch in launches(config, size, make, tf32=tf32):
-            baseline = _flat(launch.function(*launch.tensors))
+            with tf32_convolutions(tf32):
+                baseline = _flat(launch.function(*launch.tensors))
             truth = _flat(launch.function(*(t.double() for t in launch.tensors)))
             for choice in launch.configs(capability):
-                result = _flat(launch.run(choice))
                 text = f"{choice}, {'tf32' if tf32 else 'ieee'}" if dtype == torch.float32 else str(choice)
-                errors = distance(result, truth), distance(baseline, truth)
-                parity = compare(result, baseline, truth, tf32=rounds)
-                yield Comparison("config", launch.layer.name, text, parity, *errors)
+                yield _check_config(launch, choice, text, baseline, truth, rounds)
+
+
+def _check_config(
+    launch: Launch, choice: tuning.ConvConfig, text: str, baseline: Tensor, truth: Tensor, tf32: bool
+) -> Comparison:
+    """One configuration, over memory filled with NaN, and once more: the same to the bit."""
+
+    def broken(reason: str) -> Comparison:
+        errors = distance(baseline, truth)
+        return Comparison(
+            "config", launch.layer.name, text, Parity(False, math.inf, errors.max, 0.0, reason), errors, errors
+        )
+
+    try:
+        with poisoned_memory():
+            result, again = _flat(launch.run(choice)), _flat(launch.run(choice))
+    except Exception as error:  # too much shared memory, say: the other configurations go on
+        return broken(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+    repeated = same("", {"result": result}, {"result": again})
+    if not repeated.ok:
+        return broken(f"a second run is another: {repeated.detail}")
+    interpreted = not result.is_cuda
+    parity = compare(result, baseline, truth, tf32=tf32, stages=truncating_stages(1, result.dtype, interpreted))
+    return Comparison("config", launch.layer.name, text, parity, distance(result, truth), distance(baseline, truth))
 
 
 def _flat(result: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -18,16 +18,18 @@ from ..config import ACTIVATION, NORM, UPSAMPLE, UNetConfig
 from ..model import FastUNet
 from ..reference import UNet
 from .harness import verify
-from .report import Report
+from .report import Check, Comparison, Report
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LAYOUTS = ("contiguous", "channels_last", "strided", "transposed", "expanded")
-# Powers of 2 by which weights or inputs may be scaled and still leave room for sums in forward and
-# backward: float16 reaches from 2**-24 to 2**16, the others beyond 2**-126 and 2**127, of which
-# the variances in norms take the root.
-_ROOM = {"float16": 5, "bfloat16": 40, "float32": 40}
-# A variance over fewer pixels may be so small that the norm blows up every rounding before it.
+# Powers of 2 by which weights, and inputs, may be scaled: with both, and room for sums in forward and
+# backward, float16 reaches its ends at 2**-24 and 2**16, the others theirs beyond 2**-126 and 2**127.
+_ROOM = {"float16": 5, "bfloat16": 56, "float32": 56}
+_NEGATIVE_SLOPES = (0.01, 0.2, 0.99)
+# A variance over fewer pixels may be so small that the norm blows up every rounding before it. So does
+# one far below the norm's eps of 1e-5: what it lets through is a constant, of which the next norm leaves roundings.
 _PIXELS_OF_A_VARIANCE = 32
+_ROOM_OF_A_VARIANCE = 4
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Case:
     """One random check; equal cases are equal to the bit.
 
     Attributes:
-        in_channels ... activation: of the network, as :class:`fastunet.UNetConfig` has them.
+        in_channels ... decoder_features: of the network, as :class:`fastunet.UNetConfig` has them.
         training: train mode, where batch norm takes the batch's statistics.
         batch, height, width, layout: of the inputs. ``layout`` is one of ``LAYOUTS``.
         dtype: a key of ``DTYPES``.
@@ -52,6 +54,8 @@ class Case:
     align_corners: bool
     norm: str | None
     activation: str
+    negative_slope: float
+    decoder_features: tuple[tuple[int, int], ...] | None
     training: bool
     batch: int
     height: int
@@ -83,7 +87,9 @@ class Case:
             raise ValueError(f"expected an object with {', '.join(sorted(names))}, got {text}")
         if values["dtype"] not in DTYPES or values["layout"] not in LAYOUTS:
             raise ValueError(f"expected a dtype of {tuple(DTYPES)} and a layout of {LAYOUTS}, got {text}")
-        case = cls(**{**values, "features": tuple(values["features"])})
+        decoder = values["decoder_features"]
+        pairs = decoder if decoder is None else tuple(map(tuple, decoder))
+        case = cls(**{**values, "features": tuple(values["features"]), "decoder_features": pairs})
         least = case.config.minimum_size
         whole = ("batch", "height", "width", "weight_scale", "input_scale", "seed")
         if any(type(values[name]) is not int for name in whole) or type(values["training"]) is not bool:
@@ -112,22 +118,29 @@ class Case:
         randomise(model, self.seed + 1)
         with torch.no_grad():
             for name, module in model.named_modules():
-                if isinstance(module, nn.Conv2d) and ".net." in name:
-                    scale = self.weight_scale if name.endswith(".net.0") else -self.weight_scale
+                if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                    scale = 0
+                    if ".net." in name:
+                        scale = self.weight_scale if name.endswith(".net.0") else -self.weight_scale
                     module.weight.mul_(2.0**scale)
-                    # A bias far larger than what it is added to makes a constant map, of which a norm
-                    # shows nothing but the roundings.
-                    scale += self.input_scale if name == "downs.0.conv.net.0" else 0
+                    # A bias far larger than what it is added to makes a constant map. What comes in is of
+                    # the inputs' size, or that of the first convolution of a pair; a norm makes it 1.
+                    if self.norm is None:
+                        scale = self.input_scale + (self.weight_scale if name.endswith(".net.0") else 0)
+                    elif name == "downs.0.conv.net.0":
+                        scale += self.input_scale
                     module.bias.mul_(2.0**scale)  # pyright: ignore[reportOptionalMemberAccess]
         plain = UNet.from_config(self.config)
         plain.load_state_dict(model.state_dict())
         return model.to(device).train(self.training), plain.to(device).train(self.training)
 
-    def check(self, device: str) -> Report:
+    def check(self, device: str, on_result: Callable[[Comparison | Check], None] = lambda result: None) -> Report:
         """:func:`fastunet.verify` of this case; in the interpreter, where a run takes a second, the forward alone."""
         once = _interpreted(device)
         networks, x = self.networks(device), self.inputs(device)
-        return verify(*networks, x, dtype=DTYPES[self.dtype], gradients=not once, deterministic=not once)
+        return verify(
+            *networks, x, dtype=DTYPES[self.dtype], gradients=not once, deterministic=not once, on_result=on_result
+        )
 
 
 @torch.no_grad()
@@ -166,12 +179,14 @@ def _interpreted(device: str) -> bool:
     return device == "cpu" and dispatch.choose(torch.device(device), torch.float32).implementation == "triton"
 
 
-def fuzz(count: int, seed: int, device: str = "cpu", on_pass: Callable[[int], None] = lambda passed: None) -> Fuzzed:
+def fuzz(
+    count: int, seed: int, device: str = "cpu", on_progress: Callable[[Fuzzed], None] = lambda so_far: None
+) -> Fuzzed:
     """Check ``count`` random cases; the first that fails is made as simple as it can be.
 
     Args:
         seed: the same seed draws the same cases (with the same version of Hypothesis).
-        on_pass: called after each passing case with their number.
+        on_progress: called with what is known after each passing case, and each simpler failing one.
 
     Raises:
         ImportError: Hypothesis is not installed.
@@ -184,7 +199,11 @@ def fuzz(count: int, seed: int, device: str = "cpu", on_pass: Callable[[int], No
 
     @st.composite
     def cases(draw: Callable) -> Case:
-        widths = st.integers(1, 12) if _interpreted(device) else st.integers(1, 12) | st.integers(17, 40)
+        narrow, wide = st.integers(1, 12), st.integers(17, 40)
+        if _interpreted(device):
+            # Several steps of a kernel's loop, whole ones and not: they take their time, and are not for every case.
+            wide = st.sampled_from((48, 65)) if draw(st.integers(0, 15)) == 15 else narrow
+        widths = narrow | wide
         features = tuple(draw(st.lists(widths, min_size=2, max_size=deepest)))
         norm = draw(st.sampled_from(NORM))
         dtype = draw(st.sampled_from(list(DTYPES)))
@@ -192,10 +211,15 @@ def fuzz(count: int, seed: int, device: str = "cpu", on_pass: Callable[[int], No
         least = 2 ** (len(features) - 1)
         batch = draw(st.integers(1, most))
         height, width = draw(st.integers(least, largest * least)), draw(st.integers(least, largest * least))
-        pixels = (height // least) * (width // least) * (batch if training else 1)
-        if (norm == "instance" or training) and pixels < _PIXELS_OF_A_VARIANCE:
-            height, width = 6 * least, 6 * least
-        room = _ROOM[dtype]
+        # A norm squares what comes to it.
+        room = _ROOM[dtype] // (1 if norm is None or dtype == "float16" else 2)
+        scales = weight_scales = st.integers(-room, room)
+        if norm == "instance" or training:
+            scales = st.integers(-_ROOM_OF_A_VARIANCE, room)
+            weight_scales = st.integers(-_ROOM_OF_A_VARIANCE, _ROOM_OF_A_VARIANCE)
+            if (height // least) * (width // least) * (batch if training else 1) < _PIXELS_OF_A_VARIANCE:
+                height, width = 6 * least, 6 * least
+                batch = 1 if _interpreted(device) else batch
         return Case(
             in_channels=draw(st.integers(1, 5)),
             out_channels=draw(st.integers(1, 4)),
@@ -204,14 +228,16 @@ def fuzz(count: int, seed: int, device: str = "cpu", on_pass: Callable[[int], No
             align_corners=draw(st.booleans()),
             norm=norm,
             activation=draw(st.sampled_from(ACTIVATION)),
+            negative_slope=draw(st.sampled_from(_NEGATIVE_SLOPES)),
+            decoder_features=draw(st.none() | st.tuples(*[st.tuples(narrow, narrow)] * (len(features) - 1))),
             training=training,
             batch=batch,
             height=height,
             width=width,
             layout=draw(st.sampled_from(LAYOUTS)),
             dtype=dtype,
-            weight_scale=draw(st.integers(-room, room)),
-            input_scale=draw(st.integers(-room, room)),
+            weight_scale=draw(weight_scales),
+            input_scale=draw(scales),
             seed=draw(st.integers(0, 2**31)),
         )
 
@@ -238,9 +264,10 @@ def fuzz(count: int, seed: int, device: str = "cpu", on_pass: Callable[[int], No
         if isinstance(finding, Report) and finding.ok:
             if failed is None:
                 passed += 1
-                on_pass(passed)
+                on_progress(Fuzzed(passed))
             return
         failed = Fuzzed(passed, case, finding)  # the last one that Hypothesis tries is the simplest
+        on_progress(failed)
         raise _Broken
 
     try:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import dataclasses
 import importlib.metadata
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from .. import dispatch, ops
+from ..config import UNetConfig
 from ..model import FastUNet
-from .recording import OtherDecisions, Recorder, gradients, gradients_and_terms, run_with_layers, terms_of_layers
-from .report import Check, Comparison, Errors, Report, Segmentation
-from .rule import Parity, compare
+from ..reference import UNet
+from .measures import distance, error_map, segmentation
+from .recording import OtherDecisions, Recorder, Terms, gradients, gradients_and_terms, run_with_layers, terms_of_layers
+from .repeatability import Tensors, fresh, repeat, same
+from .report import Check, Comparison, Report
+from .rule import Parity, compare, truncating_stages
 
 Rule = Callable[..., Parity]
-Tensors = dict[str, Tensor]
 _LOGITS, _INPUT = "logits", "input"
 
 # Backward has as many stages as forward, and both factors of a gradient's terms carry errors: twice the
@@ -36,6 +38,7 @@ def verify(
     gradients: bool = True,
     deterministic: bool = True,
     rule: Rule = compare,
+    on_result: Callable[[Comparison | Check], None] = lambda result: None,
 ) -> Report:
     """Check that ``model`` computes what ``reference`` does, as accurately.
 
@@ -57,21 +60,25 @@ def verify(
             another place of the batch (both on CUDA: a CPU's matrix products, in torch as in the
             interpreter, do not promise that).
         rule: decides on each tensor; takes what :func:`fastunet.parity.compare` takes.
+        on_result: called with each result as it is found, for who wants to see the run go on.
 
     Raises:
-        ValueError: inputs that are not four-dimensional or finite; a reference of other weights, or
-            lacking some; outputs of another shape; for gradients, ReLUs or max-pools in another
-            order than the model's.
+        ValueError: inputs that are not four-dimensional or finite; weights that are not finite; a
+            reference of other ones, lacking some, or in another mode; outputs of another shape; for gradients, ReLUs
+            or max-pools in another order than the model's.
     """
-    if inputs.ndim != 4 or not inputs.is_floating_point():
-        raise ValueError(f"inputs: expected floating (N, C, H, W), got {inputs.dtype} {tuple(inputs.shape)}")
+    if not isinstance(inputs, Tensor) or inputs.ndim != 4 or not inputs.is_floating_point():
+        got = f"{inputs.dtype} {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise ValueError(f"inputs: expected floating (N, C, H, W), got {got}")
     if not inputs.isfinite().all():
         raise ValueError("inputs: expected finite values, found NaN or infinity")
     if isinstance(reference, FastUNet):
         raise ValueError("reference: expected plain PyTorch, got a FastUNet, which would share its mistakes")
-    _check_weights(model, reference)
     if dtype is None:
         dtype = next((p.dtype for p in model.parameters()), inputs.dtype)
+    if _norm_modes(model) != _norm_modes(reference) and _norm_modes(model) and _norm_modes(reference):
+        raise ValueError("reference: expected its batch norms in the train or eval mode of the model's, got the other")
+    _check_weights(model, reference, dtype)
     x = inputs.detach().to(dtype)
     if not x.isfinite().all():
         raise ValueError(f"inputs: expected values within the range of {dtype}, found larger ones")
@@ -85,69 +92,113 @@ def verify(
     implementation = dispatch.choose(x.device, dtype).implementation if isinstance(model, FastUNet) else "module"
     tf32 = x.is_cuda and dtype == torch.float32 and ops.tf32()
 
-    ours = _forward(candidate, x)
-    theirs, exact = _forward(baseline, x), _forward(truth, x.double())
+    config = model.config if isinstance(model, UNet) else None
+    ours = _forward(candidate, x, config)
+    theirs, exact = _forward(baseline, x, config), _forward(truth, x.double(), config)
     with torch.no_grad():
-        terms, lost = terms_of_layers(truth, x.double(), torch.finfo(dtype).smallest_normal)
-    terms[_LOGITS] = next(reversed(terms.values()), 0.0)  # the head's
-    depth = max(1, len(ours) - 1)
+        terms = terms_of_layers(truth, x.double(), torch.finfo(dtype).smallest_normal)
+    terms.of_layers[_LOGITS] = terms.of_layers.get("head", 0.0)
+    interpreted = implementation == "triton" and not x.is_cuda
+    depth = max(1, sum(name != _LOGITS and not name.endswith(".pool") for name in ours))
+    is_training = any(module.training for module in model.modules())
     y, logits = ours[_LOGITS], exact[_LOGITS]
     if y.shape != logits.shape:
         raise ValueError(f"outputs: expected one shape, got {tuple(y.shape)} and the reference's {tuple(logits.shape)}")
 
-    comparisons: list[Comparison] = []
-    for stage, name in enumerate(ours, 1):
-        if name in exact:
-            parity = rule(
-                ours[name], theirs[name], exact[name], tf32=tf32, stages=min(stage, depth), terms=terms.get(name, 0.0)
-            )
-            errors = distance(ours[name], exact[name]), distance(theirs[name], exact[name])
-            kind = "output" if name == _LOGITS else "layer"
-            comparisons.append(Comparison(kind, name, implementation, parity, *errors))
-    checks: list[Check] = []
+    results: list[Comparison | Check] = []
+
+    def keep(found: Iterable[Comparison | Check]) -> None:
+        for result in found:
+            results.append(result)
+            on_result(result)
+
+    def comparison(kind: str, name: str, mine: Tensor, stages: int) -> Comparison:
+        parity = rule(
+            mine,
+            theirs[name],
+            exact[name],
+            tf32=tf32,
+            stages=truncating_stages(stages, dtype, interpreted),
+            terms=terms.of_layers.get(name, 0.0),
+        )
+        errors = distance(mine, exact[name]), distance(theirs[name], exact[name])
+        return Comparison(kind, name, implementation, parity, *errors)
+
+    stage = 0
+    for name in ours:
+        stage = min(stage + (not name.endswith(".pool")), depth)  # the pool comes with its layer
+        if name in exact and name in theirs:
+            keep([comparison("output" if name == _LOGITS else "layer", name, ours[name], stage)])
+    skipped = list(_not_compared(ours, exact, x, gradients, deterministic))
     if deterministic:
-        checks += _repeat("", ours, lambda: _forward(candidate, x))
-        if implementation == "triton" and x.is_cuda and len(x) > 1:
-            again = {name: t.roll(-1, 0) for name, t in _forward(candidate, x.roll(1, 0)).items()}
-            checks.append(_same("another batch position", ours, again))
+        steady = implementation == "triton" or not x.is_cuda
+        keep(repeat("", ours, lambda x: _forward(candidate, x, config), x, steady=steady))
+        if implementation == "triton" and x.is_cuda and len(x) > 1 and not is_training:
+            again = {name: t.roll(-1, 0) for name, t in _forward(candidate, x.roll(1, 0), config).items()}
+            keep([same("another batch position", ours, again)])
     if gradients:
         cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
         sides = Recorder()
         again, found = _gradients(candidate, x, cotangent, sides)
         # With gradients wanted the forward pass is other code: nothing folded, nothing prepared.
-        parity = rule(again, theirs[_LOGITS], logits, tf32=tf32, stages=depth, terms=terms[_LOGITS])
-        errors = distance(again, logits), distance(theirs[_LOGITS], logits)
-        comparisons.append(Comparison("output", "logits with gradients", implementation, parity, *errors))
-        comparisons += _compare_gradients(
-            found, sides.decisions, baseline, truth, x, cotangent, depth, lost, tf32, rule
-        )
+        keep([dataclasses.replace(comparison("output", _LOGITS, again, depth), name="logits with gradients")])
+        keep(_compare_gradients(found, sides.decisions, baseline, truth, x, cotangent, depth, terms, tf32, rule))
+        if isinstance(model, FastUNet) and not sides.results:
+            skipped.append(
+                "gradients of code of our own (a network with norms trains as the reference itself on a CPU)"
+            )
         if deterministic:
             kept = {name: g for name, g in found.items() if g is not None}
-            run = lambda: {k: g for k, g in _gradients(candidate, x, cotangent, Recorder())[1].items() if g is not None}
-            checks += _repeat("gradients, ", kept, run)
-    finite = int((~y.isfinite()).sum())
-    checks.append(Check("finite output", not finite, f"{finite} of {y.numel()} are not" if finite else "all"))
-    if deterministic and isinstance(model, FastUNet) and not any(module.training for module in model.modules()):
-        checks += _fresh(model, candidate, x, y)
+
+            def run(x: Tensor) -> Tensors:
+                again = _gradients(candidate, x, cotangent, Recorder())[1]
+                return {name: g for name, g in again.items() if g is not None}
+
+            if x.is_cuda and not _repeats(baseline, x, cotangent):
+                skipped.append("repeatability of gradients (their operators are PyTorch's, which do not repeat here)")
+            else:
+                keep(repeat("gradients, ", kept, run, x, steady=not x.is_cuda))
+    lacking = int((~y.isfinite()).sum())
+    keep([Check("finite output", not lacking, f"{lacking} of {y.numel()} are not" if lacking else "all")])
+    if deterministic and isinstance(model, FastUNet) and not is_training:
+        keep(fresh(model, candidate, x, y))
     return Report(
         str(x.device),
-        str(dtype).removeprefix("torch."),
+        str(dtype).removeprefix("torch.") + (", convolutions in tf32" if tf32 else ""),
         tuple(x.shape),
-        tuple(comparisons),
-        tuple(checks),
-        tuple(_not_compared(ours, exact, x, gradients, deterministic)),
+        tuple(r for r in results if isinstance(r, Comparison)),
+        tuple(r for r in results if isinstance(r, Check)),
+        tuple(skipped),
+        (f"{_described(model)} against {type(reference).__name__}",),
         _versions(x),
-        _segmentation(y, logits),
-        _segmentation(theirs[_LOGITS], logits),
-        _error_map(y, logits),
-        _error_map(theirs[_LOGITS], logits),
+        segmentation(y, logits),
+        segmentation(theirs[_LOGITS], logits),
+        error_map(y, logits),
+        error_map(theirs[_LOGITS], logits),
     )
 
 
+def _norm_modes(network: nn.Module) -> set[bool]:
+    return {module.training for module in network.modules() if isinstance(module, nn.BatchNorm2d)}
+
+
+def _described(model: nn.Module) -> str:
+    """A network of ours with what is not the default."""
+    if not isinstance(model, UNet):
+        return type(model).__name__
+    default = vars(UNetConfig())
+    changed = (f"{name}={value!r}" for name, value in vars(model.config).items() if value != default[name])
+    return f"{type(model).__name__}({', '.join(changed)})"
+
+
 def _not_compared(ours: Tensors, exact: Tensors, x: Tensor, gradients: bool, deterministic: bool) -> Iterator[str]:
-    if not ours.keys() & exact.keys() - {_LOGITS}:
-        why = "the model ran without fused operators" if len(ours) == 1 else "the reference names its layers otherwise"
-        yield f"layers ({why})"
+    missing = [name for name in ours if name not in exact]
+    if len(ours) == 1:
+        yield "layers (the model ran without fused operators)"
+    elif len(missing) == len(ours) - 1:
+        yield "layers (the reference has no modules of their names)"
+    elif missing:
+        yield f"layers {', '.join(missing)} (the reference has no modules of these names)"
     if not gradients:
         yield "gradients (not asked for)"
     if not deterministic:
@@ -164,10 +215,16 @@ def _versions(x: Tensor) -> str:
     return f"PyTorch {torch.__version__}, Triton {triton}, {where}"
 
 
-def _check_weights(model: nn.Module, reference: nn.Module) -> None:
-    """Of the same names: the same tensors. A reference that names its own way is taken as it is."""
+def _check_weights(model: nn.Module, reference: nn.Module, dtype: torch.dtype) -> None:
+    """Of the same names: the same tensors in the working dtype. One that names its own way is taken as it is."""
     ours, theirs = model.state_dict(), reference.state_dict()
-    if not ours.keys() & theirs.keys():
+    if 2 * len(ours.keys() & theirs.keys()) < len(ours):
+        theirs = {}
+    for who, tensors in (("model", ours), ("reference", theirs)):
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.to(dtype).isfinite().all():
+                raise ValueError(f"{who}: expected finite weights in {dtype}, {name!r} holds others")
+    if not theirs:
         return
     for here, there, who, whose in ((ours, theirs, "reference", "model"), (theirs, ours, "model", "reference")):
         missing = next((name for name in here if name not in there), None)
@@ -177,14 +234,14 @@ def _check_weights(model: nn.Module, reference: nn.Module) -> None:
         if tensor.shape != theirs[name].shape:
             shapes = f"{tuple(tensor.shape)}, got {tuple(theirs[name].shape)}"
             raise ValueError(f"reference: expected {name!r} of shape {shapes}")
-        if not torch.equal(tensor.double().cpu(), theirs[name].double().cpu()):
+        if not torch.equal(tensor.to(dtype).cpu(), theirs[name].to(dtype).cpu()):
             raise ValueError(f"reference: expected the model's weights, {name!r} holds other values")
 
 
 @torch.no_grad()
-def _forward(network: nn.Module, x: Tensor) -> Tensors:
+def _forward(network: nn.Module, x: Tensor, config: UNetConfig | None) -> Tensors:
     """Every layer by its name, and the logits last."""
-    y, layers = run_with_layers(network, x)
+    y, layers = run_with_layers(network, x, config)
     if not isinstance(y, Tensor) or y.ndim != 4:
         got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(f"outputs: expected a tensor (N, C, H, W) of {type(network).__name__}, got {got}")
@@ -192,6 +249,13 @@ def _forward(network: nn.Module, x: Tensor) -> Tensors:
 
 
 _gradients = gradients  # verify's argument has the same name
+
+
+def _repeats(network: nn.Module, x: Tensor, cotangent: Tensor) -> bool:
+    """Whether the gradients of a network are the same twice, to the bit."""
+    first, again = (gradients(network, x, cotangent, Recorder())[1] for _ in range(2))
+    kept = {name: g for name, g in first.items() if g is not None}
+    return same("", kept, {name: again[name] for name in kept}).ok  # pyright: ignore[reportArgumentType]
 
 
 def _compare_gradients(
@@ -202,19 +266,18 @@ def _compare_gradients(
     x: Tensor,
     cotangent: Tensor,
     depth: int,
-    lost: float,
+    forward: Terms,
     tf32: bool,
     rule: Rule,
-) -> list[Comparison]:
+) -> Iterator[Comparison]:
     their_sides = Recorder()
     _, theirs = gradients(baseline, x, cotangent, their_sides)
-    wide, smallest = (x.double(), cotangent.double()), torch.finfo(x.dtype).smallest_normal
+    wide = x.double(), cotangent.double()
     try:
-        exact, terms = gradients_and_terms(truth, *wide, decisions, smallest, lost)
-        their_exact, _ = gradients_and_terms(truth, *wide, their_sides.decisions, smallest, lost)
+        exact, terms = gradients_and_terms(truth, *wide, decisions, forward)
+        their_exact, _ = gradients_and_terms(truth, *wide, their_sides.decisions, forward)
     except OtherDecisions as error:
         raise ValueError(f"gradients: cannot be compared, {error}; gradients=False leaves them out") from None
-    comparisons = []
     for name, truth_of_it in exact.items():
         base, base_truth = theirs[name], their_exact[name]
         if name not in ours or truth_of_it is None or base is None or base_truth is None:
@@ -237,99 +300,4 @@ def _compare_gradients(
             )
         errors = distance(found, truth_of_it), distance(base, base_truth)
         # The operators' backward passes are torch's own.
-        comparisons.append(Comparison("gradient", name, "torch", parity, *errors))
-    return comparisons
-
-
-def distance(result: Tensor, truth: Tensor) -> Errors:
-    """Errors of a result, over the elements that are finite in both."""
-    off = result.double() - truth
-    finite = truth.isfinite() & off.isfinite()
-    off, truth = off[finite].abs(), truth[finite]
-    if not finite.any():
-        return Errors(0.0, 0.0, 0.0)
-    size = truth.norm().item()
-    return Errors(off.max().item(), off.mean().item(), off.norm().item() / size if size else off.norm().item())
-
-
-def _error_map(logits: Tensor, truth: Tensor) -> Tensor:
-    return (logits.double() - truth).abs().amax(1).float().cpu()
-
-
-def _segmentation(logits: Tensor, truth: Tensor) -> Segmentation:
-    def classes(t: Tensor) -> Tensor:
-        return (t[:, 0] > 0).long() if t.shape[1] == 1 else t.argmax(1)
-
-    found, expected = classes(logits), classes(truth)
-    flipped = found != expected
-    if truth.shape[1] == 1:
-        margin = truth[:, 0].abs()
-    else:
-        top = truth.topk(2, dim=1).values
-        margin = top[:, 0] - top[:, 1]
-    both, either = ((found > 0) & (expected > 0)).sum().item(), ((found > 0) | (expected > 0)).sum().item()
-    flips = int(flipped.sum())
-    return Segmentation(
-        flips,
-        flipped.numel(),
-        2 * both / (both + either) if either else 1.0,
-        both / either if either else 1.0,
-        margin[flipped].max().item() if flips else 0.0,
-    )
-
-
-# --- repeatability ---------------------------------------------------------------------------
-
-
-def _same(name: str, first: Tensors, again: Tensors) -> Check:
-    """Bitwise equality of all tensors; NaN counts as equal to itself."""
-    for key, y in first.items():
-        differ = int(((again[key] != y) & ~(again[key].isnan() & y.isnan())).sum())
-        if differ:
-            return Check(name, False, f"{differ} elements of {key} differ")
-    return Check(name, True, "bitwise equal")
-
-
-def _repeat(prefix: str, first: Tensors, run: Callable[[], Tensors]) -> Iterator[Check]:
-    """Runs of the candidate that must give bitwise what the first gave."""
-    yield _same(f"{prefix}second run", first, run())
-    with _poisoned_memory():
-        poisoned = run()
-    unwritten = {name: int((t.isnan() & ~first[name].isnan()).sum()) for name, t in poisoned.items()}
-    detail = next((f"{n} elements of {name} kept the NaN put there" for name, n in unwritten.items() if n), "")
-    yield Check(f"{prefix}every element written", not detail, detail or "memory was filled with NaN before")
-    device = next(iter(first.values())).device
-    if device.type == "cuda":
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            again = run()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        yield _same(f"{prefix}another stream", first, again)
-
-
-@torch.no_grad()
-def _fresh(model: FastUNet, candidate: nn.Module, x: Tensor, y: Tensor) -> Iterator[Check]:
-    """Prepared weights are those of now: in the model as it came, and after a change in place."""
-    if next(model.parameters()).dtype == x.dtype:
-        yield _same("the model itself, not a copy", {_LOGITS: y}, {_LOGITS: model(x)})
-    for tensor in candidate.state_dict().values():
-        if tensor.is_floating_point():
-            tensor.mul_(1.25)
-    changed, fresh = candidate(x), copy.deepcopy(candidate)(x)
-    yield _same("after weights changed in place", {_LOGITS: fresh}, {_LOGITS: changed})
-
-
-@contextlib.contextmanager
-def _poisoned_memory() -> Iterator[None]:
-    """torch.empty gives NaN."""
-    settings: Any = torch.utils.deterministic
-    fill, enabled = settings.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    settings.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True, warn_only=True)  # or nothing is filled
-    try:
-        yield
-    finally:
-        settings.fill_uninitialized_memory = fill
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        yield Comparison("gradient", name, "torch", parity, *errors)

@@ -9,6 +9,7 @@ the same: what is left between the two is rounding.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .. import ops
+from ..config import UNetConfig
 from ..model import FastUNet
 from ..reference import UNet, activate_
 from ..trace import trace
@@ -39,7 +42,17 @@ class Recorder(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.results: list[Tensor] = []
+        self.pooled: dict[int, Tensor] = {}  # by the place in results of what was pooled
         self.decisions: list[Tensor] = []
+
+    def __enter__(self) -> Any:
+        self._through_operators = ops.watched()
+        self._through_operators.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._through_operators.__exit__(*exception)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -54,6 +67,7 @@ class Recorder(TorchFunctionMode):
             if func.name() != "fastunet::conv_transpose2x2" and args[-1] != 1:  # a slope of 1 is no activation
                 self.decisions.append(y.detach() > 0)
             if pooled:
+                self.pooled[len(self.results) - 1] = pooled[0].detach()
                 self.decisions.append(_places(y, 2))
         return result
 
@@ -99,51 +113,106 @@ def _places(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return F.max_pool2d_with_indices(x.detach(), *args, **kwargs)[1]
 
 
-def run_with_layers(network: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Output and, of a network of ours, the result of each fused operator by its layer's name."""
-    if not isinstance(network, UNet):
+def run_with_layers(network: nn.Module, x: Tensor, config: UNetConfig | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output and the result of each fused operator by its layer's name, in order.
+
+    A max-pool that came with a layer is there by its own name, ``"downs.0.pool"``.
+
+    Args:
+        config: of the U-Net that names the layers: a network of another class shows those of its
+            modules that have such a name. None for a network without.
+    """
+    if config is None:
         return network(x), {}
-    names = [layer.name for layer in trace(network.config, *x.shape[-2:], batch=len(x))]
+    names = [layer.name for layer in trace(config, *x.shape[-2:], batch=len(x))]
+    pools = _pools_after(names)
     if isinstance(network, FastUNet):
         with Recorder() as recorder:
             y = network(x)
-        # Instance norm on a CPU runs the reference, without an operator.
-        return y, dict(zip(names, recorder.results, strict=True)) if recorder.results else {}
-    layers: dict[str, Tensor] = {}
+        layers: dict[str, Tensor] = {}
+        if recorder.results:  # with instance norm a CPU runs the reference, without an operator
+            for index, (name, result) in enumerate(zip(names, recorder.results, strict=True)):
+                layers[name] = result
+                if index in recorder.pooled:
+                    layers[pools[name]] = recorder.pooled[index]
+        return y, layers
+    found: dict[str, Tensor] = {}
     handles = []
     for name in names:
+        layer, norm = _module(network, name), _norm_after(network, config, name)
+        if layer is None:
+            continue
         parent, _, last = name.rpartition(".")
         # What the operator returns: with a norm folded in or none, the activation; else the convolution.
-        norm = _norm_after(network, name)
         after = 1 if norm is None else 2 if _is_folded(norm) else 0
         if parent.endswith(".up"):  # a 1x1 convolution, which FastUNet runs before the upsampling
 
-            def commuted(module: Any, inputs: Any, _: Tensor, name: str = name) -> None:
-                layers[name] = module[1](inputs[0])
+            def commuted(module: Any, inputs: Any, _: Tensor, name: str = name, conv: Any = layer) -> None:
+                found[name] = conv(inputs[0])
 
             handles.append(network.get_submodule(parent).register_forward_hook(commuted))
-        else:
-            at = f"{parent}.{int(last) + after}" if last.isdigit() else name
+            continue
+        shown = _module(network, f"{parent}.{int(last) + after}") if last.isdigit() else layer
 
-            def keep(module: Any, inputs: Any, output: Tensor, name: str = name) -> None:
-                layers[name] = output.clone()  # an activation follows in place
+        def keep(module: Any, inputs: Any, output: Tensor, name: str = name) -> None:
+            found[name] = output.clone()  # an activation follows in place
 
-            handles.append(network.get_submodule(at).register_forward_hook(keep))
-    y = network(x)
-    for handle in handles:
-        handle.remove()
-    return y, layers
+        if shown is not None:
+            handles.append(shown.register_forward_hook(keep))
+    for pool in pools.values():
+
+        def keep_pooled(module: Any, inputs: Any, output: Tensor, name: str = pool) -> None:
+            found[name] = output
+
+        module = _module(network, pool)
+        if module is not None:
+            handles.append(module.register_forward_hook(keep_pooled))
+    try:
+        y = network(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return y, found
 
 
-def terms_of_layers(network: nn.Module, x: Tensor, smallest: float) -> tuple[dict[str, float], float]:
-    """For each layer of a reference of ours, what :func:`compare` calls terms; none for another network.
+def _module(network: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return network.get_submodule(name)
+    except AttributeError:
+        return None
 
-    A map of few elements may be small because its sums cancel, and then its errors, and those of
-    all maps after it, are as large as its terms were: their ratio is carried on, and the largest
-    one returned too. Numbers below ``smallest``, the working dtype's smallest normal one, have that one's errors.
+
+def _pools_after(names: Sequence[str]) -> dict[str, str]:
+    """The name of the max-pool behind each encoder level's last layer."""
+    last = {name.split(".conv.")[0]: name for name in names if name.startswith("downs.")}
+    return {name: f"{level}.pool" for level, name in last.items()}
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What :func:`compare` calls terms, of a network's layers.
+
+    Attributes:
+        of_layers: by name, max-pools by theirs.
+        lost: for each layer, how many times larger the terms of its inputs were than the inputs
+            are. A map of few elements may be small because its sums cancel, and then its errors,
+            and those of all maps made of it, are as large as its terms were.
+        smallest: the working dtype's smallest normal number, whose errors smaller ones have.
     """
+
+    of_layers: dict[str, float]
+    lost: dict[str, float]
+    smallest: float
+
+    @property
+    def most_lost(self) -> float:
+        return max(self.lost.values(), default=1.0)
+
+
+def terms_of_layers(network: nn.Module, x: Tensor, smallest: float) -> Terms:
+    """:class:`Terms` of a reference of ours; none for another network."""
     if not isinstance(network, UNet):
-        return {}, 1.0
+        return Terms({}, {}, smallest)
     calls: dict[str, tuple[Tensor, Tensor]] = {}
     handles = []
     names = [layer.name for layer in trace(network.config, *x.shape[-2:], batch=len(x))]
@@ -158,37 +227,47 @@ def terms_of_layers(network: nn.Module, x: Tensor, smallest: float) -> tuple[dic
         handle.remove()
 
     terms: dict[str, float] = {}
-    lost = most_lost = 1.0  # the ratio of a map's terms to its values
+    before: dict[str, float] = {}
+    skips: list[tuple[int, float]] = []  # channels and loss of each encoder level's map
+    lost, pools = 1.0, _pools_after(names)
     for name in names:
         inputs, y = calls[name]
         if not y.numel():
             continue
         conv: Any = network.get_submodule(name)
+        losses = torch.full((inputs.shape[1], 1, 1), lost, dtype=inputs.dtype, device=inputs.device)
+        if name.startswith("ups.") and name.endswith(".conv.net.0"):
+            channels, lost_of_skip = skips.pop()
+            losses[-channels:] = lost_of_skip
+        before[name] = losses.max().item()
         factors = {key: p**2 for key, p in conv.named_parameters()}
-        roots = torch.func.functional_call(conv, factors, (inputs**2).clamp(min=smallest**2)).amax((0, 2, 3)).sqrt()
-        terms[name] = lost * roots.max().item()
-        norm = _norm_after(network, name)
+        squares = (inputs**2).clamp(min=smallest**2) * losses**2
+        roots = torch.func.functional_call(conv, factors, squares).amax((0, 2, 3)).sqrt()
+        terms[name] = roots.max().item()
+        norm = _norm_after(network, network.config, name)
         if norm is not None and norm.weight is not None:
             mean, variance = (t.flatten(1) for t in _mean_and_variance(norm, y))
-            squares = (roots**2 + mean**2) * norm.weight**2 / (variance + norm.eps) + norm.bias**2
-            roots = squares.amax(0).sqrt()
+            normed = (roots**2 + mean**2) * norm.weight**2 / (variance + norm.eps) + norm.bias**2
+            roots = normed.amax(0).sqrt()
             y = norm(y)
             if _is_folded(norm):
-                terms[name] = lost * roots.max().item()
-        if name != "head":
+                terms[name] = roots.max().item()
+        if ".net." in name:
             y = activate_(y, network.config.slope)
         largest = y.abs().max().item()
-        lost = max(1.0, lost * roots.max().item() / largest if largest else lost)
-        most_lost = max(lost, most_lost)
-    return terms, most_lost
+        lost = max(1.0, roots.max().item() / largest if largest else lost)
+        if name in pools:
+            terms[pools[name]] = terms[name]
+            skips.append((y.shape[1], lost))
+    return Terms(terms, before, smallest)
 
 
-def _norm_after(network: UNet, name: str) -> Any:
+def _norm_after(network: nn.Module, config: UNetConfig, name: str) -> Any:
     """The norm behind a layer's convolution, or None."""
-    if network.config.norm is None or ".net." not in name:
+    if config.norm is None or ".net." not in name:
         return None
     parent, _, last = name.rpartition(".")
-    return network.get_submodule(f"{parent}.{int(last) + 1}")
+    return _module(network, f"{parent}.{int(last) + 1}")
 
 
 def _is_folded(norm: Any) -> bool:
@@ -218,13 +297,13 @@ def gradients(
 
 
 def gradients_and_terms(
-    network: nn.Module, x: Tensor, cotangent: Tensor, decisions: Sequence[Tensor], smallest: float, lost: float
+    network: nn.Module, x: Tensor, cotangent: Tensor, decisions: Sequence[Tensor], forward: Terms
 ) -> tuple[dict[str, Tensor | None], dict[str, tuple[float, int]]]:
     """:func:`gradients` with imposed decisions, and for each what :func:`compare` calls terms and summands.
 
     A parameter's gradient is a sum over pixels. Where its terms cancel (behind a norm that uses the
     batch's statistics that of a bias is 0), the result's size says nothing of its rounding errors.
-    ``smallest`` and ``lost`` are of :func:`terms_of_layers`.
+    ``forward`` is what :func:`terms_of_layers` found.
     """
     calls: list[tuple[str, Any, Tensor, list[Tensor]]] = []
     handles = []
@@ -243,7 +322,8 @@ def gradients_and_terms(
     for handle in handles:
         handle.remove()
     terms: dict[str, tuple[float, int]] = {}
-    backward_lost = 1.0
+    smallest, backward_lost = forward.smallest, 1.0
+    has_norm = any(_is_norm(module) for module in network.modules())
     arriving = 0.0  # what the layer behind sends, before anything cancels on the way
     for name, module, inputs, caught in reversed(calls):
         if not caught:
@@ -251,7 +331,8 @@ def gradients_and_terms(
         gradient = caught[0]
         largest = gradient.abs().max().item()
         backward_lost = max(1.0, backward_lost * arriving / largest if largest else backward_lost)
-        scale = max(lost, backward_lost)  # of the two factors of a term, the worse known
+        # Of the two factors of a term, the worse known; behind a norm, errors of all maps are in the gradient too.
+        scale = max(forward.most_lost if has_norm else forward.lost.get(name, 1.0), backward_lost)
         squares = {key: (p.detach() ** 2).requires_grad_() for key, p in module.named_parameters(recurse=False)}
         squared = _terms_of_norm(module, inputs) if _is_norm(module) else inputs**2
         squared = squared.clamp(min=smallest**2).requires_grad_()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +59,9 @@ class Check:
     ok: bool
     detail: str
 
+    def __str__(self) -> str:
+        return f"{'ok' if self.ok else 'BROKEN'}: {self.name} ({self.detail})"
+
 
 @dataclass(frozen=True)
 class Segmentation:
@@ -65,16 +69,27 @@ class Segmentation:
 
     Attributes:
         flips: pixels of another class. pixels: of all.
-        dice, iou: overlap of what is not class 0 with the truth's; 1 where both are empty.
-        margin: the largest distance to the decision boundary, in logits of the truth, among the
-            flipped pixels. A flip at a small margin is rounding; at a large one it is a mistake.
+        dice, iou: of each class but 0, or of the single one, the overlap with the truth's; 1 where
+            both are empty.
+        median_margin, margin: the median and the largest distance to the decision boundary, in
+            logits of the truth, among the flipped pixels. A flip at a small margin is rounding; at
+            a large one it is a mistake.
     """
 
     flips: int
     pixels: int
-    dice: float
-    iou: float
+    dice: tuple[float, ...]
+    iou: tuple[float, ...]
+    median_margin: float
     margin: float
+
+    def __str__(self) -> str:
+        at = ""
+        if self.flips:
+            at = f", {self.median_margin:.1e} (median) to {self.margin:.1e} from the decision boundary"
+        worst = "" if len(self.dice) == 1 else " in the worst class"
+        lower = f"Dice lower by {1 - min(self.dice):.1e}, IoU by {1 - min(self.iou):.1e}{worst}"
+        return f"{self.flips} of {self.pixels} pixels of another class{at}; {lower}"
 
 
 @dataclass(frozen=True)
@@ -85,7 +100,8 @@ class Report:
         comparisons: layers in the order in which they run, the output, then gradients in the order
             in which they are found, the last layer's first.
         checks: of the candidate alone.
-        not_compared: what could not be, and why. versions: of what ran, and on how many threads.
+        not_compared: what could not be, and why. about: which model, reference and inputs.
+        versions: of what ran, and on how many threads.
         candidate_map, baseline_map: (N, H, W) float32 on the CPU, the largest error among a pixel's
             logits; not in the dict. :func:`fastunet.parity.picture.draw` shows them.
         command: a command line that repeats the check, where it came from one.
@@ -97,6 +113,7 @@ class Report:
     comparisons: tuple[Comparison, ...]
     checks: tuple[Check, ...]
     not_compared: tuple[str, ...]
+    about: tuple[str, ...]
     versions: str
     candidate_segmentation: Segmentation
     baseline_segmentation: Segmentation
@@ -123,6 +140,7 @@ class Report:
             "comparisons": [c.to_dict() for c in self.comparisons],
             "checks": [dataclasses.asdict(c) for c in self.checks],
             "not_compared": list(self.not_compared),
+            "about": list(self.about),
             "versions": self.versions,
             "candidate_segmentation": dataclasses.asdict(self.candidate_segmentation),
             "baseline_segmentation": dataclasses.asdict(self.baseline_segmentation),
@@ -131,25 +149,11 @@ class Report:
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.input_shape))
-        lines = [f"{self.dtype} on {self.device}, input {shape}; errors are distances to float64", self.versions, ""]
-        width = max(len(f"{c.kind} {c.name}") for c in self.comparisons)
-        lines.append(f"{'':{width}}  ----------- largest -----------    ------ mean ------    -- relative L2 ---")
-        lines.append(f"{'':{width}}     ours  baseline  ratio    limit      ours  baseline      ours  baseline")
-        for c in self.comparisons:
-            label, verdict = f"{c.kind} {c.name}", "" if c.parity.ok else f"  BROKEN: {c.parity.reason}"
-            lines.append(
-                f"{label:{width}}  {c.candidate.max:7.1e}   {c.baseline.max:7.1e}"
-                f"  {c.ratio:5.2f}  {c.parity.limit:7.1e}   {c.candidate.mean:7.1e}   {c.baseline.mean:7.1e}"
-                f"   {c.candidate.relative_l2:7.1e}   {c.baseline.relative_l2:7.1e}{verdict}"
-            )
-        lines.append("")
-        for who, s in (("candidate", self.candidate_segmentation), ("baseline", self.baseline_segmentation)):
-            at = f", at most {s.margin:.1e} from the decision boundary" if s.flips else ""
-            lines.append(
-                f"{who}: {s.flips} of {s.pixels} pixels of another class{at}; "
-                f"Dice lower by {1 - s.dice:.1e}, IoU by {1 - s.iou:.1e}"
-            )
-        lines += [f"{'ok' if c.ok else 'BROKEN'}: {c.name} ({c.detail})" for c in self.checks]
+        lines = [f"{self.dtype} on {self.device}, input {shape}; errors are distances to float64"]
+        lines += [*self.about, self.versions, "", *lines_of(self.comparisons), ""]
+        lines.append(f"candidate: {self.candidate_segmentation}")
+        lines.append(f"baseline: {self.baseline_segmentation}")
+        lines += [str(check) for check in self.checks]
         lines += [f"not compared: {what}" for what in self.not_compared]
         first = self.first_failure
         if first is not None:
@@ -158,3 +162,20 @@ class Report:
             lines.append(f"again: {self.command}")
         lines.append("parity" if self.ok else "NO parity")
         return "\n".join(lines)
+
+
+def lines_of(comparisons: Sequence[Comparison]) -> list[str]:
+    """A table, a line for each, and two above."""
+    width = max((len(f"{c.kind} {c.name}") for c in comparisons), default=0)
+    lines = [
+        f"{'':{width}}  ----------- largest -----------    ------ mean ------    -- relative L2 ---",
+        f"{'':{width}}     ours  baseline  ratio    limit      ours  baseline      ours  baseline",
+    ]
+    for c in comparisons:
+        label, verdict = f"{c.kind} {c.name}", "" if c.parity.ok else f"  BROKEN: {c.parity.reason}"
+        lines.append(
+            f"{label:{width}}  {c.candidate.max:7.1e}   {c.baseline.max:7.1e}"
+            f"  {c.ratio:5.2f}  {c.parity.limit:7.1e}   {c.candidate.mean:7.1e}   {c.baseline.mean:7.1e}"
+            f"   {c.candidate.relative_l2:7.1e}   {c.baseline.relative_l2:7.1e}{verdict}"
+        )
+    return lines

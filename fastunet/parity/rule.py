@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,18 +11,8 @@ from torch import Tensor
 
 TF32_EPS = 2.0**-10  # tf32 keeps 10 bits of mantissa, as float16 does
 
-# Roundings, in units of the dtype's eps at the largest value, that a correct candidate may have and
-# a lucky baseline not. 16-bit: the stored result is off by eps / 2, and so is one intermediate map
-# that both must round. float32 and tf32: products are summed in another order; over K terms of
-# random sign the difference grows as sqrt(K) eps / 2, which for the K = 9 * 1536 of the widest layer,
-# at a typical term of a sixteenth of the largest sum, is 4.
+# The floor and the ratio of :func:`compare`, whose docstring derives them.
 _FLOOR_ROUNDINGS = {torch.float16: 1.0, torch.bfloat16: 1.0, torch.float32: 4.0, torch.float64: 4.0}
-
-
-# A maximum is one element; an error in all of them shows in the root mean square. A correct candidate
-# that rounds once where the baseline rounds twice, or the reverse, differs by sqrt(2); twice is the limit.
-# Luck averages out over n elements: as 1 / sqrt(n) where they are independent, but neighbours share
-# their inputs, so the floor is divided by n**(1/4).
 _RMS_RATIO = 2.0
 
 
@@ -56,12 +48,23 @@ def compare(
     """Whether ``candidate`` is as close to the truth as the baseline is.
 
     The rule (after the tests of apple/ml-cross-entropy): the candidate's largest error may not
-    exceed the baseline's plus a floor of ``eps * max |truth|`` for 16-bit dtypes, four times that
-    for float32 (the derivation stands beside ``_FLOOR_ROUNDINGS``), and never less than one step
-    of the dtype's smallest numbers. Nor may its root-mean-square error exceed twice the baseline's
-    plus that floor over ``n ** (1/4)``, for n elements. NaN and infinities must stand where the
-    baseline has them, but for elements so near the dtype's largest number that an error within the
-    limit overflows.
+    exceed the baseline's plus a floor, ``eps * max |truth|`` for 16-bit dtypes and four times that
+    for float32, and never less than one step of the dtype's smallest numbers. Nor may its
+    root-mean-square error exceed twice the baseline's plus that floor over ``n ** (1/4)``, for n
+    elements; taken at the truth's own root mean square, but for gradients. NaN and infinities must
+    stand where the baseline has them, but for elements so near the dtype's largest number that an
+    error within the limit overflows.
+
+    The floor is what a correct candidate may lose to a lucky baseline, in units of ``eps`` at the
+    largest value. 16-bit: the stored result is off by half of one, and so is one intermediate map
+    that both must round; together 1. float32 and tf32: products are summed in another order, and
+    over K terms of random sign that grows as ``sqrt(K) eps / 2``; for the K = 9 * 1536 of the
+    seed's widest layer, at a typical term of a sixteenth of the largest sum, that is 4.
+
+    A maximum is one element; an error in all of them shows in the root mean square. A candidate
+    that rounds once where the baseline rounds twice, or the reverse, differs by ``sqrt(2)``; twice
+    is the limit. Luck averages out over n elements: as ``1 / sqrt(n)`` where they are independent,
+    but neighbours share their inputs, hence ``n ** (1/4)``.
 
     Args:
         candidate, baseline: of one shape and dtype. truth: float64, of the same shape.
@@ -93,17 +96,21 @@ def compare(
     numbers = torch.finfo(dtype)
     candidate, baseline = candidate.double(), baseline.double().to(candidate.device)
     truth, theirs_truth = truth.to(candidate.device), theirs_truth.to(candidate.device)
-    finite = candidate.isfinite() & baseline.isfinite() & truth.isfinite()
-    ours, theirs, largest = (
-        t[finite].abs().max().item() if finite.any() else 0.0
-        for t in (candidate - truth, baseline - theirs_truth, truth)
-    )
     eps = TF32_EPS if tf32 else numbers.eps
     smallest = numbers.smallest_normal * numbers.eps
+    # Each against its own truth, wherever both are finite: what the baseline overflows says nothing of the candidate.
+    off, their_off = (
+        (result - exact)[result.isfinite() & exact.isfinite()]
+        for result, exact in ((candidate, truth), (baseline, theirs_truth))
+    )
+    ours, theirs = (t.abs().max().item() if t.numel() else 0.0 for t in (off, their_off))
+    inside = truth[truth.abs() <= numbers.max]
+    largest = inside.abs().max().item() if inside.numel() else 0.0
     roundings = _FLOOR_ROUNDINGS[dtype] * stages**0.5
     size = max(largest, terms)
-    summed = 0.5 * summands**0.5 * min(eps, torch.finfo(torch.float32).eps) if summands > 1 else 0.0
-    floor = roundings * (eps * size + smallest) + summed * size
+    floor = roundings * (eps * size + smallest)
+    if summands > 1:
+        floor += 0.5 * summands**0.5 * min(eps, torch.finfo(torch.float32).eps) * size
     limit = theirs + floor
     # One number for each kind of element: finite, NaN, and the two infinities.
     kind, other = (torch.where(t.isfinite(), 2.0, t).nan_to_num(0.0, 1.0, -1.0) for t in (candidate, baseline))
@@ -115,10 +122,34 @@ def compare(
 
     if ((kind != other) & ~(may_be(candidate, truth) & may_be(baseline, theirs_truth))).any():
         return Parity(False, ours, theirs, limit, "NaN or infinity at other places than the baseline's")
-    if not finite.any():
-        return Parity(True, 0.0, 0.0, 0.0, "no finite element")
-    rms, their_rms = (t[finite].square().mean().sqrt().item() for t in (candidate - truth, baseline - theirs_truth))
-    rms_limit = _RMS_RATIO * their_rms + floor / int(finite.sum()) ** 0.25
+    if not off.numel():
+        return Parity(True, 0.0, theirs, limit, "no finite element")
+    rms, their_rms, typical = (t.square().mean().sqrt().item() if t.numel() else 0.0 for t in (off, their_off, inside))
+    # At the typical value, not the largest. The elements of a gradient share the errors of what was summed before.
+    share = typical / largest if largest and baseline_truth is None else 1.0
+    rms_floor = share * floor + roundings * smallest
+    rms_limit = _RMS_RATIO * their_rms + rms_floor / off.numel() ** 0.25
     if ours <= limit and rms > rms_limit:
         return Parity(False, ours, theirs, limit, f"root-mean-square error {rms:.1e}, limit {rms_limit:.1e}")
     return Parity(ours <= limit, ours, theirs, limit, f"baseline's error plus a floor of {floor:.1e}")
+
+
+def truncating_stages(stages: float, dtype: torch.dtype, interpreted: bool) -> float:
+    """``stages`` of :func:`compare` for kernels in Triton's interpreter.
+
+    It truncates to bfloat16 where hardware rounds: off by up to eps each time, not half of it, and
+    always towards 0, so that the errors of one layer after another add up as they are and not as
+    their squares. The floor is that of one layer ``stages + 1`` times.
+    """
+    return (stages + 1) ** 2 if interpreted and dtype == torch.bfloat16 else stages
+
+
+@contextlib.contextmanager
+def tf32_convolutions(allowed: bool) -> Iterator[None]:
+    """Whether PyTorch's own float32 convolutions on CUDA, a baseline, round their factors to tf32 within the block."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastunet.parity import compare
+from fastunet.parity.rule import compare, tf32_convolutions, truncating_stages
 
 # float32 appears twice: rounded to tf32 on tensor cores, and exact (the interpreter rounds neither,
 # but the two take different launch configurations).
@@ -43,18 +43,19 @@ def far_apart(x: Tensor, axis: int) -> Tensor:
     row = w * c if axis == 0 else far
     stride = (far if axis == 0 else h * row, 1, row, c)
     size = 1 + sum((s - 1) * t for s, t in zip(x.shape, stride, strict=True))
-    return x.new_empty(size).as_strided(x.shape, stride).copy_(x)
+    settings: Any = torch.utils.deterministic
+    poisoned, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
+    memory = x.new_empty(size)
+    settings.fill_uninitialized_memory = poisoned
+    return memory.as_strided(x.shape, stride).copy_(x)
 
 
 def check(precision: str, got: Tensor, reference: Callable[..., Tensor], *inputs: Any) -> None:
     """``got`` must be as near the float64 reference as the reference in the working dtype is."""
     wide = [t.double().cpu() if isinstance(t, Tensor) else t for t in inputs]
     tf32 = precision == "tf32" and got.is_cuda
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = tf32
-    try:
-        parity = compare(got, reference(*inputs), reference(*wide), tf32=tf32)
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
+    with tf32_convolutions(tf32):
+        stages = truncating_stages(1, got.dtype, not got.is_cuda)
+        parity = compare(got, reference(*inputs), reference(*wide), tf32=tf32, stages=stages)
     assert parity.ok, str(parity)
     assert got.numel() == 0 or got.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,91 @@
+"""Whether a model gives the same again, to the bit: on another run, in other memory, with changed weights."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .report import Check
+
+Tensors = dict[str, Tensor]
+_LATE_CYCLES = 100_000_000  # of a GPU's clock: some 50 ms, longer than a launch takes
+
+
+def same(name: str, first: Tensors, again: Tensors) -> Check:
+    """Bitwise equality of all tensors, the sign of zeros included; NaN counts as equal to itself."""
+    for key, y in first.items():
+        other = again[key]
+        differ = int((((other != y) | (other.signbit() != y.signbit())) & ~(other.isnan() & y.isnan())).sum())
+        if differ:
+            return Check(name, False, f"{differ} elements of {key} differ")
+    return Check(name, True, "bitwise equal")
+
+
+def repeat(
+    prefix: str, first: Tensors, run: Callable[[Tensor], Tensors], x: Tensor, *, steady: bool
+) -> Iterator[Check]:
+    """Runs of a model on x that must give bitwise what the first gave.
+
+    Args:
+        steady: the poisoned run computes as the others do. PyTorch fills memory in its
+            deterministic mode alone, in which its own CUDA operators may be other ones.
+    """
+    yield same(f"{prefix}second run", first, run(x))
+    with poisoned_memory():
+        poisoned = run(x)
+    name = f"{prefix}every element written"
+    unwritten = {key: int((t.isnan() & ~first[key].isnan()).sum()) for key, t in poisoned.items()}
+    kept = next((f"{n} elements of {key} kept the NaN put there" for key, n in unwritten.items() if n), None)
+    if kept is not None:
+        yield Check(name, False, kept)
+    elif steady and not same(name, first, poisoned).ok:  # the NaN was read and lost on the way
+        yield Check(name, False, f"over memory filled with NaN, {same(name, first, poisoned).detail}")
+    else:
+        yield Check(name, True, "memory was filled with NaN before")
+    if x.is_cuda:
+        # The input is late on that stream, so that work on any other would start without it.
+        stream, late = torch.cuda.Stream(x.device), torch.zeros_like(x)
+        stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(_LATE_CYCLES)
+            late.copy_(x)
+            again = run(late)
+        torch.cuda.current_stream(x.device).wait_stream(stream)
+        yield same(f"{prefix}another stream", first, again)
+
+
+@torch.no_grad()
+def fresh(model: nn.Module, candidate: nn.Module, x: Tensor, y: Tensor) -> Iterator[Check]:
+    """Prepared weights are those of now: in the model as it came, and after a change in place.
+
+    Args:
+        candidate: the model's copy in the working dtype; its weights are changed.
+        x, y: inputs and the candidate's output.
+    """
+    if next(model.parameters()).dtype == x.dtype:  # a cast model has nothing of the original's prepared weights
+        yield same("the model itself, not a copy", {"logits": y}, {"logits": model(x)})
+    for tensor in candidate.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.mul_(1.25)
+    changed, prepared_anew = candidate(x), copy.deepcopy(candidate)(x)
+    yield same("after weights changed in place", {"logits": prepared_anew}, {"logits": changed})
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Within the block, torch.empty gives NaN."""
+    settings: Any = torch.utils.deterministic
+    fill, enabled = settings.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    settings.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)  # or nothing is filled
+    try:
+        yield
+    finally:
+        settings.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
