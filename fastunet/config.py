@@ -220,6 +220,11 @@ class UNetConfig:
         """Negative slope of the activation as an operator sees it: 0 is a plain ReLU."""
         return self.negative_slope if self.activation == "leaky_relu" else 0.0
 
+    @property
+    def threshold(self) -> float:
+        """Above it an output of a single channel is foreground: of logits 0, of probabilities a half."""
+        return 0.5 if self.final_activation == "sigmoid" else 0.0
+
     def stride(self, level: int) -> tuple[int, int]:
         """(rows, columns) by which the step from the level above to ``level`` divides a map."""
         return (2, 2) if self.strides is None else self.strides[level - 1]
