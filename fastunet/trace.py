@@ -45,7 +45,7 @@ class Layer:
         mode: of ``"upsample_concat_conv2d_relu"``, how it upsamples.
         norm, activation: paths of the modules behind the convolution in the reference; None for
             none.
-        unserved: why there is no fused operator; empty if there is.
+        unserved: what of the convolution no fused operator serves; empty if one does.
     """
 
     name: str
@@ -158,7 +158,9 @@ class _Tracer:
         """The ``index``-th 3x3 convolution of a block whose layers start at ``first``."""
         c, (_, _, h, w) = self.config, inputs[-1]  # of x and skip, the skip has the output's size
         valid = c.padding == "valid" and not first
-        unserved = f"a stride of {'x'.join(map(str, stride))}" if stride != (1, 1) else "no padding" if valid else ""
+        unserved = "without padding" if valid else ""
+        if stride != (1, 1):
+            unserved = f"with a stride of {stride[0]}x{stride[1]}"
         h, w = (h - 2, w - 2) if valid else (-(-h // stride[0]), -(-w // stride[1]))
         place = first + index * (2 if c.norm is None else 3)
         behind = [f"{parent}.{place + 1}", f"{parent}.{place + 2}"]
@@ -204,7 +206,7 @@ class _Tracer:
         # Every input pixel meets all taps once.
         out = (x[0], channels, rows * x[2], cols * x[3])
         weight = rows * cols * x[1] * channels
-        unserved = "" if (rows, cols) == (2, 2) else f"a stride of {rows}x{cols}"
+        unserved = "" if (rows, cols) == (2, 2) else f"with a stride of {rows}x{cols}"
         self.layers.append(
             Layer(
                 name,
@@ -227,8 +229,17 @@ def totals(layers: list[Layer]) -> tuple[int, int]:
 
 def describe_flops(flops: int) -> str:
     """Three digits and a unit: ``describe_flops(1_230_000_000)`` is ``"1.23 GFLOP"``."""
-    rounded = float(f"{flops:.2e}")  # first, so that 999.9 M becomes 1 G
+    return _with_prefix(flops, "FLOP")
+
+
+def describe_bytes(count: int) -> str:
+    """``describe_bytes(1_230_000)`` is ``"1.23 MB"``."""
+    return _with_prefix(count, "B")
+
+
+def _with_prefix(value: int, unit: str) -> str:
+    rounded = float(f"{value:.2e}")  # first, so that 999.9 M becomes 1 G
     power = 0
     while rounded >= 1000 and power < 5:
         rounded, power = rounded / 1000, power + 1
-    return f"{rounded:.3g} {('', 'k', 'M', 'G', 'T', 'P')[power]}FLOP"
+    return f"{rounded:.3g} {('', 'k', 'M', 'G', 'T', 'P')[power]}{unit}"
