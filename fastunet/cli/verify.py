@@ -150,7 +150,7 @@ class _Findings:
 
     @property
     def ok(self) -> bool:
-        configs = all(c.parity.ok for c in self.configs or ())
+        configs = all(c.ok for c in self.configs or ())
         fuzzed = self.fuzzed is None or self.fuzzed.case is None
         return (self.report is None or self.report.ok) and configs and fuzzed and not self.interrupted
 
@@ -175,7 +175,7 @@ class _Findings:
         lines = lines_of([c for c in self.results if isinstance(c, Comparison)]) if self.results else []
         lines += [str(c) for c in self.results if isinstance(c, Check)]
         if self.configs is not None:
-            broken = [c for c in self.configs if not c.parity.ok]
+            broken = [c for c in self.configs if not c.ok]
             lines += [f"BROKEN: {c.name} as {c.implementation}: {c.parity}" for c in broken]
             lines.append(f"launch configurations: {len(self.configs) - len(broken)} of {len(self.configs)} hold")
             if broken:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import importlib.metadata
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,14 @@ from .. import dispatch, ops
 from ..config import UNetConfig
 from ..model import FastUNet
 from ..reference import UNet
+from ..trace import trace
+from .alone import alone
 from .measures import distance, error_map, segmentation
-from .recording import OtherDecisions, Recorder, Terms, gradients, gradients_and_terms, run_with_layers, terms_of_layers
+from .recording import OtherDecisions, Recorder, Run, gradients, run_with_layers
 from .repeatability import Tensors, fresh, repeat, same
-from .report import Check, Comparison, Report
+from .report import Alone, Check, Comparison, Report
 from .rule import Parity, compare, truncating_stages
+from .terms import Terms, gradients_and_terms, terms_of_layers
 
 Rule = Callable[..., Parity]
 _LOGITS, _INPUT = "logits", "input"
@@ -46,8 +50,9 @@ def verify(
 
     Args:
         model: the candidate, usually a :class:`fastunet.FastUNet`; of it, and of a reference with
-            the same parameter names, every layer and every parameter's gradient is compared; of
-            any other, the output and the gradient of the input.
+            the same parameter names, every layer and every parameter's gradient is compared, each
+            layer of a :class:`fastunet.reference.UNet` by itself too, on the candidate's own input;
+            of any other, the output and the gradient of the input.
         reference: any module of the same function, on the same device.
         inputs: (N, C, H, W), finite, on that device; cast to the working dtype, whose rounded
             values all three networks see.
@@ -59,7 +64,8 @@ def verify(
             bitwise the same, with every element written, on another stream, and of our kernels at
             another place of the batch (both on CUDA: a CPU's matrix products, in torch as in the
             interpreter, do not promise that).
-        rule: decides on each tensor; takes what :func:`fastunet.parity.compare` takes.
+        rule: decides on each tensor, and on each layer by itself; takes what
+            :func:`fastunet.parity.compare` takes.
         on_result: called with each result as it is found, for who wants to see the run go on.
 
     Raises:
@@ -72,7 +78,7 @@ def verify(
         raise ValueError(f"inputs: expected floating (N, C, H, W), got {got}")
     if not inputs.isfinite().all():
         raise ValueError("inputs: expected finite values, found NaN or infinity")
-    if isinstance(reference, FastUNet):
+    if any(isinstance(module, FastUNet) for module in reference.modules()):
         raise ValueError("reference: expected plain PyTorch, got a FastUNet, which would share its mistakes")
     if dtype is None:
         dtype = next((p.dtype for p in model.parameters()), inputs.dtype)
@@ -89,18 +95,20 @@ def verify(
     for name, parameter in baseline.named_parameters():
         parameter.requires_grad_(wanted.get(name, parameter.requires_grad))
     truth = copy.deepcopy(baseline).double()
-    implementation = dispatch.choose(x.device, dtype).implementation if isinstance(model, FastUNet) else "module"
     tf32 = x.is_cuda and dtype == torch.float32 and ops.tf32()
 
     config = model.config if isinstance(model, UNet) else None
-    ours = _forward(candidate, x, config)
+    run = _run(candidate, x, config)
+    ours, steps = {**run.layers, _LOGITS: run.output}, run.steps
     theirs, exact = _forward(baseline, x, config), _forward(truth, x.double(), config)
     with torch.no_grad():
         terms = terms_of_layers(truth, x.double(), torch.finfo(dtype).smallest_normal)
     threshold = 0.0 if config is None else config.threshold
     # A sigmoid, where it is steepest, passes on a quarter of an error.
     terms.of_layers[_LOGITS] = (0.25 if threshold else 1.0) * terms.of_layers.get("head", 0.0)
-    interpreted = implementation == "triton" and not x.is_cuda
+    used = {step.implementation for step in steps.values()}
+    overall = "module" if not isinstance(model, FastUNet) else "+".join(sorted(used)) or "reference"
+    interpreted = "triton" in used and not x.is_cuda
     depth = max(1, sum(name != _LOGITS and not name.endswith(".pool") for name in ours))
     is_training = any(module.training for module in model.modules())
     y, logits = ours[_LOGITS], exact[_LOGITS]
@@ -114,7 +122,7 @@ def verify(
             results.append(result)
             on_result(result)
 
-    def comparison(kind: str, name: str, mine: Tensor, stages: int) -> Comparison:
+    def comparison(kind: str, name: str, mine: Tensor, stages: int, implementation: str) -> Comparison:
         parity = rule(
             mine,
             theirs[name],
@@ -126,16 +134,30 @@ def verify(
         errors = distance(mine, exact[name]), distance(theirs[name], exact[name])
         return Comparison(kind, name, implementation, parity, *errors)
 
-    stage = 0
+    traced = {layer.name: layer for layer in trace(config, *x.shape[-2:], batch=len(x))} if config else {}
+    alone_rule = partial(rule, tf32=tf32, stages=truncating_stages(1, dtype, interpreted))
+    by_itself: Iterator[Alone] = iter(())
+    stage, implementation = 0, overall
     for name in ours:
         stage = min(stage + (not name.endswith(".pool")), depth)  # the pool comes with its layer
-        if name in exact and name in theirs:
-            keep([comparison("output" if name == _LOGITS else "layer", name, ours[name], stage)])
-    skipped = list(_not_compared(ours, exact, x, gradients, deterministic))
+        if name in steps:
+            implementation = steps[name].implementation
+            if isinstance(baseline, UNet) and isinstance(truth, UNet):
+                tiny = torch.finfo(dtype).smallest_normal
+                by_itself = alone(traced[name], steps[name], baseline, truth, alone_rule, tiny)
+        if name == _LOGITS:
+            keep([comparison("output", name, ours[name], stage, overall)])
+        elif name in exact and name in theirs:
+            found = comparison("layer", name, ours[name], stage, implementation)
+            keep([dataclasses.replace(found, alone=next(by_itself, None))])
+    skipped = list(_not_compared(model, ours, exact, x, gradients, deterministic))
+    if isinstance(model, FastUNet):
+        with torch.no_grad():  # nobody looks on, so this may be other code
+            keep([same("as it is called, unwatched", {_LOGITS: run.output}, {_LOGITS: candidate(x)})])
     if deterministic:
-        steady = implementation == "triton" or not x.is_cuda
+        steady = "triton" in used or not x.is_cuda
         keep(repeat("", ours, lambda x: _forward(candidate, x, config), x, steady=steady))
-        if implementation == "triton" and x.is_cuda and len(x) > 1 and not is_training:
+        if "triton" in used and x.is_cuda and len(x) > 1 and not is_training:
             again = {name: t.roll(-1, 0) for name, t in _forward(candidate, x.roll(1, 0), config).items()}
             keep([same("another batch position", ours, again)])
     if gradients:
@@ -143,27 +165,34 @@ def verify(
         sides = Recorder()
         again, found = _gradients(candidate, x, cotangent, sides)
         # With gradients wanted the forward pass is other code: nothing folded, nothing prepared.
-        keep([dataclasses.replace(comparison("output", _LOGITS, again, depth), name="logits with gradients")])
-        keep(_compare_gradients(found, sides.decisions, baseline, truth, x, cotangent, depth, terms, tf32, rule))
-        if isinstance(model, FastUNet) and not sides.results:
+        is_reference = isinstance(model, FastUNet) and not sides.steps
+        with_gradients = comparison("output", _LOGITS, again, depth, "reference" if is_reference else overall)
+        keep([dataclasses.replace(with_gradients, name="logits with gradients")])
+        keep(
+            dataclasses.replace(gradient, implementation="reference") if is_reference else gradient
+            for gradient in _compare_gradients(
+                found, sides.decisions, baseline, truth, x, cotangent, depth, terms, tf32, rule
+            )
+        )
+        if is_reference:
             skipped.append(
                 "gradients of code of our own (a network with norms trains as the reference itself on a CPU)"
             )
         if deterministic:
             kept = {name: g for name, g in found.items() if g is not None}
 
-            def run(x: Tensor) -> Tensors:
+            def gradients_again(x: Tensor) -> Tensors:
                 again = _gradients(candidate, x, cotangent, Recorder())[1]
                 return {name: g for name, g in again.items() if g is not None}
 
             if x.is_cuda and not _repeats(baseline, x, cotangent):
                 skipped.append("repeatability of gradients (their operators are PyTorch's, which do not repeat here)")
             else:
-                keep(repeat("gradients, ", kept, run, x, steady=not x.is_cuda))
+                keep(repeat("gradients, ", kept, gradients_again, x, steady=not x.is_cuda))
     lacking = int((~y.isfinite()).sum())
     keep([Check("finite output", not lacking, f"{lacking} of {y.numel()} are not" if lacking else "all")])
     if deterministic and isinstance(model, FastUNet) and not is_training:
-        keep(fresh(model, candidate, x, y))
+        keep(fresh(model, candidate, x))
     return Report(
         str(x.device),
         str(dtype).removeprefix("torch.") + (", convolutions in tf32" if tf32 else ""),
@@ -193,9 +222,15 @@ def _described(model: nn.Module) -> str:
     return f"{type(model).__name__}({', '.join(changed)})"
 
 
-def _not_compared(ours: Tensors, exact: Tensors, x: Tensor, gradients: bool, deterministic: bool) -> Iterator[str]:
+def _not_compared(
+    model: nn.Module, ours: Tensors, exact: Tensors, x: Tensor, gradients: bool, deterministic: bool
+) -> Iterator[str]:
     missing = [name for name in ours if name not in exact]
-    if len(ours) == 1:
+    if not isinstance(model, FastUNet):
+        yield f"whether prepared weights are those of now (a {type(model).__name__}, expected a FastUNet itself)"
+    if not isinstance(model, UNet):
+        yield f"layers (a {type(model).__name__} does not say which it has)"
+    elif len(ours) == 1:
         yield "layers (the model ran without fused operators)"
     elif len(missing) == len(ours) - 1:
         yield "layers (the reference has no modules of their names)"
@@ -241,13 +276,19 @@ def _check_weights(model: nn.Module, reference: nn.Module, dtype: torch.dtype) -
 
 
 @torch.no_grad()
-def _forward(network: nn.Module, x: Tensor, config: UNetConfig | None) -> Tensors:
-    """Every layer by its name, and the logits last."""
-    y, layers = run_with_layers(network, x, config)
+def _run(network: nn.Module, x: Tensor, config: UNetConfig | None) -> Run:
+    run = run_with_layers(network, x, config)
+    y = run.output
     if not isinstance(y, Tensor) or y.ndim != 4:
         got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(f"outputs: expected a tensor (N, C, H, W) of {type(network).__name__}, got {got}")
-    return {**layers, _LOGITS: y}
+    return run
+
+
+def _forward(network: nn.Module, x: Tensor, config: UNetConfig | None) -> Tensors:
+    """Every layer by its name, and the logits last."""
+    run = _run(network, x, config)
+    return {**run.layers, _LOGITS: run.output}
 
 
 _gradients = gradients  # verify's argument has the same name

@@ -60,20 +60,35 @@ def repeat(
 
 
 @torch.no_grad()
-def fresh(model: nn.Module, candidate: nn.Module, x: Tensor, y: Tensor) -> Iterator[Check]:
-    """Prepared weights are those of now: in the model as it came, and after a change in place.
+def fresh(model: nn.Module, candidate: nn.Module, x: Tensor) -> Iterator[Check]:
+    """Prepared weights are those of now: in the model as it came, and after each kind of change in place.
 
     Args:
-        candidate: the model's copy in the working dtype; its weights are changed.
-        x, y: inputs and the candidate's output.
+        candidate: the model's copy in the working dtype, in eval mode; its weights are changed.
+        x: inputs of that dtype.
     """
-    if next(model.parameters()).dtype == x.dtype:  # a cast model has nothing of the original's prepared weights
-        yield same("the model itself, not a copy", {"logits": y}, {"logits": model(x)})
-    for tensor in candidate.state_dict().values():
-        if tensor.is_floating_point():
+    own = x.to(next(model.parameters()).dtype)  # a copy has nothing of the original's prepared weights
+    yield same("the model itself, not a copy", {"logits": copy.deepcopy(model)(own)}, {"logits": model(own)})
+
+    def changed(what: str) -> Check:
+        return same(f"after {what}", {"logits": copy.deepcopy(candidate)(x)}, {"logits": candidate(x)})
+
+    norms = [module for module in candidate.modules() if isinstance(module, nn.BatchNorm2d)]
+    of_norms = {id(t) for norm in norms for t in norm.state_dict(keep_vars=True).values()}
+    groups = {
+        "weights changed in place": [p for p in candidate.parameters() if id(p) not in of_norms],
+        "norms changed in place": [p for norm in norms for p in norm.parameters()],
+        "statistics changed in place": [b for norm in norms for b in norm.buffers() if b.is_floating_point()],
+    }
+    for what, tensors in groups.items():
+        for tensor in tensors:
             tensor.mul_(1.25)
-    changed, prepared_anew = candidate(x), copy.deepcopy(candidate)(x)
-    yield same("after weights changed in place", {"logits": prepared_anew}, {"logits": changed})
+        if tensors:
+            yield changed(what)
+    if any(norm.running_mean is not None for norm in norms):
+        candidate.train()(x)  # updates them without counting a version
+        candidate.eval()
+        yield changed("a step of training")
 
 
 @contextlib.contextmanager

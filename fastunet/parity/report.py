@@ -21,10 +21,33 @@ class Errors:
     mean: float
     relative_l2: float
 
+    def over(self, other: Errors) -> Errors:
+        """How many times the others these are; 1 where both are 0."""
+
+        def ratio(mine: float, theirs: float) -> float:
+            return mine / theirs if theirs else 1.0 if mine == 0 else math.inf
+
+        return Errors(*map(ratio, vars(self).values(), vars(other).values()))
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A layer by itself: the reference's on the candidate's own input (:mod:`fastunet.parity.alone`)."""
+
+    parity: Parity
+    candidate: Errors
+    baseline: Errors
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """One tensor: ``kind`` is ``"layer"``, ``"output"`` or ``"gradient"``."""
+    """One tensor.
+
+    Attributes:
+        kind: ``"layer"``, ``"output"``, ``"gradient"`` or, of a launch configuration, ``"config"``.
+        implementation: of what the candidate ran; ``"reference"`` is the baseline's own code.
+        alone: of a layer, the same for it by itself.
+    """
 
     kind: str
     name: str
@@ -32,17 +55,29 @@ class Comparison:
     parity: Parity
     candidate: Errors
     baseline: Errors
+    alone: Alone | None = None
 
     @property
-    def ratio(self) -> float:
-        """Error of the candidate over the baseline's; 1 where both are exact."""
-        if self.parity.baseline_error == 0:
-            return 1.0 if self.parity.candidate_error == 0 else float("inf")
-        return self.parity.candidate_error / self.parity.baseline_error
+    def ok(self) -> bool:
+        return self.parity.ok and (self.alone is None or self.alone.parity.ok)
+
+    @property
+    def ratio(self) -> Errors:
+        """Errors of the candidate over the baseline's."""
+        return self.candidate.over(self.baseline)
+
+    @property
+    def verdict(self) -> str:
+        """What is to be said of it at the end of its line."""
+        if not self.parity.ok:
+            return f"BROKEN: {self.parity.reason}"
+        if self.alone is not None and not self.alone.parity.ok:
+            return f"BROKEN on its own input: {self.alone.parity}"
+        return "(the baseline's own code)" if self.implementation == "reference" else ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; infinities, which JSON lacks, become None."""
-        return _finite({**dataclasses.asdict(self), "ratio": self.ratio})
+        return _finite({**dataclasses.asdict(self), "ok": self.ok, "ratio": dataclasses.asdict(self.ratio)})
 
 
 def _finite(value: Any) -> Any:
@@ -123,12 +158,12 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        return all(c.parity.ok for c in self.comparisons) and all(c.ok for c in self.checks)
+        return all(c.ok for c in self.comparisons) and all(c.ok for c in self.checks)
 
     @property
     def first_failure(self) -> Comparison | None:
         """The first comparison that breaks the rule."""
-        return next((c for c in self.comparisons if not c.parity.ok), None)
+        return next((c for c in self.comparisons if not c.ok), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts."""
@@ -168,14 +203,15 @@ def lines_of(comparisons: Sequence[Comparison]) -> list[str]:
     """A table, a line for each, and two above."""
     width = max((len(f"{c.kind} {c.name}") for c in comparisons), default=0)
     lines = [
-        f"{'':{width}}  ----------- largest -----------    ------ mean ------    -- relative L2 ---",
-        f"{'':{width}}     ours  baseline  ratio    limit      ours  baseline      ours  baseline",
+        f"{'':{width}}  ----------- largest -----------    --------- mean ---------    ------ relative L2 -----",
+        f"{'':{width}}     ours  baseline  ratio    limit      ours  baseline  ratio      ours  baseline  ratio",
     ]
     for c in comparisons:
-        label, verdict = f"{c.kind} {c.name}", "" if c.parity.ok else f"  BROKEN: {c.parity.reason}"
-        lines.append(
-            f"{label:{width}}  {c.candidate.max:7.1e}   {c.baseline.max:7.1e}"
-            f"  {c.ratio:5.2f}  {c.parity.limit:7.1e}   {c.candidate.mean:7.1e}   {c.baseline.mean:7.1e}"
-            f"   {c.candidate.relative_l2:7.1e}   {c.baseline.relative_l2:7.1e}{verdict}"
+        line = (
+            f"{f'{c.kind} {c.name}':{width}}  {c.candidate.max:7.1e}   {c.baseline.max:7.1e}"
+            f"  {c.ratio.max:5.2f}  {c.parity.limit:7.1e}   {c.candidate.mean:7.1e}   {c.baseline.mean:7.1e}"
+            f"  {c.ratio.mean:5.2f}   {c.candidate.relative_l2:7.1e}   {c.baseline.relative_l2:7.1e}"
+            f"  {c.ratio.relative_l2:5.2f}  {c.verdict}"
         )
+        lines.append(line.rstrip())
     return lines

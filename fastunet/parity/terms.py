@@ -1,0 +1,185 @@
+"""How large the terms of a network's sums are, where the sums themselves say nothing of their errors.
+
+Where the terms of a sum cancel, its rounding errors are as large as the terms made them, not as the
+result is. :func:`fastunet.parity.compare` takes that size as ``terms``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..reference import UNet, activate_
+from ..trace import trace
+from .recording import Replay, gradients, is_folded, last_of_levels, norm_after, pools_after
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What :func:`compare` calls terms, of a network's layers.
+
+    Attributes:
+        of_layers: by name, max-pools by theirs.
+        lost: for each layer, how many times larger the terms of its inputs were than the inputs
+            are. A map of few elements may be small because its sums cancel, and then its errors,
+            and those of all maps made of it, are as large as its terms were.
+        smallest: the working dtype's smallest normal number, whose errors smaller ones have.
+    """
+
+    of_layers: dict[str, float]
+    lost: dict[str, float]
+    smallest: float
+
+    @property
+    def most_lost(self) -> float:
+        return max(self.lost.values(), default=1.0)
+
+
+def terms_of_layers(network: nn.Module, x: Tensor, smallest: float) -> Terms:
+    """:class:`Terms` of a reference of ours; none for another network."""
+    if not isinstance(network, UNet):
+        return Terms({}, {}, smallest)
+    calls: dict[str, tuple[Tensor, Tensor]] = {}
+    handles = []
+    config = network.config
+    layers = trace(config, *x.shape[-2:], batch=len(x))
+    names = [layer.name for layer in layers]
+    for name in names:
+
+        def keep(module: Any, inputs: Any, y: Tensor, name: str = name) -> None:
+            calls[name] = inputs[0], y.clone()
+
+        handles.append(network.get_submodule(name).register_forward_hook(keep))
+    network(x)
+    for handle in handles:
+        handle.remove()
+
+    terms: dict[str, float] = {}
+    before: dict[str, float] = {}
+    skips: list[tuple[int, float]] = []  # channels and loss of each encoder level's map
+    lost, pools = 1.0, pools_after(config, names)
+    last_of_level = set(last_of_levels(names).values())
+    for layer, name in zip(layers, names, strict=True):
+        inputs, y = calls[name]
+        if not y.numel():
+            continue
+        conv: Any = network.get_submodule(name)
+        losses = torch.full((inputs.shape[1], 1, 1), lost, dtype=inputs.dtype, device=inputs.device)
+        if name.startswith("ups.") and name.endswith(".conv.net.0"):
+            channels, lost_of_skip = skips.pop()
+            if config.concat == "upsampled_first":
+                losses[-channels:] = lost_of_skip
+            else:
+                losses[:channels] = lost_of_skip
+        before[name] = losses.max().item()
+        roots = term_roots(conv, (inputs**2).clamp(min=smallest**2) * losses**2)
+        terms[name] = roots.max().item()
+        norm = norm_after(network, layer)
+        if norm is not None and config.order == "conv_act_norm":
+            y = activate_(y, config.slope)
+        if norm is not None and norm.weight is not None:
+            roots = through_norm(roots, norm, y)
+            y = norm(y)
+            if is_folded(norm, config):
+                terms[name] = roots.max().item()
+        if layer.activation is not None and (norm is None or config.order == "conv_norm_act"):
+            y = activate_(y, config.slope)
+        largest = y.abs().max().item()
+        lost = max(1.0, roots.max().item() / largest if largest else lost)
+        if name in pools:
+            terms[pools[name]] = roots.max().item() if config.order == "conv_act_norm" else terms[name]
+        if name in last_of_level:
+            skips.append((y.shape[1], lost))
+    return Terms(terms, before, smallest)
+
+
+def term_roots(conv: nn.Module, squares: Tensor) -> Tensor:
+    """(C,): the root of the sum of the squared terms, the largest of each channel, from squared inputs (N, C, H, W)."""
+    factors = {key: p**2 for key, p in conv.named_parameters()}
+    return torch.func.functional_call(conv, factors, squares).amax((0, 2, 3)).sqrt()
+
+
+def through_norm(roots: Tensor, norm: Any, y: Tensor) -> Tensor:
+    """:func:`term_roots` behind an affine norm of the map ``y``."""
+    mean, variance = (t.flatten(1) for t in _mean_and_variance(norm, y))
+    return ((roots**2 + mean**2) * norm.weight**2 / (variance + norm.eps) + norm.bias**2).amax(0).sqrt()
+
+
+def gradients_and_terms(
+    network: nn.Module, x: Tensor, cotangent: Tensor, decisions: Sequence[Tensor], forward: Terms
+) -> tuple[dict[str, Tensor | None], dict[str, tuple[float, int]]]:
+    """:func:`gradients` with imposed decisions, and for each what :func:`compare` calls terms and summands.
+
+    A parameter's gradient is a sum over pixels. Where its terms cancel (behind a norm that uses the
+    batch's statistics that of a bias is 0), the result's size says nothing of its rounding errors.
+    ``forward`` is what :func:`terms_of_layers` found.
+    """
+    calls: list[tuple[str, Any, Tensor, list[Tensor]]] = []
+    handles = []
+    for name, module in network.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) or (_is_norm(module) and module.weight is not None):
+
+            def keep(module: Any, inputs: Any, output: Tensor, name: str = name) -> None:
+                caught: list[Tensor] = []
+                if not inputs or not output.requires_grad:
+                    return
+                output.register_hook(caught.append)
+                calls.append((name, module, inputs[0].detach(), caught))
+
+            handles.append(module.register_forward_hook(keep))
+    _, found = gradients(network, x, cotangent, Replay(decisions))
+    for handle in handles:
+        handle.remove()
+    terms: dict[str, tuple[float, int]] = {}
+    smallest, backward_lost = forward.smallest, 1.0
+    has_norm = any(_is_norm(module) for module in network.modules())
+    arriving = 0.0  # what the layer behind sends, before anything cancels on the way
+    for name, module, inputs, caught in reversed(calls):
+        if not caught:
+            continue
+        gradient = caught[0]
+        largest = gradient.abs().max().item()
+        backward_lost = max(1.0, backward_lost * arriving / largest if largest else backward_lost)
+        # Of the two factors of a term, the worse known; behind a norm, errors of all maps are in the gradient too.
+        scale = max(forward.most_lost if has_norm else forward.lost.get(name, 1.0), backward_lost)
+        squares = {key: (p.detach() ** 2).requires_grad_() for key, p in module.named_parameters(recurse=False)}
+        squared = _terms_of_norm(module, inputs) if _is_norm(module) else inputs**2
+        squared = squared.clamp(min=smallest**2).requires_grad_()
+        # Linear in each of its factors, so with squared factors it gives the sums of squared terms.
+        y = (
+            squared * squares["weight"][:, None, None] + squares["bias"][:, None, None]
+            if _is_norm(module)
+            else torch.func.functional_call(module, squares, squared)
+        )
+        sums = torch.autograd.grad(y, [squared, *squares.values()], (gradient**2).clamp(min=smallest**2))
+        if _is_norm(module):
+            sums = (sums[0] / (_mean_and_variance(module, inputs)[1] + module.eps), *sums[1:])
+        roots = [s.max().sqrt().item() for s in sums]
+        pixels = gradient.numel() // gradient.shape[1]
+        terms |= {f"{name}.{key}": (scale * root, pixels) for key, root in zip(squares, roots[1:], strict=True)}
+        if inputs.shape == x.shape:
+            terms["input"] = scale * roots[0], 1
+        arriving = roots[0]
+    return found, terms
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d))
+
+
+def _terms_of_norm(norm: Any, x: Tensor) -> Tensor:
+    """The squares of what a norm subtracts: x / sigma and mean / sigma."""
+    mean, variance = _mean_and_variance(norm, x)
+    return (x**2 + mean**2) / (variance + norm.eps)
+
+
+def _mean_and_variance(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What a batch or instance norm goes by, of shape (1 or N, C, 1, 1)."""
+    if isinstance(norm, nn.BatchNorm2d) and not norm.training and norm.running_var is not None:
+        return norm.running_mean[None, :, None, None], norm.running_var[None, :, None, None]  # type: ignore[index]
+    dims = (2, 3) if isinstance(norm, nn.InstanceNorm2d) else (0, 2, 3)
+    return x.mean(dims, keepdim=True), x.var(dims, unbiased=False, keepdim=True)
