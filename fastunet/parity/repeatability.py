@@ -86,7 +86,8 @@ def fresh(model: nn.Module, candidate: nn.Module, x: Tensor) -> Iterator[Check]:
         if tensors:
             yield changed(what)
     if any(norm.running_mean is not None for norm in norms):
-        candidate.train()(x)  # updates them without counting a version
+        # It updates them without counting a version. Of x twice, as a single value has no variance.
+        candidate.train()(torch.cat([x, x]))
         candidate.eval()
         yield changed("a step of training")
 
