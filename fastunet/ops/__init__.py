@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dispatch, reference
+from .. import dispatch, reference
 
 if TYPE_CHECKING or dispatch.has_triton():
-    from . import kernels
+    from .. import kernels
 
 aten = torch.ops.aten
 _UPSAMPLING = ("bilinear", "nearest")
