@@ -102,7 +102,8 @@ def activation_bwd(
     g = empty_channels_last(y, o, h, w) if changes else grad
     if y.numel() == 0 or not (changes or bias):
         return g, y.new_zeros(o) if bias else None
-    y = y.contiguous(memory_format=torch.channels_last)
+    if changes:  # else its values are not asked for
+        y = y.contiguous(memory_format=torch.channels_last)
     config = config or cell_config(o)
     cells = n * triton.cdiv(h, 2) * triton.cdiv(w, 2)
     blocks = triton.cdiv(o, config.block_c)

@@ -151,9 +151,7 @@ def conv_transpose2x2_dgrad(
     )
 
 
-def conv_transpose2x2_wgrad(
-    grad: Tensor, x: Tensor, *, tf32: bool = True, config: WgradConfig | None = None
-) -> Tensor:
+def conv_transpose2x2_wgrad(grad: Tensor, x: Tensor, *, tf32: bool = True, config: WgradConfig | None = None) -> Tensor:
     """Gradient of the weight, (C, O, 2, 2), of the same convolution, in which x and ``grad`` change places."""
     c, o = x.shape[1], grad.shape[1]
     rows = conv_wgrad(x, _even_and_odd_rows(grad), 1, tf32=tf32, config=config)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastunet import kernels, reference
 
-from .conftest import DTYPES, PRECISIONS, check, far_apart
+from .conftest import PRECISIONS, check, far_apart
 from .test_conv import STRIDES
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -96,7 +96,14 @@ def test_activation_pool_and_bias(shape, pool, slope, precision, make):
     g, bias = kernels.activation_bwd(grad, grad_pooled, y, slope=slope, bias=True)
     assert bias is not None
     check(precision, g.contiguous(memory_format=torch.channels_last), truth, x, grad, grad_pooled)
-    check(precision, bias[None, :, None, None], lambda *a: truth(*a).sum((0, 2, 3))[None, :, None, None], x, grad, grad_pooled)
+    check(
+        precision,
+        bias[None, :, None, None],
+        lambda *a: truth(*a).sum((0, 2, 3))[None, :, None, None],
+        x,
+        grad,
+        grad_pooled,
+    )
     again = kernels.activation_bwd(grad, grad_pooled, y, slope=slope, bias=True)
     assert torch.equal(g, again[0]) and torch.equal(bias, again[1])  # pyright: ignore[reportArgumentType]
     assert kernels.activation_bwd(grad, grad_pooled, y, slope=slope, bias=False)[1] is None
@@ -154,7 +161,9 @@ def test_upsample(shape, size, mode, precision, make):
     check(precision, kernels.upsample_fwd(x, *size, **options), upsampled, x, *size, *mode)
 
 
-@pytest.mark.parametrize("sizes", [((6, 8), (7, 9)), ((6, 6), (5, 6)), ((4, 4), (4, 4))], ids=["padded", "cropped", "alike"])
+@pytest.mark.parametrize(
+    "sizes", [((6, 8), (7, 9)), ((6, 6), (5, 6)), ((4, 4), (4, 4))], ids=["padded", "cropped", "alike"]
+)
 @pytest.mark.parametrize("channels", [(3, 5), (18, 2)], ids=str)
 def test_wgrad_of_two_sources(channels, sizes, precision, make):
     (c1, c2), (small, size), o = channels, sizes, 6
@@ -184,7 +193,11 @@ def test_conv_transpose(shape, precision, make):
 @pytest.mark.parametrize("c", [3, 16], ids=["image", "map"])
 def test_any_strides(layout, c, make):
     change = STRIDES[layout]
-    x, g, pooled = change(make("fp16", 2, c, 4, 6)), change(make("fp16", 2, 16, 4, 6)), change(make("fp16", 2, 16, 2, 3))
+    x, g, pooled = (
+        change(make("fp16", 2, c, 4, 6)),
+        change(make("fp16", 2, 16, 4, 6)),
+        change(make("fp16", 2, 16, 2, 3)),
+    )
     weight, conv = make("fp16", 16, c, 3, 3, fan_in=144), lambda x, weight: F.conv2d(x, weight, padding=1)
     check("fp16", kernels.conv_dgrad(g, weight), gradient(conv, 0), g, x, weight)
     check("fp16", kernels.conv_wgrad(g, [x], 3), gradient(conv, 1), g, x, weight)
@@ -239,7 +252,11 @@ def test_offsets_beyond_2_to_31(axis, make):
 )  # fmt: skip
 def test_any_shape(n, c, h, w, o, ksize, precision, seed, make):
     torch.manual_seed(seed)
-    x, g, weight = make(precision, n, c, h, w), make(precision, n, o, h, w), make(precision, o, c, ksize, ksize, fan_in=o * ksize**2)
+    x, g, weight = (
+        make(precision, n, c, h, w),
+        make(precision, n, o, h, w),
+        make(precision, o, c, ksize, ksize, fan_in=o * ksize**2),
+    )
     conv, tf32 = (lambda x, weight: F.conv2d(x, weight, padding=ksize // 2)), precision == "tf32"
     check(precision, kernels.conv_dgrad(g, weight, tf32=tf32), gradient(conv, 0), g, x, weight)
     check(precision, kernels.conv_wgrad(g, [x], ksize, tf32=tf32), gradient(conv, 1), g, x, weight)
