@@ -33,5 +33,7 @@ def reduce_slabs(partial: Tensor, dtype: torch.dtype) -> Tensor:
     y = torch.empty(m, dtype=dtype, device=partial.device)
     if m:
         block_s, block_m = reduce_blocks(slabs)
-        _reduce_slabs_kernel[(triton.cdiv(m, block_m),)](partial, y, slabs, m, BLOCK_S=block_s, BLOCK_M=block_m)
+        _reduce_slabs_kernel[(triton.cdiv(m, block_m),)](
+            partial, y, slabs, m, BLOCK_S=block_s, BLOCK_M=block_m, num_warps=4
+        )
     return y

@@ -166,7 +166,7 @@ REDUCTION_PROGRAMS = 528
 
 @dataclass(frozen=True)
 class WgradConfig:
-    """Tile of a weight gradient: block_co output x block_c input channels, block_n x block_h x block_w pixels a step."""
+    """Tile of a weight gradient: block_co x block_c channels; block_n x block_h x block_w pixels a step."""
 
     block_co: int
     block_c: int
