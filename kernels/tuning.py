@@ -226,3 +226,9 @@ def cell_config(channels: int) -> PointwiseConfig:
     """Tile of 2x2 cells: four times the loads of a pixel's, so a quarter of :func:`pointwise_config`'s elements."""
     block_c = power_of_2(channels, 1, 64)
     return PointwiseConfig(block_p=1024 // block_c, block_c=block_c, num_warps=4)
+
+
+def gather_config(channels: int) -> PointwiseConfig:
+    """Tile of a gather of 16 neighbours: at most 8 elements and half a pixel a thread, as the weights of more spill."""
+    block_c = power_of_2(channels, 1, 64)
+    return PointwiseConfig(block_p=min(64, 1024 // block_c), block_c=block_c, num_warps=4)

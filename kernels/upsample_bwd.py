@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .tensors import empty_channels_last
-from .tuning import PointwiseConfig, pointwise_config
+from .tuning import PointwiseConfig, gather_config
 from .upsample_concat import source_pixels
 
 
@@ -82,7 +82,7 @@ def upsample_bwd(
     grad_x = empty_channels_last(grad, c, height, width)
     if grad_x.numel() == 0:
         return grad_x
-    config = config or pointwise_config(c, grad.dtype)
+    config = config or gather_config(c)
     pixels = n * height * width
     _upsample_bwd_kernel[(triton.cdiv(pixels, config.block_p) * triton.cdiv(c, config.block_c),)](
         grad, grad_x, pixels, c, height, width, h, w, (h - 2 * height) // 2, (w - 2 * width) // 2, *grad.stride(),

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastunet
-from fastunet import FastUNet, dispatch, kernels, ops, reference
+from fastunet import FastUNet, dispatch, kernels, reference
+from fastunet.ops import backward
 from fastunet.parity.fuzz import randomise
 from fastunet.reference import UNet
 
@@ -92,7 +93,10 @@ def test_the_kernels_pass(x):
     with dispatch.forced("triton"):
         report = fastunet.verify(model, plain, x[..., :4, :6], dtype=torch.float16)
     assert report.ok, str(report)
-    assert {c.implementation for c in report.comparisons if c.kind != "gradient"} == {"triton"}
+    norms = {"1", "4"}  # of a double convolution with norms
+    for c in report.comparisons:
+        theirs = c.kind == "gradient" and c.name.rpartition(".")[0].rpartition(".")[2] in norms
+        assert c.implementation == ("torch" if theirs else "triton"), c.name
 
 
 @pytest.mark.cuda
@@ -287,32 +291,32 @@ def test_a_faulty_kernel_is_caught_where_it_is(launcher, fault: Callable, first,
 
 def scaled(which: int, channels: int) -> Callable:
     """The backward of a convolution of so many input channels, one gradient of it a hundredth too large."""
-    right = ops._convolution_backward
+    right = backward._convolution_backward
 
-    def backward(grad, x, weight, *others):
+    def wrong(grad, x, weight, *others):
         found = list(right(grad, x, weight, *others))
-        if weight.shape[1] == channels:
+        if weight.shape[1] == channels and found[which] is not None:
             found[which] = found[which] * 1.01
         return tuple(found)
 
-    return backward
+    return wrong
 
 
-def mask_forgotten(grad, y, slope):
-    return grad
+def mask_forgotten(ctx, grad, grad_pooled, y, bias):
+    return grad, None
 
 
-def mask_of_negative(grad, y, slope):
-    return grad if slope == 1 else torch.where(y > 0, torch.zeros_like(grad), grad)
+def mask_of_negative(ctx, grad, grad_pooled, y, bias):
+    return grad if y is None else torch.where(y > 0, torch.zeros_like(grad), grad), None
 
 
 @pytest.mark.parametrize(
     "function, fault, first",
     [
-        # The only convolution of 2 channels in is the first of all, that of 14 the first of the decoder.
+        # The only convolution of 2 channels in is the first of all, the last of 8, the first in backward, the decoder's first source.
         ("_convolution_backward", scaled(1, 2), "downs.0.conv.net.0.weight"),
         ("_convolution_backward", scaled(0, 2), "input"),
-        ("_convolution_backward", scaled(1, 14), "ups.0.conv.net.0.weight"),
+        ("_convolution_backward", scaled(1, 8), "ups.0.conv.net.0.weight"),
         ("_activation_backward", mask_forgotten, "ups.1.conv.net.2.bias"),
         ("_activation_backward", mask_of_negative, "ups.1.conv.net.2.bias"),
     ],
@@ -320,7 +324,7 @@ def mask_of_negative(grad, y, slope):
 )
 def test_a_faulty_gradient_is_caught_where_it_is_found(function, fault, first, x, monkeypatch):
     model, plain = pair()
-    monkeypatch.setattr(ops, function, fault)
+    monkeypatch.setattr(backward, function, fault)
     report = fastunet.verify(model, plain, x)
     assert not report.ok
     assert report.first_failure is not None
@@ -329,21 +333,21 @@ def test_a_faulty_gradient_is_caught_where_it_is_found(function, fault, first, x
 
 def test_a_gradient_that_does_not_repeat_is_caught(x, monkeypatch):
     model, plain = pair()
-    right, calls = ops._convolution_backward, []
+    right, calls = backward._convolution_backward, []
 
-    def backward(*args):
+    def other_each_time(*args):
         calls.append(0)
         return tuple(None if g is None else g * (1 + 1e-6 * len(calls)) for g in right(*args))
 
-    monkeypatch.setattr(ops, "_convolution_backward", backward)
+    monkeypatch.setattr(backward, "_convolution_backward", other_each_time)
     report = fastunet.verify(model, plain, x)
     assert "gradients, second run" in {check.name for check in report.checks if not check.ok}, str(report)
 
 
 def test_a_missing_gradient_is_caught(x, monkeypatch):
     model, plain = pair()
-    right = ops._convolution_backward
-    monkeypatch.setattr(ops, "_convolution_backward", lambda *a: (right(*a)[0], None, None))
+    right = backward._convolution_backward
+    monkeypatch.setattr(backward, "_convolution_backward", lambda *a: (right(*a)[0], None, None))
     report = fastunet.verify(model, plain, x, deterministic=False)
     assert report.first_failure is not None
     assert report.first_failure.name == "head.bias", str(report)
