@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fastunet
 from fastunet import FastUNet, dispatch, kernels, reference
-from fastunet.ops import backward
+from fastunet.ops import backward, forward
 from fastunet.parity.fuzz import randomise
 from fastunet.reference import UNet
 
@@ -172,7 +172,7 @@ def test_a_sum_in_half_precision_is_caught(dtype, seed, monkeypatch):
     model, plain = FastUNet(1, 2, (16, 32, 64, 128)).eval(), UNet(1, 2, (16, 32, 64, 128)).eval()
     randomise(model, seed)
     plain.load_state_dict(model.state_dict())
-    monkeypatch.setattr(ops, "reference", Faulty(reference, conv2d_relu=half_sum))
+    monkeypatch.setattr(forward, "reference", Faulty(reference, conv2d_relu=half_sum))
     x = torch.randn(1, 1, 64, 64)
     report = fastunet.verify(model, plain, x, dtype=dtype, gradients=False, deterministic=False)
     assert report.first_failure is not None, str(report)
@@ -187,7 +187,7 @@ def test_a_sum_in_half_precision_is_caught(dtype, seed, monkeypatch):
 )
 def test_a_faulty_convolution_is_caught_in_the_first_layer(fault: Callable, dtype, x, monkeypatch):
     model, plain = pair()
-    monkeypatch.setattr(ops, "reference", Faulty(reference, conv2d_relu=fault))
+    monkeypatch.setattr(forward, "reference", Faulty(reference, conv2d_relu=fault))
     report = fastunet.verify(model, plain, x, dtype=dtype, deterministic=False)
     assert not report.ok
     assert report.first_failure is not None
@@ -208,7 +208,7 @@ def other_corners(x, skip, weight, bias, mode, align_corners, slope):
 @pytest.mark.parametrize("fault", [swapped_concat, other_corners])
 def test_a_faulty_decoder_is_caught_where_it_begins(fault: Callable, dtype, x, monkeypatch):
     model, plain = pair()
-    monkeypatch.setattr(ops, "reference", Faulty(reference, upsample_concat_conv2d_relu=fault))
+    monkeypatch.setattr(forward, "reference", Faulty(reference, upsample_concat_conv2d_relu=fault))
     report = fastunet.verify(model, plain, x, dtype=dtype, deterministic=False)
     assert report.first_failure is not None and report.first_failure.name == "ups.0.conv.net.0", str(report)
 
@@ -216,7 +216,7 @@ def test_a_faulty_decoder_is_caught_where_it_begins(fault: Callable, dtype, x, m
 def test_a_pool_off_by_one_is_caught(x, monkeypatch):
     model, plain = pair()
     pool = F.max_pool2d
-    monkeypatch.setattr(ops, "F", Faulty(F, max_pool2d=lambda x, size: pool(x.roll(1, 3), size)))
+    monkeypatch.setattr(forward, "F", Faulty(F, max_pool2d=lambda x, size: pool(x.roll(1, 3), size)))
     report = fastunet.verify(model, plain, x)
     assert report.first_failure is not None and report.first_failure.name == "downs.0.pool", str(report)
 
@@ -313,7 +313,7 @@ def mask_of_negative(ctx, grad, grad_pooled, y, bias):
 @pytest.mark.parametrize(
     "function, fault, first",
     [
-        # The only convolution of 2 channels in is the first of all, the last of 8, the first in backward, the decoder's first source.
+        # The only convolution of 2 channels in is the first of all; the last of 8 reads the decoder's first source.
         ("_convolution_backward", scaled(1, 2), "downs.0.conv.net.0.weight"),
         ("_convolution_backward", scaled(0, 2), "input"),
         ("_convolution_backward", scaled(1, 8), "ups.0.conv.net.0.weight"),
@@ -433,7 +433,7 @@ def test_a_map_that_almost_died_hides_no_fault_elsewhere(x, monkeypatch):
     def louder(*arguments):
         return reference.upsample_concat_conv2d_relu(*arguments) * 1.05
 
-    monkeypatch.setattr(ops, "reference", Faulty(reference, upsample_concat_conv2d_relu=louder))
+    monkeypatch.setattr(forward, "reference", Faulty(reference, upsample_concat_conv2d_relu=louder))
     report = fastunet.verify(model, plain, x)
     assert report.first_failure is not None and report.first_failure.name.startswith("ups.0"), str(report)
 
@@ -551,7 +551,7 @@ def test_a_reference_with_the_same_names_is_compared_layer_by_layer(x, monkeypat
         [c.name for c in fastunet.verify(model, network, x).comparisons] for network in (SameNames(plain), plain)
     )
     assert ours == theirs
-    monkeypatch.setattr(ops, "reference", Faulty(reference, upsample_concat_conv2d_relu=swapped_concat))
+    monkeypatch.setattr(forward, "reference", Faulty(reference, upsample_concat_conv2d_relu=swapped_concat))
     report = fastunet.verify(model, SameNames(plain), x)
     assert report.first_failure is not None and report.first_failure.name == "ups.0.conv.net.0", str(report)
 

@@ -239,6 +239,8 @@ def _conv_gradients(ctx: Any, grad: Tensor, grad_pooled: Tensor | None) -> tuple
     x, weight, y = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
     g, grad_bias = _activation_backward(ctx, grad, grad_pooled, y, need_bias)
+    if not (ctx.dgrad or ctx.wgrad):  # in one call, which lays g out once
+        return *_convolution_backward(g, x, weight, (need_x, need_weight, need_bias)), None
     need_bias &= grad_bias is None
     grad_weight = None
     if need_weight and ctx.wgrad:
@@ -291,8 +293,23 @@ def upsample_concat_conv2d_relu(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, skip, weight, y = ctx.saved_tensors
     need_x, need_skip, need_weight, need_bias = ctx.needs_input_grad[:4]
     g, grad_bias = _activation_backward(ctx, grad, None, y, need_bias)
-    need_bias &= grad_bias is None
+    c1 = x.shape[1]
     grad_weight = grad_x = grad_skip = None
+    if not (ctx.dgrad or ctx.wgrad):
+        upsampled = reference.upsample(channels_last(x), ctx.mode, ctx.align_corners)
+        upsampled = reference.pad_to(upsampled, skip.shape[2], skip.shape[3])
+        wanted = need_x, need_weight, need_bias
+        grad_upsampled, first, grad_bias = _convolution_backward(g, upsampled, weight[:, :c1], wanted)
+        wanted = need_skip, need_weight, False
+        grad_skip, second, _ = _convolution_backward(g, channels_last(skip), weight[:, c1:], wanted)
+        if need_weight:
+            assert first is not None and second is not None
+            grad_weight = torch.cat([first, second], 1)
+        if need_x:
+            assert grad_upsampled is not None
+            grad_x = _through_upsampling(ctx, grad_upsampled, x)
+        return grad_x, grad_skip, grad_weight, grad_bias, None, None, None
+    need_bias &= grad_bias is None
     # The weight's first, so that the upsampled map is gone before the gradient of it comes.
     if need_weight and ctx.wgrad:
         grad_weight = _wgrad_of_two_kernel(g, x, skip, ctx.mode, ctx.align_corners)
@@ -302,7 +319,6 @@ def upsample_concat_conv2d_relu(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad_weight, grad_bias_torch = _wgrad_torch(g, [upsampled, skip], weight, need_weight, need_bias)
         grad_bias = grad_bias_torch if grad_bias is None else grad_bias
         del upsampled
-    c1 = x.shape[1]
     if need_x:
         grad_upsampled = _dgrad(ctx, g, weight[:, :c1])
         assert grad_upsampled is not None
