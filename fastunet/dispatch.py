@@ -1,5 +1,8 @@
 """Which implementation serves a tensor of this dtype and device, and why.
 
+A convolution has three steps that may be served apart: ``"forward"``, ``"dgrad"`` (the gradient of its
+input) and ``"wgrad"`` (of its weight). On a GPU, ``"torch"`` is cuDNN.
+
 Nothing is launched here and no kernel is imported, so that a choice can be shown
 (``fastunet summary``, ``fastunet.explain``) without making it.
 """
@@ -19,7 +22,9 @@ import torch
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MINIMUM_CAPABILITY = (8, 0)  # Ampere: the first with bf16, tf32 and asynchronous copies
 
-_forced: ContextVar[str | None] = ContextVar("fastunet_forced_implementation", default=None)
+STEPS = ("forward", "dgrad", "wgrad")
+
+_forced: ContextVar[dict[str, str]] = ContextVar("fastunet_forced_implementation", default={})  # noqa: B039
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,10 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def choose(device: torch.device, dtype: torch.dtype) -> Choice:
-    """Pick the implementation of a fused operator for a tensor's device and dtype."""
+def choose(device: torch.device, dtype: torch.dtype, step: str = "forward") -> Choice:
+    """Pick the implementation of a step of a fused operator for a tensor's device and dtype."""
     obstacle = why_not_triton(device, dtype)
-    forced = _forced.get()
+    forced = _forced.get().get(step)
     if forced == "triton" and obstacle is not None:
         raise RuntimeError(f"the Triton kernels were asked for, but {obstacle}")
     if forced is not None:
@@ -73,19 +78,29 @@ def choose(device: torch.device, dtype: torch.dtype) -> Choice:
         # The interpreter is for checking kernels; it is thousands of times slower than torch.
         why = "the device is a CPU" if device.type == "cpu" else "TRITON_INTERPRET is set"
         return Choice("torch", f"{why} (interpreted kernels only when asked for)")
+    if step != "forward":
+        # Where cuDNN's is faster, its name belongs here; no GPU has been asked yet.
+        return Choice("triton", "deterministic kernel; cuDNN's has not been timed against it")
     return Choice("triton", "fused kernel")
 
 
 @contextlib.contextmanager
-def forced(implementation: str) -> Iterator[None]:
+def forced(implementation: str, *steps: str) -> Iterator[None]:
     """Within the block every operator takes ``"triton"`` or ``"torch"``, for checks and timing.
+
+    Args:
+        steps: those to which it applies; all by default. Of a backward pass the operators that ran
+            forward within the block.
 
     Raises:
         ValueError: another name. RuntimeError at the operator: the kernels cannot run there.
     """
     if implementation not in ("triton", "torch"):
         raise ValueError(f"implementation: expected 'triton' or 'torch', got {implementation!r}")
-    token = _forced.set(implementation)
+    unknown = [step for step in steps if step not in STEPS]
+    if unknown:
+        raise ValueError(f"steps: expected some of {STEPS}, got {unknown[0]!r}")
+    token = _forced.set(_forced.get() | dict.fromkeys(steps or STEPS, implementation))
     try:
         yield
     finally:

@@ -26,6 +26,7 @@ class FastUNet(UNet):
     :meth:`refresh` after it.
 
     Forward hooks on inner modules do not run: the operators take their parameters and pass them by.
+    So shard the network as a whole, ``fully_shard(model)``, not module by module.
     """
 
     @property
@@ -206,7 +207,12 @@ def _wants_gradient(tensors: list[Tensor]) -> bool:
 
 
 def _cacheable(tensors: list[Tensor]) -> bool:
-    """Prepared weights carry no gradient, and inference tensors no version to tell them stale by."""
+    """Prepared weights carry no gradient, and inference tensors no version to tell them stale by.
+
+    Nor where processes work together: FSDP gathers new weights into old memory without counting a version.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return False
     return not _wants_gradient(tensors) and not any(t.is_inference() for t in tensors)
 
 

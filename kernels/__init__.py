@@ -1,20 +1,31 @@
 """Portable Triton kernels (sm_80 and newer): tensors in, tensors out, nothing registered.
 
-Every launcher takes logical NCHW tensors of any strides and returns channels_last ones.
+Every launcher takes logical NCHW tensors of any strides and returns channels_last ones. ``_fwd``
+computes an operator; ``_bwd``, ``_dgrad`` (of the input) and ``_wgrad`` (of the weight) its gradients.
 """
 
+from .activation_bwd import activation_bwd
 from .conv3x3 import conv_fwd, conv_pool_fwd
+from .conv_bwd import conv_dgrad, conv_transpose2x2_dgrad, conv_transpose2x2_wgrad, conv_wgrad
 from .conv_transpose2x2 import conv_transpose2x2_fwd
 from .stem import STEM_CHANNELS, stem_fwd
 from .upconcat_conv3x3 import upconcat_conv3x3_fwd
-from .upsample_concat import upsample_concat_fwd
+from .upsample_bwd import upsample_bwd
+from .upsample_concat import upsample_concat_fwd, upsample_fwd
 
 __all__ = [
     "STEM_CHANNELS",
+    "activation_bwd",
+    "conv_dgrad",
     "conv_fwd",
     "conv_pool_fwd",
+    "conv_transpose2x2_dgrad",
     "conv_transpose2x2_fwd",
+    "conv_transpose2x2_wgrad",
+    "conv_wgrad",
     "stem_fwd",
     "upconcat_conv3x3_fwd",
+    "upsample_bwd",
     "upsample_concat_fwd",
+    "upsample_fwd",
 ]

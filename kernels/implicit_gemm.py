@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 # The interpreter keeps bfloat16 as integers and multiplies those; in float32 the products are exact.
-_INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def tile_pixels(n0, h0, w0, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_
 @triton.jit
 def dot(w, x, acc, PRECISION: tl.constexpr):
     """acc [BLOCK_CO, BLOCK_P] + w [BLOCK_CO, BLOCK_K] @ transposed x [BLOCK_P, BLOCK_K]."""
-    if _INTERPRETED:
+    if INTERPRETED:
         w, x = w.to(tl.float32), x.to(tl.float32)
     return tl.dot(w, x.T, acc, input_precision=PRECISION)
 

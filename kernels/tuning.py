@@ -157,3 +157,78 @@ def pointwise_config(channels: int, dtype: torch.dtype) -> PointwiseConfig:
     """Tile for a pass over memory: 16 bytes a thread and access, 32 elements a thread in all."""
     block_c = power_of_2(channels, 1, 64)
     return PointwiseConfig(block_p=max(1, 4096 // block_c), block_c=block_c, num_warps=4)
+
+
+# Programs that share a reduction: four a multiprocessor of an H100, whatever the GPU, so that sums
+# are added in one order everywhere.
+REDUCTION_PROGRAMS = 528
+
+
+@dataclass(frozen=True)
+class WgradConfig:
+    """Tile of a weight gradient: block_co x block_c channels; block_n x block_h x block_w pixels a step."""
+
+    block_co: int
+    block_c: int
+    block_n: int
+    block_h: int
+    block_w: int
+    num_warps: int
+    num_stages: int
+
+    def tiles(self, n: int, h: int, w: int) -> int:
+        """How many steps cover ``n`` maps of ``h`` x ``w`` pixels."""
+        return -(-n // self.block_n) * -(-h // self.block_h) * -(-w // self.block_w)
+
+    def options(self) -> dict[str, int]:
+        """The keyword arguments of a launch."""
+        return {
+            "BLOCK_CO": self.block_co,
+            "BLOCK_C": self.block_c,
+            "BLOCK_N": self.block_n,
+            "BLOCK_H": self.block_h,
+            "BLOCK_W": self.block_w,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+def wgrad_config(
+    columns: int, out_channels: int, height: int, width: int, dtype: torch.dtype, *, precise: bool = False
+) -> WgradConfig:
+    """Tile for a weight gradient of ``columns`` input channels (times taps, where they share a program).
+
+    The pixels of a step depend on the map alone: sources that were concatenated share their slabs.
+    """
+    if precise:  # as in conv_config: plain multiply-adds live in registers
+        tile = power_of_2(out_channels, 16, 32), power_of_2(columns, 16, 32)
+        return WgradConfig(*tile, *_tile(32, height, width), num_warps=4, num_stages=2)
+    # 64 pixels of 128 + 128 channels in 16 bits are 32 KB; three stages fit 99 KB.
+    pixels = 32 if dtype == torch.float32 else 64
+    block_co, block_c = power_of_2(out_channels, 16, 128), power_of_2(columns, 16, 128)
+    warps = 8 if block_co * block_c > 64 * 128 else 4
+    return WgradConfig(block_co, block_c, *_tile(pixels, height, width), num_warps=warps, num_stages=3)
+
+
+def slabs(tiles: int, blocks: int) -> tuple[int, int]:
+    """(slabs, tiles a slab) of a reduction over ``tiles`` that ``blocks`` programs each make a slab of."""
+    steps = -(-tiles // max(1, REDUCTION_PROGRAMS // blocks))
+    return -(-tiles // steps), steps
+
+
+def reduce_blocks(slabs: int) -> tuple[int, int]:
+    """(slabs, columns) of a step that adds slabs: many slabs are those of few columns, a bias."""
+    block_s = power_of_2(slabs, 1, 64)
+    return block_s, 2048 // block_s
+
+
+def cell_config(channels: int) -> PointwiseConfig:
+    """Tile of 2x2 cells: four times the loads of a pixel's, so a quarter of :func:`pointwise_config`'s elements."""
+    block_c = power_of_2(channels, 1, 64)
+    return PointwiseConfig(block_p=1024 // block_c, block_c=block_c, num_warps=4)
+
+
+def gather_config(channels: int) -> PointwiseConfig:
+    """Tile of a gather of 16 neighbours: at most 8 elements and half a pixel a thread, as the weights of more spill."""
+    block_c = power_of_2(channels, 1, 64)
+    return PointwiseConfig(block_p=min(64, 1024 // block_c), block_c=block_c, num_warps=4)

@@ -67,7 +67,7 @@ def _upconcat_conv3x3_fwd_kernel(
     x, skip, w, bias_ptr, y_ptr,
     N, C1, C2, H, W, O, x_height, x_width, top, left,
     stride_xn, stride_xh, stride_xw, stride_sn, stride_sh, stride_sw,
-    MODE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, SLOPE: tl.constexpr,
+    KSIZE: tl.constexpr, MODE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_CO: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_K: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +77,7 @@ def _upconcat_conv3x3_fwd_kernel(
         acc = accumulate(
             acc, x, w, co0, O - co0, 0, C1 + C2,
             n0, h0, w0, N, H, W, C1, x_height, x_width, top, left, stride_xn, stride_xh, stride_xw,
-            3, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K, USE_TMA, PRECISION,
+            KSIZE, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K, USE_TMA, PRECISION,
         )  # fmt: skip
     else:
         acc = _accumulate_upsampled(
@@ -88,7 +88,7 @@ def _upconcat_conv3x3_fwd_kernel(
     acc = accumulate(
         acc, skip, w, co0, O - co0, C1, C1 + C2,
         n0, h0, w0, N, H, W, C2, H, W, 0, 0, stride_sn, stride_sh, stride_sw,
-        3, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K, USE_TMA, PRECISION,
+        KSIZE, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K, USE_TMA, PRECISION,
     )  # fmt: skip
     acc = add_bias_activate(acc, bias_ptr, co0, O, SLOPE, BLOCK_CO)
     n, h, col = tile_pixels(n0, h0, w0, BLOCK_N, BLOCK_H, BLOCK_W)
@@ -110,7 +110,8 @@ def upconcat_conv3x3_fwd(
     """Launch the kernel.
 
     Args:
-        mode: ``"bilinear"``, ``"nearest"``, or ``"none"`` for an x of the skip's scale.
+        mode: ``"bilinear"``, ``"nearest"``, or ``"none"`` for an x of the skip's scale, which may
+            have 1x1 filters too.
         slope, tf32, config: as in :func:`conv_fwd`.
 
     Returns:
@@ -139,7 +140,7 @@ def upconcat_conv3x3_fwd(
         weight_descriptor(rows, config) if config.tma else rows,
         bias_or_zeros(bias, y), y, n, c1, c2, h, w, o, x.shape[2], x.shape[3], top, left,
         x.stride(0), x.stride(2), x.stride(3), skip.stride(0), skip.stride(2), skip.stride(3),
-        MODE=mode, ALIGN_CORNERS=align_corners, SLOPE=slope,
+        KSIZE=weight.shape[-1], MODE=mode, ALIGN_CORNERS=align_corners, SLOPE=slope,
         USE_TMA=config.tma, PRECISION="tf32" if tf32 else "ieee", **config.options(),
     )  # fmt: skip
     return y

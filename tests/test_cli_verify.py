@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 import fastunet
-from fastunet import FastUNet, UNetConfig, kernels, ops, reference, weights
+from fastunet import FastUNet, UNetConfig, kernels, reference, weights
+from fastunet.ops import forward
 from fastunet.parity.fuzz import Fuzzed
 
 SMALL = '{"in_channels": 1, "features": [3, 4], "align_corners": false}'
@@ -42,7 +43,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
             right = getattr(reference, name)
             return right if name != "upsample_concat_conv2d_relu" else lambda *a: right(*a) + 0.01
 
-    monkeypatch.setattr(ops, "reference", Faulty())
+    monkeypatch.setattr(forward, "reference", Faulty())
 
 
 @pytest.fixture
@@ -102,7 +103,7 @@ def test_the_picture_shows_where_the_error_is(run, monkeypatch, tmp_path):
             return seam if name == "conv2d_relu" else right
 
     path = tmp_path / "wrong.png"
-    monkeypatch.setattr(ops, "reference", Seam())
+    monkeypatch.setattr(forward, "reference", Seam())
     assert run("verify", *QUICK, "--plot", path).code == 1
     pixels = np.asarray(Image.open(path).convert("L"), dtype=float)
     height, width = pixels.shape
@@ -318,7 +319,7 @@ def test_interrupted_with_the_results_so_far(run, monkeypatch, tmp_path):
 
 
 def test_a_case_that_raises_is_found_by_its_command_too(run, monkeypatch):
-    monkeypatch.setattr(ops, "reference", None)
+    monkeypatch.setattr(forward, "reference", None)
     shown = run("verify", "--fuzz", "1")
     assert shown.code == 1 and "raised AttributeError" in shown.out
     (again,) = [line.removeprefix("again: ") for line in shown.out.splitlines() if line.startswith("again: ")]

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from fastunet import dispatch, ops, reference
+from fastunet import dispatch, reference
+from fastunet.ops import forward
 from fastunet.parity import Report
 from fastunet.parity.fuzz import DTYPES, LAYOUTS, Case, Fuzzed, fuzz
 
@@ -51,7 +52,7 @@ def test_a_fault_is_found_and_made_small(monkeypatch):
         def __getattr__(self, name):
             return fault if name == "upsample_concat_conv2d_relu" else getattr(reference, name)
 
-    monkeypatch.setattr(ops, "reference", Faulty())
+    monkeypatch.setattr(forward, "reference", Faulty())
     seen: list[Fuzzed] = []
     found = fuzz(200, 7, on_progress=seen.append)
     assert isinstance(found.finding, Report) and found.case is not None
@@ -69,7 +70,7 @@ def test_a_fault_is_found_and_made_small(monkeypatch):
 
 
 def test_a_crash_is_a_finding(monkeypatch):
-    monkeypatch.setattr(ops, "reference", None)
+    monkeypatch.setattr(forward, "reference", None)
     found = fuzz(5, 0)
     assert isinstance(found.finding, AttributeError)
     assert found.passed == 0 and found.case is not None

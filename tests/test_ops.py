@@ -129,6 +129,48 @@ def test_gradients_are_the_references(case, seed):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("forced", [("triton",), ("triton", "dgrad"), ("triton", "wgrad")], ids="-".join)
+def test_gradients_through_the_kernels(case, forced, seed, device):
+    """By the rule, and the same bits again; with one step alone ours, the other is PyTorch's."""
+    op, plain, shapes = case
+    inputs = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
+    with dispatch.forced(*forced):
+        result = outputs(op(*inputs))
+    cotangents = [torch.randn_like(t) for t in result]
+    got, again = (torch.autograd.grad(result, inputs, cotangents, retain_graph=True) for _ in range(2))
+    baseline = torch.autograd.grad(outputs(plain(*inputs)), inputs, cotangents)
+    wide = [t.detach().double().cpu().requires_grad_() for t in inputs]
+    truth = torch.autograd.grad(outputs(plain(*wide)), wide, [c.double().cpu() for c in cotangents])
+    for a, b, base, true in zip(got, again, baseline, truth, strict=True):
+        assert torch.equal(a, b)
+        parity = compare(a, base, true, tf32=a.is_cuda, stages=2)
+        assert parity.ok, str(parity)
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_gradients_of_gradients_are_refused(case, implementation, seed, device):
+    op, _, shapes = case
+    inputs = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
+    with dispatch.forced(implementation):
+        result = outputs(op(*inputs))
+    total = sum(t.square().sum() for t in result)
+    found = torch.autograd.grad(total, inputs, create_graph=True)  # the first ones are given all the same
+    with pytest.raises(RuntimeError, match=r"fastunet\.ops\.\w+: gradients of gradients are not supported"):
+        sum(g.square().sum() for g in found).backward()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_steps_are_chosen_apart():
+    cpu = torch.device("cpu")
+    with dispatch.forced("triton"), dispatch.forced("torch", "wgrad"):
+        chosen = [dispatch.choose(cpu, torch.float32, step).implementation for step in dispatch.STEPS]
+    assert chosen == ["triton", "triton", "torch"]
+    with (
+        pytest.raises(ValueError, match="steps: expected some of .*, got 'backward'"),
+        dispatch.forced("torch", "backward"),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("wanted", range(4))
 def test_gradient_of_one_input_alone(wanted, seed):
     op, plain, shapes = CASES["upsample_concat_conv2d_relu"]

@@ -1,0 +1,204 @@
+"""The fused operators: the only home of torch.library names.
+
+Each is one custom operator with a fake kernel, so that ``torch.compile`` traces through it, an
+autograd formula, and a body that asks :mod:`fastunet.dispatch` whether a Triton kernel or the
+plain reference computes it (``forward.py``, ``backward.py``). The functions here are what users
+call: they check their arguments, apply the autocast rule, and speak logical NCHW.
+
+Autocast: convolutions run in the autocast dtype, as ``torch.conv2d`` does; ``upsample_concat``
+takes the widest dtype of its inputs, as ``torch.cat`` does. float64 is left alone.
+
+On a CPU and without gradients torch's own operators are called at once: the dispatcher's way through
+Python to a custom operator and back costs 0.1 ms, which is much to a small network.
+"""
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from . import forward
+from .common import at_once, tf32, watched
+
+__all__ = [
+    "conv2d_relu",
+    "conv_transpose2x2",
+    "tf32",
+    "upsample_concat",
+    "upsample_concat_conv2d_relu",
+    "watched",
+]
+
+_UPSAMPLING = ("bilinear", "nearest")
+
+
+def _check(condition: bool, argument: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{argument}: expected {expected}, got {got}")
+
+
+def _check_conv(x: Tensor, channels: int, weight: Tensor, bias: Tensor | None) -> None:
+    _check(x.dim() == 4, "x", "shape (N, C, H, W)", tuple(x.shape))
+    _check(weight.dim() == 4, "weight", "shape (O, C, K, K)", tuple(weight.shape))
+    k = weight.shape[2]
+    _check(k in (1, 3) and weight.shape[3] == k, "weight", "a 1x1 or 3x3 filter", tuple(weight.shape))
+    _check(weight.shape[1] == channels, "weight", f"{channels} input channels", tuple(weight.shape))
+    if bias is not None:
+        _check(bias.shape == weight.shape[:1], "bias", f"shape ({weight.shape[0]},)", tuple(bias.shape))
+
+
+def _check_alike(x: Tensor, **others: Tensor | None) -> None:
+    for name, other in others.items():
+        if other is not None:
+            _check(other.dtype == x.dtype, name, f"x's dtype {x.dtype}", other.dtype)
+            _check(other.device == x.device, name, f"x's device {x.device}", other.device)
+
+
+def _check_sources(x: Tensor, skip: Tensor, mode: str, modes: tuple[str, ...]) -> None:
+    _check(mode in modes, "mode", f"one of {modes}", repr(mode))
+    _check(x.dim() == 4, "x", "shape (N, C, H, W)", tuple(x.shape))
+    _check(skip.dim() == 4, "skip", "shape (N, C, H, W)", tuple(skip.shape))
+    _check(skip.shape[0] == x.shape[0], "skip", f"x's batch of {x.shape[0]}", tuple(skip.shape))
+
+
+def _autocast(x: Tensor, *others: Tensor | None) -> tuple:
+    """Cast to the autocast dtype, where autocast is on and the tensor is not float64."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, *others
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *others))
+
+
+def _slope(relu: bool, negative_slope: float) -> float:
+    _check(0 <= negative_slope < 1, "negative_slope", "a number in [0, 1)", negative_slope)
+    return float(negative_slope) if relu else 1.0
+
+
+@overload
+def conv2d_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    relu: bool = True,
+    negative_slope: float = 0.0,
+    pool: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def conv2d_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    relu: bool = True,
+    negative_slope: float = 0.0,
+    pool: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def conv2d_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    relu: bool = True,
+    negative_slope: float = 0.0,
+    pool: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Same-size convolution, bias, ReLU and, on request, 2x2 max-pool, in one pass.
+
+    Args:
+        x: (N, C, H, W), any strides; float16, bfloat16, float32 (float64 through plain torch).
+        weight: (O, C, 3, 3) or (O, C, 1, 1), of x's dtype; channels_last spares a copy.
+        bias: (O,) or None.
+        relu: apply the activation.
+        negative_slope: of a leaky ReLU; 0 is the plain one.
+        pool: also return the 2x2 max-pool.
+
+    Returns:
+        y (N, O, H, W), channels_last; with ``pool`` also (N, O, H // 2, W // 2).
+
+    Raises:
+        ValueError: names the argument, its value and what was expected.
+    """
+    x, weight, bias = _autocast(x, weight, bias)
+    _check_conv(x, x.shape[1], weight, bias)
+    _check_alike(x, weight=weight, bias=bias)
+    slope = _slope(relu, negative_slope)
+    if not pool:
+        return (forward.conv2d_relu_torch if at_once(x) else forward.conv2d_relu)(x, weight, bias, slope)
+    _check(x.shape[2] >= 2 and x.shape[3] >= 2, "x", "H and W of at least 2 to pool", tuple(x.shape))
+    return (forward.conv2d_relu_pool_torch if at_once(x) else forward.conv2d_relu_pool)(x, weight, bias, slope)
+
+
+def upsample_concat(x: Tensor, skip: Tensor, *, mode: str = "bilinear", align_corners: bool = True) -> Tensor:
+    """``[upsampled, skip]`` on channels, in one pass.
+
+    Args:
+        x: (N, C1, h, w), any strides.
+        skip: (N, C2, H, W), any strides. Where H or W differs from the doubled map, the map is
+            zero-padded (or cropped) evenly, the odd pixel below or right.
+        mode: ``"bilinear"`` or ``"nearest"``.
+
+    Returns:
+        (N, C1 + C2, H, W), channels_last. Errors as in :func:`conv2d_relu`.
+    """
+    dtype = torch.promote_types(x.dtype, skip.dtype)
+    if torch.is_autocast_enabled(x.device.type):
+        x, skip = x.to(dtype), skip.to(dtype)
+    _check_sources(x, skip, mode, _UPSAMPLING)
+    _check_alike(x, skip=skip)
+    return (forward.upsample_concat_torch if at_once(x) else forward.upsample_concat)(x, skip, mode, align_corners)
+
+
+def upsample_concat_conv2d_relu(
+    x: Tensor,
+    skip: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    mode: str = "bilinear",
+    align_corners: bool = True,
+    relu: bool = True,
+    negative_slope: float = 0.0,
+) -> Tensor:
+    """3x3 :func:`conv2d_relu` of :func:`upsample_concat`, with neither map materialised.
+
+    Args:
+        x: (N, C1, h, w). skip: (N, C2, H, W). weight: (O, C1 + C2, 3, 3). bias: (O,) or None.
+        mode: as there, or ``"none"`` for an x of the skip's scale.
+
+    Returns:
+        (N, O, H, W), channels_last. Errors as in :func:`conv2d_relu`.
+    """
+    x, skip, weight, bias = _autocast(x, skip, weight, bias)
+    _check_sources(x, skip, mode, (*_UPSAMPLING, "none"))
+    _check_conv(x, x.shape[1] + skip.shape[1], weight, bias)
+    _check(weight.shape[2] == 3, "weight", "a 3x3 filter", tuple(weight.shape))
+    _check_alike(x, skip=skip, weight=weight, bias=bias)
+    slope = _slope(relu, negative_slope)
+    op = forward.upsample_concat_conv2d_relu_torch if at_once(x) else forward.upsample_concat_conv2d_relu
+    return op(x, skip, weight, bias, mode, align_corners, slope)
+
+
+def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """2x2 stride-2 transposed convolution and bias.
+
+    Args:
+        x: (N, C, H, W), any strides. weight: (C, O, 2, 2). bias: (O,) or None.
+
+    Returns:
+        (N, O, 2H, 2W), channels_last. Errors as in :func:`conv2d_relu`.
+    """
+    x, weight, bias = _autocast(x, weight, bias)
+    _check(x.dim() == 4, "x", "shape (N, C, H, W)", tuple(x.shape))
+    _check(
+        weight.dim() == 4 and weight.shape[0] == x.shape[1] and tuple(weight.shape[2:]) == (2, 2),
+        "weight", f"shape ({x.shape[1]}, O, 2, 2)", tuple(weight.shape),
+    )  # fmt: skip
+    if bias is not None:
+        _check(bias.shape == weight.shape[1:2], "bias", f"shape ({weight.shape[1]},)", tuple(bias.shape))
+    _check_alike(x, weight=weight, bias=bias)
+    return (forward.conv_transpose2x2_torch if at_once(x) else forward.conv_transpose2x2)(x, weight, bias)

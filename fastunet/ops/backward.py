@@ -1,0 +1,377 @@
+"""Gradients of the operators: which step runs on what, and what is saved for it.
+
+Backward of a convolution is three steps: through pool and activation to the gradient of the sums,
+which gives the bias gradient too; from there to the input (``dgrad``); and to the weight
+(``wgrad``). :mod:`fastunet.dispatch` answers for the last two apart, once, in the forward pass:
+autograd runs backward in threads of its own, to which a choice forced on a block is unknown.
+
+Saved are an operator's input and output, which are its neighbours' output and input: each map once.
+The upsampled map is made again, for one layer's weight gradient at a time; read once for all nine
+taps, it costs less than interpolating on the way into each of them. A concatenated map, or the
+gradient of one, is never made: each source has its own slice of the weight.
+
+First-order, and the same to the bit each time where our kernels run: no sum depends on which
+program ends first.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import dispatch, reference
+from .common import channels_last, empty, on_device, tf32
+
+if TYPE_CHECKING or dispatch.has_triton():
+    from .. import kernels
+
+aten = torch.ops.aten
+Gradient = Tensor | None
+
+
+# --- first order only ------------------------------------------------------------------------
+
+
+class _Refusal(torch.autograd.Function):
+    """Passes gradients on; whoever differentiates them is told that it cannot be done."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, *gradients: Tensor) -> tuple[Tensor, ...]:
+        ctx.name = name
+        return tuple(g.view_as(g) for g in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(
+            f"fastunet.ops.{ctx.name}: gradients of gradients are not supported; "
+            "fastunet.reference.UNet has the same parameters and supports them"
+        )
+
+
+def _first_order(formula: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """The formula without a graph of its own, whose results cannot be differentiated again."""
+
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        with torch.no_grad():
+            found = formula(ctx, *gradients)
+        if not torch.is_grad_enabled():
+            return found
+        tensors = [g.detach().requires_grad_() for g in found if g is not None]
+        passed = iter(_Refusal.apply(formula.__name__, *tensors) if tensors else ())  # pyright: ignore
+        return tuple(None if g is None else next(passed) for g in found)
+
+    return backward
+
+
+# --- the steps -------------------------------------------------------------------------------
+
+
+def _choose(ctx: Any, x: Tensor) -> None:
+    ctx.dgrad, ctx.wgrad = (
+        dispatch.choose(x.device, x.dtype, step).implementation == "triton" for step in ("dgrad", "wgrad")
+    )
+
+
+@torch.library.custom_op("fastunet::activation_backward", mutates_args=())
+def _activation_kernel(
+    grad: Tensor, grad_pooled: Tensor | None, y: Tensor, slope: float, bias: bool
+) -> tuple[Tensor, Tensor]:
+    with on_device(grad):
+        g, grad_bias = kernels.activation_bwd(grad, grad_pooled, y, slope=slope, bias=bias)
+    return g, grad.new_empty(0) if grad_bias is None else grad_bias
+
+
+@_activation_kernel.register_fake
+def _(grad: Tensor, grad_pooled: Tensor | None, y: Tensor, slope: float, bias: bool) -> tuple[Tensor, Tensor]:
+    return empty(y, *y.shape[1:]), grad.new_empty(y.shape[1] if bias else 0)
+
+
+@torch.library.custom_op("fastunet::bias_backward", mutates_args=())
+def _bias_kernel(grad: Tensor) -> Tensor:
+    with on_device(grad):
+        grad_bias = kernels.activation_bwd(grad, None, grad, slope=1.0, bias=True)[1]
+    assert grad_bias is not None
+    return grad_bias
+
+
+@_bias_kernel.register_fake
+def _(grad: Tensor) -> Tensor:
+    return grad.new_empty(grad.shape[1])
+
+
+def _activation_backward(
+    ctx: Any, grad: Tensor, grad_pooled: Tensor | None, y: Tensor | None, bias: bool
+) -> tuple[Tensor, Gradient]:
+    """Gradient of the sums and, from our kernel, of the bias: PyTorch's wgrad brings its own."""
+    if ctx.dgrad or ctx.wgrad:
+        if y is None:
+            return grad, _bias_kernel(grad) if bias else None
+        g, grad_bias = _activation_kernel(grad, grad_pooled, y, ctx.slope, bias)
+        return g, grad_bias if bias else None
+    if y is None:
+        return grad, None
+    if grad_pooled is not None:
+        _, places = aten.max_pool2d_with_indices(y, [2, 2], [2, 2])
+        grad = grad + aten.max_pool2d_with_indices_backward(
+            grad_pooled, y, [2, 2], [2, 2], [0, 0], [1, 1], False, places
+        )
+    if ctx.slope == 0:
+        grad = aten.threshold_backward(grad, y, 0)
+    elif ctx.slope != 1:
+        grad = aten.leaky_relu_backward(grad, y, ctx.slope, True)
+    return grad, None
+
+
+def _convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool], *, transposed: bool = False
+) -> tuple[Gradient, Gradient, Gradient]:
+    """PyTorch's gradients of input, weight and bias, those that ``mask`` asks for."""
+    stride, pad = (2, 0) if transposed else (1, weight.shape[-1] // 2)
+    sizes = [grad.shape[1]]
+    return aten.convolution_backward(
+        grad, x, weight, sizes, [stride, stride], [pad, pad], [1, 1], transposed, [0, 0], 1, mask
+    )
+
+
+@torch.library.custom_op("fastunet::conv_dgrad", mutates_args=())
+def _dgrad_kernel(g: Tensor, weight: Tensor) -> Tensor:
+    with on_device(g):
+        return kernels.conv_dgrad(g, weight, tf32=tf32())
+
+
+@_dgrad_kernel.register_fake
+def _(g: Tensor, weight: Tensor) -> Tensor:
+    return empty(g, weight.shape[1], *g.shape[2:])
+
+
+def _dgrad(ctx: Any, g: Tensor, weight: Tensor) -> Gradient:
+    """Gradient of an input of g's size."""
+    if ctx.dgrad:
+        return _dgrad_kernel(g, weight)
+    # PyTorch asks for the input, and reads its shape and layout.
+    return _convolution_backward(g, empty(g, weight.shape[1], *g.shape[2:]), weight, (True, False, False))[0]
+
+
+@torch.library.custom_op("fastunet::conv_wgrad", mutates_args=())
+def _wgrad_kernel(g: Tensor, x: Tensor, ksize: int) -> Tensor:
+    with on_device(g):
+        return kernels.conv_wgrad(g, [x], ksize, tf32=tf32())
+
+
+@_wgrad_kernel.register_fake
+def _(g: Tensor, x: Tensor, ksize: int) -> Tensor:
+    return empty(g.new_empty(g.shape[1], 0), x.shape[1], ksize, ksize)
+
+
+@torch.library.custom_op("fastunet::upsample_concat_wgrad", mutates_args=())
+def _wgrad_of_two_kernel(g: Tensor, x: Tensor, skip: Tensor, mode: str, align_corners: bool) -> Tensor:
+    with on_device(g):
+        if mode != "none":
+            x = kernels.upsample_fwd(x, *skip.shape[2:], mode=mode, align_corners=align_corners)
+        return kernels.conv_wgrad(g, [x, skip], 3, tf32=tf32())
+
+
+@_wgrad_of_two_kernel.register_fake
+def _(g: Tensor, x: Tensor, skip: Tensor, mode: str, align_corners: bool) -> Tensor:
+    return empty(g.new_empty(g.shape[1], 0), x.shape[1] + skip.shape[1], 3, 3)
+
+
+def _wgrad_torch(
+    g: Tensor, sources: Sequence[Tensor], weight: Tensor, need_weight: bool, need_bias: bool
+) -> tuple[Gradient, Gradient]:
+    """PyTorch's gradients of the weight of concatenated sources, and of the bias."""
+    parts = weight.split([x.shape[1] for x in sources], 1)
+    found = []
+    for i, (x, part) in enumerate(zip(sources, parts, strict=True)):
+        found.append(_convolution_backward(g, x, part, (False, need_weight, need_bias and i == 0)))
+        if not need_weight:
+            break
+    if len(found) == 1:
+        return found[0][1:]
+    return torch.cat([grad for _, grad, _ in found], 1), found[0][2]
+
+
+# An operator on every device: torch's bilinear backward cannot be traced with symbolic shapes.
+@torch.library.custom_op("fastunet::upsample_backward", mutates_args=())
+def _upsample_backward(grad: Tensor, height: int, width: int, mode: str, align_corners: bool, kernel: bool) -> Tensor:
+    """Gradient of a (N, C, height, width) map from that of its upsampled, padded form."""
+    if kernel and mode != "none":
+        with on_device(grad):
+            return kernels.upsample_bwd(grad, height, width, mode=mode, align_corners=align_corners)
+    n, c = grad.shape[:2]
+    scale = 1 if mode == "none" else 2
+    pad = reference.padding((scale * height, scale * width), (grad.shape[2], grad.shape[3]))
+    grad = F.pad(grad, [-p for p in pad])  # a negative pad crops what the forward padded
+    if mode == "bilinear":
+        size = [2 * height, 2 * width]
+        grad = aten.upsample_bilinear2d_backward(grad, size, [n, c, height, width], align_corners, 2.0, 2.0)
+    elif mode == "nearest":
+        grad = aten.upsample_nearest2d_backward(grad, [2 * height, 2 * width], [n, c, height, width], 2.0, 2.0)
+    return channels_last(grad.clone() if mode == "none" else grad)
+
+
+@_upsample_backward.register_fake
+def _(grad: Tensor, height: int, width: int, mode: str, align_corners: bool, kernel: bool) -> Tensor:
+    return empty(grad, grad.shape[1], height, width)
+
+
+def _through_upsampling(ctx: Any, grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient of x from that of its upsampled, padded form."""
+    if ctx.mode == "none" and grad.shape[2:] == x.shape[2:]:
+        return grad
+    return _upsample_backward(grad, x.shape[2], x.shape[3], ctx.mode, ctx.align_corners, ctx.dgrad)
+
+
+# --- conv2d_relu -----------------------------------------------------------------------------
+
+
+def save_conv(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, _, ctx.slope = inputs
+    y = output[0] if isinstance(output, tuple) else output
+    linear = ctx.slope == 1 and not isinstance(output, tuple)
+    ctx.save_for_backward(x, weight, None if linear else y)
+    _choose(ctx, x)
+
+
+def _conv_gradients(ctx: Any, grad: Tensor, grad_pooled: Tensor | None) -> tuple[Any, ...]:
+    x, weight, y = ctx.saved_tensors
+    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+    g, grad_bias = _activation_backward(ctx, grad, grad_pooled, y, need_bias)
+    if not (ctx.dgrad or ctx.wgrad):  # in one call, which lays g out once
+        return *_convolution_backward(g, x, weight, (need_x, need_weight, need_bias)), None
+    need_bias &= grad_bias is None
+    grad_weight = None
+    if need_weight and ctx.wgrad:
+        grad_weight = _wgrad_kernel(g, x, weight.shape[-1])
+    elif need_weight or need_bias:
+        grad_weight, grad_bias_torch = _wgrad_torch(g, [x], weight, need_weight, need_bias)
+        grad_bias = grad_bias_torch if grad_bias is None else grad_bias
+    return _dgrad(ctx, g, weight) if need_x else None, grad_weight, grad_bias, None
+
+
+@_first_order
+def conv2d_relu(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return _conv_gradients(ctx, grad, None)
+
+
+@_first_order
+def conv2d_relu_pool(ctx: Any, grad: Tensor, grad_pooled: Tensor) -> tuple[Any, ...]:
+    return _conv_gradients(ctx, grad, grad_pooled)
+
+
+# --- upsample_concat -------------------------------------------------------------------------
+
+
+def save_upsample(ctx: Any, inputs: Any, output: Any) -> None:
+    x, _, ctx.mode, ctx.align_corners = inputs
+    ctx.save_for_backward(x)  # for its shape alone; it is kept by whoever made it anyway
+    _choose(ctx, x)
+
+
+@_first_order
+def upsample_concat(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    (x,) = ctx.saved_tensors
+    need_x, need_skip = ctx.needs_input_grad[:2]
+    grad_x = _through_upsampling(ctx, grad[:, : x.shape[1]], x) if need_x else None
+    grad_skip = grad[:, x.shape[1] :].contiguous(memory_format=torch.channels_last) if need_skip else None
+    return grad_x, grad_skip, None, None
+
+
+# --- upsample_concat_conv2d_relu -------------------------------------------------------------
+
+
+def save_upsample_conv(ctx: Any, inputs: Any, output: Any) -> None:
+    x, skip, weight, _, ctx.mode, ctx.align_corners, ctx.slope = inputs
+    ctx.save_for_backward(x, skip, weight, None if ctx.slope == 1 else output)
+    _choose(ctx, x)
+
+
+@_first_order
+def upsample_concat_conv2d_relu(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, skip, weight, y = ctx.saved_tensors
+    need_x, need_skip, need_weight, need_bias = ctx.needs_input_grad[:4]
+    g, grad_bias = _activation_backward(ctx, grad, None, y, need_bias)
+    c1 = x.shape[1]
+    grad_weight = grad_x = grad_skip = None
+    if not (ctx.dgrad or ctx.wgrad):
+        upsampled = reference.upsample(channels_last(x), ctx.mode, ctx.align_corners)
+        upsampled = reference.pad_to(upsampled, skip.shape[2], skip.shape[3])
+        wanted = need_x, need_weight, need_bias
+        grad_upsampled, first, grad_bias = _convolution_backward(g, upsampled, weight[:, :c1], wanted)
+        wanted = need_skip, need_weight, False
+        grad_skip, second, _ = _convolution_backward(g, channels_last(skip), weight[:, c1:], wanted)
+        if need_weight:
+            assert first is not None and second is not None
+            grad_weight = torch.cat([first, second], 1)
+        if need_x:
+            assert grad_upsampled is not None
+            grad_x = _through_upsampling(ctx, grad_upsampled, x)
+        return grad_x, grad_skip, grad_weight, grad_bias, None, None, None
+    need_bias &= grad_bias is None
+    # The weight's first, so that the upsampled map is gone before the gradient of it comes.
+    if need_weight and ctx.wgrad:
+        grad_weight = _wgrad_of_two_kernel(g, x, skip, ctx.mode, ctx.align_corners)
+    elif need_weight or need_bias:
+        upsampled = reference.upsample(channels_last(x), ctx.mode, ctx.align_corners)
+        upsampled = reference.pad_to(upsampled, skip.shape[2], skip.shape[3])
+        grad_weight, grad_bias_torch = _wgrad_torch(g, [upsampled, skip], weight, need_weight, need_bias)
+        grad_bias = grad_bias_torch if grad_bias is None else grad_bias
+        del upsampled
+    if need_x:
+        grad_upsampled = _dgrad(ctx, g, weight[:, :c1])
+        assert grad_upsampled is not None
+        grad_x = _through_upsampling(ctx, grad_upsampled, x)
+    if need_skip:
+        grad_skip = _dgrad(ctx, g, weight[:, c1:])
+    return grad_x, grad_skip, grad_weight, grad_bias, None, None, None
+
+
+# --- conv_transpose2x2 -----------------------------------------------------------------------
+
+
+@torch.library.custom_op("fastunet::conv_transpose2x2_dgrad", mutates_args=())
+def _transpose_dgrad_kernel(grad: Tensor, weight: Tensor) -> Tensor:
+    with on_device(grad):
+        return kernels.conv_transpose2x2_dgrad(grad, weight, tf32=tf32())
+
+
+@_transpose_dgrad_kernel.register_fake
+def _(grad: Tensor, weight: Tensor) -> Tensor:
+    return empty(grad, weight.shape[0], grad.shape[2] // 2, grad.shape[3] // 2)
+
+
+@torch.library.custom_op("fastunet::conv_transpose2x2_wgrad", mutates_args=())
+def _transpose_wgrad_kernel(grad: Tensor, x: Tensor) -> Tensor:
+    with on_device(grad):
+        found = kernels.conv_transpose2x2_wgrad(grad, x, tf32=tf32())
+    return found.contiguous()
+
+
+@_transpose_wgrad_kernel.register_fake
+def _(grad: Tensor, x: Tensor) -> Tensor:
+    return grad.new_empty(x.shape[1], grad.shape[1], 2, 2)
+
+
+def save_transpose(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight)
+    _choose(ctx, x)
+
+
+@_first_order
+def conv_transpose2x2(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight = ctx.saved_tensors
+    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+    found: list[Gradient] = [None, None, None]
+    if ctx.dgrad and need_x:
+        found[0], need_x = _transpose_dgrad_kernel(grad, weight), False
+    if ctx.wgrad and need_weight:
+        found[1], need_weight = _transpose_wgrad_kernel(grad, x), False
+    if ctx.wgrad and need_bias:
+        found[2], need_bias = _bias_kernel(grad), False
+    if need_x or need_weight or need_bias:
+        rest = _convolution_backward(grad, x, weight, (need_x, need_weight, need_bias), transposed=True)
+        found = [ours if theirs is None else theirs for ours, theirs in zip(found, rest, strict=True)]
+    return tuple(found)

@@ -1,0 +1,62 @@
+"""What every operator asks: which implementation, in which memory, on which device."""
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+
+
+def takes_triton(x: Tensor) -> bool:
+    return dispatch.choose(x.device, x.dtype).implementation == "triton"
+
+
+_watched: ContextVar[bool] = ContextVar("fastunet_watched", default=False)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[None]:
+    """Within the block every call goes through its registered operator, for who looks on by a mode."""
+    token = _watched.set(True)
+    try:
+        yield
+    finally:
+        _watched.reset(token)
+
+
+def at_once(x: Tensor) -> bool:
+    """Whether torch's operators serve ``x`` without the dispatcher: on a CPU, without gradients, in eager."""
+    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or _watched.get():
+        return False
+    return not takes_triton(x)
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Launch where the tensor lives: Triton launches on the current device."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def tf32() -> bool:
+    """Whether float32 convolutions may round their factors to tf32."""
+    # Answers for torch.backends.cudnn.allow_tf32 too, and does not raise when the two APIs are mixed.
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def empty(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    shape = (like.shape[0], channels, height, width)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """``x`` with exactly the strides that :func:`empty` gives; copied only if its memory differs.
+
+    Fake kernels promise these strides, and torch goes by them: strides of axes of size 1 are
+    arbitrary, and a grey image with the wrong one would send its convolution to the slow layout.
+    """
+    if x.is_contiguous(memory_format=torch.channels_last):
+        n, c, h, w = x.shape
+        return x.as_strided(x.shape, (h * w * c, 1, w * c, c))
+    return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)

@@ -1,0 +1,139 @@
+"""The operators themselves: the kernel or the plain reference, a fake, and where the gradients come from.
+
+Each operator has its body twice: registered with torch.library, and ``<name>_torch`` for a CPU that
+wants no gradients.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import dispatch, reference
+from . import backward
+from .common import channels_last, empty, on_device, takes_triton, tf32
+
+if TYPE_CHECKING or dispatch.has_triton():
+    from .. import kernels
+
+
+# --- conv2d_relu -----------------------------------------------------------------------------
+
+
+def conv2d_relu_torch(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> Tensor:
+    # channels_last is the faster layout of torch's CPU convolutions as well.
+    return channels_last(reference.conv2d_relu(channels_last(x), weight, bias, slope))
+
+
+@torch.library.custom_op("fastunet::conv2d_relu", mutates_args=())
+def conv2d_relu(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> Tensor:
+    if takes_triton(x):
+        stem = x.shape[1] <= kernels.STEM_CHANNELS and weight.shape[-1] == 3
+        with on_device(x):
+            return (kernels.stem_fwd if stem else kernels.conv_fwd)(x, weight, bias, slope=slope, tf32=tf32())
+    return conv2d_relu_torch(x, weight, bias, slope)
+
+
+@conv2d_relu.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> Tensor:
+    return empty(x, weight.shape[0], x.shape[2], x.shape[3])
+
+
+def conv2d_relu_pool_torch(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> tuple[Tensor, Tensor]:
+    y = conv2d_relu_torch(x, weight, bias, slope)
+    return y, channels_last(F.max_pool2d(y, 2))
+
+
+@torch.library.custom_op("fastunet::conv2d_relu_pool", mutates_args=())
+def conv2d_relu_pool(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> tuple[Tensor, Tensor]:
+    if takes_triton(x):
+        with on_device(x):
+            return kernels.conv_pool_fwd(x, weight, bias, slope=slope, tf32=tf32())
+    return conv2d_relu_pool_torch(x, weight, bias, slope)
+
+
+@conv2d_relu_pool.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> tuple[Tensor, Tensor]:
+    o, h, w = weight.shape[0], x.shape[2], x.shape[3]
+    return empty(x, o, h, w), empty(x, o, h // 2, w // 2)
+
+
+# --- upsample_concat -------------------------------------------------------------------------
+
+
+def upsample_concat_torch(x: Tensor, skip: Tensor, mode: str, align_corners: bool) -> Tensor:
+    return channels_last(reference.upsample_concat(x, skip, mode, align_corners))
+
+
+@torch.library.custom_op("fastunet::upsample_concat", mutates_args=())
+def upsample_concat(x: Tensor, skip: Tensor, mode: str, align_corners: bool) -> Tensor:
+    if takes_triton(x):
+        with on_device(x):
+            return kernels.upsample_concat_fwd(x, skip, mode=mode, align_corners=align_corners)
+    return upsample_concat_torch(x, skip, mode, align_corners)
+
+
+@upsample_concat.register_fake
+def _(x: Tensor, skip: Tensor, mode: str, align_corners: bool) -> Tensor:
+    return empty(skip, x.shape[1] + skip.shape[1], skip.shape[2], skip.shape[3])
+
+
+# --- upsample_concat_conv2d_relu -------------------------------------------------------------
+
+
+def upsample_concat_conv2d_relu_torch(
+    x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None, mode: str, align_corners: bool, slope: float
+) -> Tensor:
+    x, skip = channels_last(x), channels_last(skip)
+    return channels_last(reference.upsample_concat_conv2d_relu(x, skip, weight, bias, mode, align_corners, slope))
+
+
+@torch.library.custom_op("fastunet::upsample_concat_conv2d_relu", mutates_args=())
+def upsample_concat_conv2d_relu(
+    x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None, mode: str, align_corners: bool, slope: float
+) -> Tensor:
+    if takes_triton(x):
+        with on_device(x):
+            return kernels.upconcat_conv3x3_fwd(
+                x, skip, weight, bias, mode=mode, align_corners=align_corners, slope=slope, tf32=tf32()
+            )
+    return upsample_concat_conv2d_relu_torch(x, skip, weight, bias, mode, align_corners, slope)
+
+
+@upsample_concat_conv2d_relu.register_fake
+def _(
+    x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None, mode: str, align_corners: bool, slope: float
+) -> Tensor:
+    return empty(skip, weight.shape[0], skip.shape[2], skip.shape[3])
+
+
+# --- conv_transpose2x2 -----------------------------------------------------------------------
+
+
+def conv_transpose2x2_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return channels_last(reference.conv_transpose2x2(channels_last(x), weight, bias))
+
+
+@torch.library.custom_op("fastunet::conv_transpose2x2", mutates_args=())
+def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if takes_triton(x):
+        with on_device(x):
+            return kernels.conv_transpose2x2_fwd(x, weight, bias, tf32=tf32())
+    return conv_transpose2x2_torch(x, weight, bias)
+
+
+@conv_transpose2x2.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return empty(x, weight.shape[1], 2 * x.shape[2], 2 * x.shape[3])
+
+
+# --- gradients -------------------------------------------------------------------------------
+
+conv2d_relu.register_autograd(backward.conv2d_relu, setup_context=backward.save_conv)
+conv2d_relu_pool.register_autograd(backward.conv2d_relu_pool, setup_context=backward.save_conv)
+upsample_concat.register_autograd(backward.upsample_concat, setup_context=backward.save_upsample)
+upsample_concat_conv2d_relu.register_autograd(
+    backward.upsample_concat_conv2d_relu, setup_context=backward.save_upsample_conv
+)
+conv_transpose2x2.register_autograd(backward.conv_transpose2x2, setup_context=backward.save_transpose)

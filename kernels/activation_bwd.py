@@ -1,0 +1,118 @@
+"""From the gradient of a convolution's outputs to that of its sums: pool, activation, bias in one pass.
+
+    g[n, o, h, w] = act'(y[n, o, h, w]) (grad[n, o, h, w] + grad_pooled[n, o, h // 2, w // 2] [(h, w) is its maximum])
+    grad_bias[o]  = sum over n, h, w of g
+
+``y`` is the saved output: its sign is that of the sum before a ReLU, and the place of each maximum
+is found in it again by torch's rule (the first of equal values in reading order, the last NaN if
+there is one), so that neither the sums nor the places are saved.
+
+Tiling: one program takes BLOCK_C channels of a slab of 2x2 cells, BLOCK_P cells a step, and leaves
+its share of the bias gradient for reduce_slabs.py.
+
+Shapes: grad (N, O, H, W) and grad_pooled (N, O, H // 2, W // 2) of any strides, y (N, O, H, W)
+-> g (N, O, H, W), channels_last, grad_bias (O,); float16, bfloat16 or float32, sums in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .reduce_slabs import reduce_slabs
+from .tensors import empty_channels_last
+from .tuning import PointwiseConfig, cell_config, slabs
+
+
+@triton.jit
+def _activation_bwd_kernel(
+    grad_ptr, grad_pooled_ptr, y_ptr, g_ptr, sums_ptr,
+    N, H, W, O, steps,
+    stride_gn, stride_gc, stride_gh, stride_gw, stride_pn, stride_pc, stride_ph, stride_pw,
+    SLOPE: tl.constexpr, POOL: tl.constexpr, STORE: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(O, BLOCK_C)
+    slab = tl.program_id(0) // blocks
+    c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    cells_h, cells_w = tl.cdiv(H, 2), tl.cdiv(W, 2)
+    channels = c.to(tl.int64)[None, :]
+    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for step in range(0, steps):
+        cell = (slab.to(tl.int64) * steps + step) * BLOCK_P + tl.arange(0, BLOCK_P)
+        n = cell // cells_w // cells_h
+        cell_h, cell_w = cell // cells_w % cells_h, cell % cells_w
+        here = (n < N)[:, None] & (c < O)[None, :]
+        if POOL:
+            whole = here & ((cell_h < H // 2) & (cell_w < W // 2))[:, None]
+            largest = tl.full([BLOCK_P, BLOCK_C], float("-inf"), tl.float32)
+            place = tl.zeros([BLOCK_P, BLOCK_C], tl.int32)
+            for k in tl.static_range(4):
+                pixel = (n * H + 2 * cell_h + k // 2) * W + 2 * cell_w + k % 2
+                y = tl.load(y_ptr + pixel[:, None] * O + c[None, :], mask=whole, other=0.0).to(tl.float32)
+                better = (y > largest) | (y != y)
+                largest = tl.where(better, y, largest)
+                place = tl.where(better, k, place)
+            offset = n * stride_pn + cell_h * stride_ph + cell_w * stride_pw
+            grad_pooled = tl.load(
+                grad_pooled_ptr + offset[:, None] + channels * stride_pc, mask=whole, other=0.0
+            ).to(tl.float32)  # fmt: skip
+        for k in tl.static_range(4):
+            h, w = 2 * cell_h + k // 2, 2 * cell_w + k % 2
+            mask = here & ((h < H) & (w < W))[:, None]
+            offset = n * stride_gn + h * stride_gh + w * stride_gw
+            g = tl.load(grad_ptr + offset[:, None] + channels * stride_gc, mask=mask, other=0.0).to(tl.float32)
+            pixel = ((n * H + h) * W + w)[:, None] * O + c[None, :]
+            if POOL:
+                g += tl.where(place == k, grad_pooled, 0.0)
+            if SLOPE != 1.0:
+                y = tl.load(y_ptr + pixel, mask=mask, other=0.0).to(tl.float32)
+                # As torch has it where y is NaN: a ReLU lets the gradient pass, a leaky one scales it.
+                g = tl.where(y <= 0, 0.0, g) if SLOPE == 0.0 else tl.where(y > 0, g, g * SLOPE)
+            if STORE:
+                tl.store(g_ptr + pixel, g.to(g_ptr.dtype.element_ty), mask=mask)
+            total += g
+    if BIAS:
+        tl.store(sums_ptr + slab.to(tl.int64) * O + c, tl.sum(total, 0), mask=c < O)
+
+
+def activation_bwd(
+    grad: Tensor,
+    grad_pooled: Tensor | None,
+    y: Tensor,
+    *,
+    slope: float,
+    bias: bool,
+    config: PointwiseConfig | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Launch the kernel.
+
+    Args:
+        grad_pooled: gradient of the 2x2 max-pool of y, if there was one.
+        slope: of the activation, as in :func:`conv_fwd`.
+        bias: whether the bias gradient is wanted.
+
+    Returns:
+        g (N, O, H, W), which is ``grad`` itself where nothing changes it; grad_bias (O,) or None.
+    """
+    n, o, h, w = y.shape
+    changes = slope != 1 or grad_pooled is not None
+    g = empty_channels_last(y, o, h, w) if changes else grad
+    if y.numel() == 0 or not (changes or bias):
+        return g, y.new_zeros(o) if bias else None
+    if changes:  # else its values are not asked for
+        y = y.contiguous(memory_format=torch.channels_last)
+    config = config or cell_config(o)
+    cells = n * triton.cdiv(h, 2) * triton.cdiv(w, 2)
+    blocks = triton.cdiv(o, config.block_c)
+    count, steps = slabs(triton.cdiv(cells, config.block_p), blocks)
+    sums = torch.empty((count, o), dtype=torch.float32, device=y.device) if bias else None
+    _activation_bwd_kernel[(count * blocks,)](
+        grad, grad_pooled, y, g, sums, n, h, w, o, steps,
+        *grad.stride(), *(grad if grad_pooled is None else grad_pooled).stride(),
+        SLOPE=slope, POOL=grad_pooled is not None, STORE=changes, BIAS=bias,
+        BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.num_warps,
+    )  # fmt: skip
+    return g, None if sums is None else reduce_slabs(sums, y.dtype)

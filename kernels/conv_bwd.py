@@ -1,0 +1,158 @@
+"""Gradients of a convolution's input and weight.
+
+    grad_x[n, c, h, w]       = sum over o, i, j of weight[o, c, i, j] g[n, o, h - i + r, w - j + r]
+    grad_weight[o, c, i, j]  = sum over n, h, w of g[n, o, h, w] x[n, c, h + i - r, w + j - r]
+
+g is the gradient before the activation (activation_bwd.py); K x K filters, K = 1 or 3, r = K // 2.
+
+The first is the forward kernel (conv3x3.py) on the flipped weight, its channels swapped. The second
+is a matrix product over pixels. Of several sources that were concatenated on channels each is read,
+and its gradient written, by a launch of its own; the concatenation never exists.
+
+Tiling of the second: one program computes BLOCK_CO output x BLOCK_C input channels of one tap over
+a slab of pixels, BLOCK_N x BLOCK_H x BLOCK_W of them a step. The slabs' sums are added in a fixed
+order (reduce_slabs.py). For the few channels of an image all taps share a program.
+
+Shapes: g (N, O, H, W), x (N, C, H, W), weight (O, C, K, K); float16, bfloat16 or float32, sums in
+float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .conv3x3 import conv_fwd
+from .implicit_gemm import INTERPRETED, tile_pixels
+from .reduce_slabs import reduce_slabs
+from .stem import STEM_CHANNELS
+from .tensors import unit_channel_stride
+from .tuning import ConvConfig, WgradConfig, slabs, wgrad_config
+from .upconcat_conv3x3 import upconcat_conv3x3_fwd
+
+
+def conv_dgrad(g: Tensor, weight: Tensor, *, tf32: bool = True, config: ConvConfig | None = None) -> Tensor:
+    """Gradient of the input, (N, C, H, W), channels_last. ``tf32`` and ``config`` as in :func:`conv_fwd`."""
+    return conv_fwd(g, weight.flip(2, 3).transpose(0, 1), None, slope=1.0, tf32=tf32, config=config)
+
+
+@triton.jit
+def _conv_wgrad_kernel(
+    g_ptr, x_ptr, partial_ptr,
+    N, H, W, O, C, channel0, channels, x_height, x_width, x_top, x_left, steps,
+    stride_gn, stride_gh, stride_gw, stride_xn, stride_xc, stride_xh, stride_xw,
+    KSIZE: tl.constexpr, ALL_TAPS: tl.constexpr,
+    BLOCK_CO: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    block, slab = tl.program_id(0), tl.program_id(1)
+    blocks_o, blocks_c = tl.cdiv(O, BLOCK_CO), tl.cdiv(C, BLOCK_C)
+    co = (block % blocks_o) * BLOCK_CO + tl.arange(0, BLOCK_CO)
+    k = tl.arange(0, BLOCK_C)
+    if ALL_TAPS:  # (tap, channel), as in the packed weight
+        tap, c = (k // C)[None, :], (k % C)[None, :]
+        inside_c = (k < KSIZE * KSIZE * C)[None, :]
+    else:
+        tap, c = block // blocks_o // blocks_c, ((block // blocks_o % blocks_c) * BLOCK_C + k)[None, :]
+        inside_c = c < C
+    dh, dw = tap // KSIZE - KSIZE // 2, tap % KSIZE - KSIZE // 2
+    tiles_w, tiles_h = tl.cdiv(W, BLOCK_W), tl.cdiv(H, BLOCK_H)
+    acc = tl.zeros([BLOCK_CO, BLOCK_C], tl.float32)
+    for step in range(0, steps):
+        tile = slab * steps + step
+        w0 = (tile % tiles_w) * BLOCK_W
+        h0 = (tile // tiles_w % tiles_h) * BLOCK_H
+        n, h, w = tile_pixels(tile // tiles_w // tiles_h * BLOCK_N, h0, w0, BLOCK_N, BLOCK_H, BLOCK_W)
+        inside = ((n < N) & (h < H) & (w < W))[:, None]
+        # int64: one image alone may hold more than 2**31 elements.
+        offset = n.to(tl.int64) * stride_gn + h.to(tl.int64) * stride_gh + w.to(tl.int64) * stride_gw
+        g = tl.load(g_ptr + offset[:, None] + co[None, :], mask=inside & (co < O)[None, :], other=0.0)
+        row, column = h[:, None] + dh, w[:, None] + dw
+        inside &= (row >= 0) & (row < H) & (column >= 0) & (column < W)
+        inside &= (row >= x_top) & (row < x_top + x_height) & (column >= x_left) & (column < x_left + x_width)
+        offset_x = n.to(tl.int64)[:, None] * stride_xn + (row - x_top).to(tl.int64) * stride_xh
+        offset_x += (column - x_left).to(tl.int64) * stride_xw
+        x = tl.load(x_ptr + offset_x + c.to(tl.int64) * stride_xc, mask=inside & inside_c, other=0.0)
+        if INTERPRETED:
+            g, x = g.to(tl.float32), x.to(tl.float32)
+        acc = tl.dot(g.T, x, acc, input_precision=PRECISION)
+    row_of = partial_ptr + (slab.to(tl.int64) * O + co)[:, None] * (KSIZE * KSIZE * channels)
+    mask = (co < O)[:, None] & inside_c
+    tl.store(row_of + tap * channels + channel0 + c, acc.to(partial_ptr.dtype.element_ty), mask=mask)
+
+
+def conv_wgrad(
+    g: Tensor, sources: Sequence[Tensor], ksize: int, *, tf32: bool = True, config: WgradConfig | None = None
+) -> Tensor:
+    """Gradient of the weight, (O, C, ksize, ksize), channels_last.
+
+    Args:
+        sources: the input, or what was concatenated on channels to it. One whose size is not g's
+            was padded or cropped evenly, the odd pixel below or right.
+        tf32, config: as in :func:`conv_fwd`.
+    """
+    g = unit_channel_stride(g)
+    (n, o, h, w), channels = g.shape, sum(x.shape[1] for x in sources)
+    columns = ksize * ksize * channels
+    if g.numel() == 0 or columns == 0:
+        return g.new_zeros(o, ksize, ksize, channels).permute(0, 3, 1, 2)
+    precise = g.dtype == torch.float32 and not tf32
+    launches = []
+    for x in sources:
+        few = ksize > 1 and x.shape[1] <= STEM_CHANNELS
+        taps, per_program = (1, ksize * ksize * x.shape[1]) if few else (ksize * ksize, x.shape[1])
+        tile = config or wgrad_config(per_program, o, h, w, g.dtype, precise=precise)
+        blocks = taps * triton.cdiv(o, tile.block_co) * triton.cdiv(per_program, tile.block_c)
+        launches.append((x if few else unit_channel_stride(x), few, tile, blocks))
+    count, steps = slabs(launches[0][2].tiles(n, h, w), sum(blocks for *_, blocks in launches))
+    # A single slab is the result.
+    partial = torch.empty((count, o * columns), dtype=torch.float32 if count > 1 else g.dtype, device=g.device)
+    channel0 = 0
+    for x, few, tile, blocks in launches:
+        _conv_wgrad_kernel[(blocks, count)](
+            g, x, partial, n, h, w, o, x.shape[1], channel0, channels,
+            x.shape[2], x.shape[3], (h - x.shape[2]) // 2, (w - x.shape[3]) // 2, steps,
+            g.stride(0), g.stride(2), g.stride(3), *x.stride(),
+            KSIZE=ksize, ALL_TAPS=few, PRECISION="tf32" if tf32 else "ieee", **tile.options(),
+        )  # fmt: skip
+        channel0 += x.shape[1]
+    rows = reduce_slabs(partial, g.dtype) if count > 1 else partial
+    return rows.view(o, ksize, ksize, channels).permute(0, 3, 1, 2)
+
+
+def _even_and_odd_rows(grad: Tensor) -> list[Tensor]:
+    """(N, O, 2H, 2W) -> twice (N, 2 O, H, W), two neighbours of a row as the channels of one pixel; views if NHWC."""
+    n, o, h, w = grad.shape
+    rows = grad.permute(0, 2, 3, 1).reshape(n, h // 2, 2, w // 2, 2 * o)
+    return [rows[:, :, i].permute(0, 3, 1, 2) for i in range(2)]
+
+
+def conv_transpose2x2_dgrad(
+    grad: Tensor, weight: Tensor, *, tf32: bool = True, config: ConvConfig | None = None
+) -> Tensor:
+    """Gradient of the input of a 2x2 stride-2 transposed convolution.
+
+    A 1x1 convolution of two sources, the even and the odd rows of ``grad``.
+
+    Args:
+        grad: (N, O, 2H, 2W). weight: (C, O, 2, 2). tf32, config: as in :func:`conv_fwd`.
+
+    Returns:
+        (N, C, H, W), channels_last.
+    """
+    even, odd = _even_and_odd_rows(grad)
+    rows = weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1, 1, 1)
+    return upconcat_conv3x3_fwd(
+        even, odd, rows, None, mode="none", align_corners=False, slope=1.0, tf32=tf32, config=config
+    )
+
+
+def conv_transpose2x2_wgrad(grad: Tensor, x: Tensor, *, tf32: bool = True, config: WgradConfig | None = None) -> Tensor:
+    """Gradient of the weight, (C, O, 2, 2), of the same convolution, in which x and ``grad`` change places."""
+    c, o = x.shape[1], grad.shape[1]
+    rows = conv_wgrad(x, _even_and_odd_rows(grad), 1, tf32=tf32, config=config)
+    return rows.permute(0, 2, 3, 1).reshape(c, 2, 2, o).permute(0, 3, 1, 2)

@@ -1,0 +1,325 @@
+"""A FastUNet in training, as people train: what a drop-in module must go along with, and what it keeps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
+
+from fastunet import FastUNet, dispatch
+from fastunet.reference import UNet
+
+from .test_model import KINDS, assert_close, pair
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).square().mean()
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_same_gradients(ours: nn.Module, theirs: nn.Module) -> None:
+    for name, expected in gradients(theirs).items():
+        got = gradients(ours)[name]
+        assert (got is None) == (expected is None), name
+        if expected is not None:
+            assert_close(got, expected)
+
+
+def small_pair(**config) -> tuple[UNet, FastUNet]:
+    """For the interpreter, which takes its time."""
+    reference, fast = UNet(1, 2, (2, 3), **config), FastUNet(1, 2, (2, 3), **config)
+    fast.load_state_dict(reference.state_dict())
+    return reference, fast
+
+
+@pytest.fixture
+def double_pair(seed: int) -> tuple[UNet, FastUNet]:
+    reference, fast = pair()
+    return reference.double(), fast.double()
+
+
+@pytest.fixture
+def x(seed: int) -> Tensor:
+    return torch.randn(2, 2, 13, 10, dtype=torch.float64)
+
+
+def test_gradients_accumulate(double_pair, x):
+    for model in double_pair:
+        for part in x.split(1):
+            loss_of(model, part).backward()
+    assert_same_gradients(double_pair[1], double_pair[0])
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_gives_the_same_bits(use_reentrant, double_pair, x):
+    _, fast = double_pair
+    loss_of(fast, x).backward()
+    expected = {name: g.clone() for name, g in gradients(fast).items() if g is not None}
+    fast.zero_grad()
+    leaf = x.clone().requires_grad_()  # a reentrant checkpoint wants one
+    checkpoint(loss_of, fast, leaf, use_reentrant=use_reentrant).backward()  # pyright: ignore
+    for name, g in gradients(fast).items():
+        assert g is not None and torch.equal(g, expected[name]), name
+
+
+FROZEN: dict[str, Callable[[str], bool]] = {
+    "nothing": lambda name: False,
+    "everything": lambda name: True,
+    "encoder": lambda name: name.startswith("downs"),
+    "decoder": lambda name: name.startswith("ups"),
+    "weights": lambda name: name.endswith("weight"),
+    "biases": lambda name: name.endswith("bias"),
+}
+
+
+@pytest.mark.parametrize("frozen", FROZEN)
+def test_frozen_parameters_and_the_input(frozen, double_pair, x):
+    found = []
+    for model in double_pair:
+        for name, p in model.named_parameters():
+            p.requires_grad_(not FROZEN[frozen](name))
+        leaf = x.clone().requires_grad_(frozen != "nothing")
+        loss_of(model, leaf).backward()
+        found.append(leaf.grad)
+    assert_same_gradients(double_pair[1], double_pair[0])
+    if frozen == "everything":
+        assert all(g is None for g in gradients(double_pair[1]).values())
+    if frozen != "nothing":
+        assert_close(found[1], found[0])
+
+
+def test_channels_last_parameters(double_pair, x):
+    reference, fast = double_pair
+    fast.to(memory_format=torch.channels_last)  # pyright: ignore
+    loss_of(reference, x).backward()
+    loss_of(fast, x.contiguous(memory_format=torch.channels_last)).backward()
+    assert_same_gradients(fast, reference)
+
+
+def steps(model: nn.Module, x: Tensor, scaler: torch.amp.GradScaler, broken: float, dtype: torch.dtype) -> list:
+    """Three steps, a number of the second's loss broken: scale and first parameter after each."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    seen = []
+    for step in range(3):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype):
+            loss = model(x).mul(broken).mean() if step == 1 else loss_of(model, x)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        seen.append((scaler.get_scale(), next(model.parameters()).detach().clone()))
+    return seen
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, 1.0], ids=["nan", "inf", "finite"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_grad_scaler_skips_the_steps_that_eager_skips(dtype, broken, seed):
+    x = torch.randn(2, 2, 12, 12)
+    ours, theirs = (
+        steps(model, x, torch.amp.GradScaler("cpu", init_scale=256.0), broken, dtype) for model in reversed(pair())
+    )
+    assert [scale for scale, _ in ours] == [scale for scale, _ in theirs]
+    for i in range(3):
+        torch.testing.assert_close(ours[i][1], theirs[i][1], rtol=1e-2, atol=1e-3)
+    skipped = torch.equal(ours[0][1], ours[1][1])
+    assert skipped == (broken != 1.0) == torch.equal(theirs[0][1], theirs[1][1])
+    assert not torch.equal(ours[1][1], ours[2][1])
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_running_statistics_are_eagers(implementation, seed, device):
+    reference, fast = (model.to(device) for model in small_pair(norm="batch"))
+    if implementation == "torch":
+        reference.double()
+        fast.double()
+    dtype, tolerance = (torch.float64, 1e-12) if implementation == "torch" else (torch.float32, 1e-4)
+    for _ in range(2):
+        x = torch.randn(2, 1, 6, 4, dtype=dtype, device=device)
+        for model in (reference, fast):
+            optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+            with dispatch.forced(implementation if model is fast else "torch"):
+                loss_of(model, x).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for (name, ours), theirs in zip(fast.named_buffers(), reference.buffers(), strict=True):
+        if ours.is_floating_point():
+            assert_close(ours, theirs, tolerance)
+        else:
+            assert torch.equal(ours, theirs), name
+
+
+def test_an_exponential_average_follows(double_pair, x):
+    """A copy's prepared weights are those of now, after every update of the average."""
+    averages = [AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5)) for model in double_pair]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in double_pair]
+    for _ in range(3):
+        for model, average, optimizer in zip(double_pair, averages, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss_of(model, x).backward()
+            optimizer.step()
+            average.update_parameters(model)
+        with torch.no_grad():
+            expected, got = (average.eval()(x) for average in averages)
+        assert_close(got, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_steps_through_the_kernels_repeat_to_the_bit(kind, seed, device):
+    _, fast = small_pair(upsample=kind)
+    x = torch.randn(2, 1, 5, 6, device=device)
+    runs = []
+    for _ in range(2):
+        model = copy.deepcopy(fast).to(device)
+        with dispatch.forced("triton"):
+            loss_of(model, x).backward()
+        runs.append(gradients(model))
+    for name, g in runs[0].items():
+        assert g is not None and torch.equal(g, runs[1][name]), name  # pyright: ignore
+
+
+def test_compiled_step_through_the_kernels(seed, device):
+    _, fast = small_pair()
+    fast.to(device)
+    x = torch.randn(2, 1, 5, 6, device=device)
+    with dispatch.forced("triton"):
+        loss_of(fast, x).backward()
+        expected = {name: g.clone() for name, g in gradients(fast).items() if g is not None}
+        fast.zero_grad()
+        torch.compile(loss_of, backend="aot_eager", fullgraph=True)(fast, x).backward()
+    for name, g in gradients(fast).items():
+        assert g is not None and torch.equal(g, expected[name]), name
+
+
+# --- what is kept for backward ---------------------------------------------------------------
+
+
+def kept_bytes(model: nn.Module, x: Tensor) -> int:
+    """Bytes of the memory that autograd holds after the forward pass, parameters and input aside."""
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), x)}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage._cdata not in own:
+            storages[storage._cdata] = storage
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = model(x)
+    assert y.requires_grad
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize(
+    "features, size",
+    [((8, 16, 32, 64, 128), 64), pytest.param((64, 128, 256, 512, 1024), 256, marks=pytest.mark.slow)],
+    ids=["small", "seed"],
+)
+def test_what_is_saved_is_at_most_six_tenths_of_eagers(features, size):
+    ours, theirs = (kept_bytes(net(1, 2, features), torch.randn(1, 1, size, size)) for net in (FastUNet, UNet))
+    print(f"saved for backward: {ours:,} bytes, eager {theirs:,}, {ours / theirs:.3f} of it")  # noqa: T201
+    assert ours <= 0.6 * theirs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_map_is_saved_once_and_no_other(kind):
+    """The input, every convolution's result and every pooled map; nothing upsampled, concatenated or before a ReLU."""
+    features, size = (4, 6, 8), 16
+    net = FastUNet(2, 3, features, upsample=kind)
+    maps, side = 0, size
+    for f in features[:-1]:
+        maps += 2 * f * side**2 + f * (side // 2) ** 2  # two convolutions and the pooled map
+        side //= 2
+    maps += 2 * features[-1] * side**2
+    for i in reversed(range(len(features) - 1)):
+        if kind == "bilinear_conv":
+            maps += net.config.upsampled_channels(i) * side**2
+        side *= 2
+        if kind == "transpose":
+            maps += net.config.upsampled_channels(i) * side**2
+        maps += 2 * features[i] * side**2
+    assert kept_bytes(net, torch.randn(1, 2, size, size)) == 4 * maps
+
+
+# --- several processes -----------------------------------------------------------------------
+
+
+def in_two_processes(work: Callable[[int, str], None], folder: str) -> None:
+    torch.multiprocessing.spawn(_join, (work, folder), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _join(rank: int, work: Callable[[int, str], None], folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        work(rank, folder)
+    finally:
+        dist.destroy_process_group()
+
+
+def _net() -> FastUNet:
+    torch.manual_seed(0)
+    return FastUNet(1, 2, (4, 6, 8)).double()
+
+
+def _batch() -> Tensor:
+    return torch.randn(4, 1, 12, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def _data_parallel(rank: int, folder: str) -> None:
+    model = nn.parallel.DistributedDataParallel(_net())
+    loss_of(model, _batch()[2 * rank : 2 * rank + 2]).backward()
+    torch.save([p.grad for p in model.parameters()], f"{folder}/{rank}.pt")
+
+
+def _fully_sharded(rank: int, folder: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = _net()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    outputs = []
+    for _ in range(2):
+        loss_of(model, _batch()[2 * rank : 2 * rank + 2]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.eval()
+        with torch.no_grad():  # prepared weights must be those of now
+            outputs.append(model(_batch()))
+        model.train()
+    torch.save(outputs, f"{folder}/{rank}.pt")
+
+
+def test_data_parallel_gradients_are_those_of_the_double_batch(tmp_path):
+    in_two_processes(_data_parallel, str(tmp_path))
+    model = _net()
+    loss_of(model, _batch()).backward()
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for p, a, b in zip(model.parameters(), first, second, strict=True):
+        assert torch.equal(a, b)
+        assert_close(a, p.grad)
+
+
+def test_fully_sharded_steps_are_those_of_one_process(tmp_path):
+    in_two_processes(_fully_sharded, str(tmp_path))
+    model = _net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    outputs = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for step in range(2):
+        loss_of(model, _batch()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            expected = UNet.forward(model, _batch())
+        for rank in range(2):
+            assert_close(outputs[rank][step], expected, 1e-9)
