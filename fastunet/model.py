@@ -26,7 +26,11 @@ class FastUNet(UNet):
     :meth:`refresh` after it.
 
     Forward hooks on inner modules do not run: the operators take their parameters and pass them by.
+
+    ``origin``: what :func:`fastunet.convert` recognised, of a converted model; else None.
     """
+
+    origin: Any = None
 
     @property
     def _prepared(self) -> dict[nn.Module, _Prepared]:
@@ -139,7 +143,7 @@ class FastUNet(UNet):
             sources += [norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked]
         tensors = [t for t in sources if t is not None]
         if torch.compiler.is_compiling() or not _cacheable(tensors):
-            return _fold(conv.weight, conv.bias, norm, roll)
+            return _fold(_rolled(conv.weight, roll), conv.bias, norm)
         device = conv.weight.device.type
         dtype = conv.weight.dtype
         if torch.is_autocast_enabled(device) and dtype != torch.float64:  # as the operators do
@@ -210,10 +214,13 @@ def _cacheable(tensors: list[Tensor]) -> bool:
     return not _wants_gradient(tensors) and not any(t.is_inference() for t in tensors)
 
 
-def _fold(weight: Tensor, bias: Tensor | None, norm: Any, roll: int = 0) -> tuple[Tensor, Tensor | None]:
+def _rolled(weight: Tensor, roll: int) -> Tensor:
+    """The last ``roll`` input channels first."""
+    return weight.roll(roll, 1) if roll else weight
+
+
+def _fold(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor | None]:
     """norm(conv(x)) as one convolution: scale = gamma / sqrt(var + eps), in float32 or wider."""
-    if roll:
-        weight = weight.roll(roll, 1)
     if norm is None:
         return weight, bias
     wide = torch.promote_types(weight.dtype, torch.float32)
@@ -237,7 +244,7 @@ class _Prepared:
         self.dtype = dtype
         # Not inference tensors, even when made in inference mode: autograd may save them later.
         with torch.inference_mode(False), torch.no_grad():
-            weight, bias = _fold(conv.weight, conv.bias, norm, roll)
+            weight, bias = _fold(_rolled(conv.weight, roll), conv.bias, norm)
             if isinstance(conv, nn.ConvTranspose2d):
                 weight = weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
             else:
