@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
+from .config import UNetConfig
 from .files import atomic_write
+from .origin import Origin
 
-CONFIG_KEY = "fastunet_config"  # of the metadata of files of ours
+CONFIG_KEY = "fastunet_config"  # in the metadata of a FastUNet's file
 
 # What a number of NumPy's is pickled as; training logs in checkpoints hold some. They build numbers, nothing else.
 _NUMPY_NUMBERS: list[Any] = [np.dtype, *(type(np.dtype(kind)) for kind in "fdeilq?")]
@@ -34,6 +36,38 @@ def write(path: str | os.PathLike[str], state: dict[str, Tensor], metadata: dict
     with atomic_write(path) as temporary:
         # Not save_file, which makes the file readable by its owner alone.
         temporary.write_bytes(serialise(state, metadata=metadata))
+
+
+def save(model: Any, path: str | os.PathLike[str]) -> None:
+    """Write a model's weights and configuration as safetensors; the file is whole or not there.
+
+    Where the model was converted, the file also holds what :func:`fastunet.convert.export` needs.
+
+    Args:
+        model: a :class:`fastunet.FastUNet` or :class:`fastunet.reference.UNet`.
+    """
+    origin = getattr(model, "origin", None)
+    tensors, metadata = ({}, {}) if origin is None else origin.to_file()
+    write(path, {**model.state_dict(), **tensors}, {CONFIG_KEY: model.config.to_json(), **metadata})
+
+
+def ours(
+    metadata: Mapping[str, str], entries: Mapping[str, Any], source: str
+) -> tuple[UNetConfig | None, dict[str, Tensor], Origin | None]:
+    """(configuration if there is one, state_dict, origin if there is one) of what :func:`read` gave.
+
+    Raises:
+        WeightsError: no state_dict of tensors, or a configuration that this version does not know.
+    """
+    try:
+        config = UNetConfig.from_json(metadata[CONFIG_KEY]) if CONFIG_KEY in metadata else None
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{source}: not a usable safetensors file ({error})") from None
+    for key, value in entries.items():
+        if not isinstance(value, Tensor):
+            raise WeightsError(f"{source}: expected a state_dict of tensors, {key!r} is {type(value).__name__}")
+    state = {key: value for key, value in entries.items() if not key.startswith(Origin.PREFIX)}
+    return config, state, Origin.from_file(metadata, entries)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Any]]:
@@ -70,7 +104,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Any]]:
 
 @contextmanager
 def _numpy_numbers() -> Iterator[None]:
-    scalar = type(np.float64(0)).__reduce__(np.float64(0))[0]  # NumPy 1 and 2 have it in different places
-    names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    scalar: Any = np.float64(0).__reduce__()[0]  # NumPy 1 and 2 have it in different places
+    names: list[Any] = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     with torch.serialization.safe_globals([*_NUMPY_NUMBERS, *names]):
         yield

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from . import dispatch, ops
+from . import checkpoint, dispatch, hub, ops
+from .origin import Origin
 from .reference import UNet, activate_, fit, upsample
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing.Self is new in Python 3.11
 
 aten = torch.ops.aten
 
@@ -30,7 +36,43 @@ class FastUNet(UNet):
     ``origin``: what :func:`fastunet.convert` recognised, of a converted model; else None.
     """
 
-    origin: Any = None
+    origin: Origin | None = None
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> str | None:
+        """Write a folder that :meth:`from_pretrained` reads: model.safetensors, config.json and a card.
+
+        Needs huggingface_hub, whose ``ModelHubMixin.save_pretrained`` takes the other options.
+        """
+        return hub.save(self._save, self.config, Path(save_directory), **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload such a folder to the Hugging Face Hub and return its address; options as there."""
+        return hub.push(self._save, self.config, repo_id, **options)
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> Self:
+        """The model of a folder, or of a repository of the Hugging Face Hub, in eval mode.
+
+        Needs huggingface_hub, whose ``ModelHubMixin.from_pretrained`` takes the options
+        (``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``).
+
+        Raises:
+            WeightsError: (a ValueError) its model.safetensors is missing or not FastUNet's.
+        """
+        path = hub.find(os.fspath(name), **options)
+        config, state, origin = checkpoint.ours(*checkpoint.read(path), str(path))
+        if config is None:
+            raise checkpoint.WeightsError(f"{path}: expected a file that save_pretrained wrote; see fastunet.convert")
+        model = cls.from_config(config)
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise checkpoint.WeightsError(f"{path}: {str(error).splitlines()[-1].strip()}") from None
+        model.origin = origin
+        return model.eval()
+
+    def _save(self, path: Path) -> None:
+        checkpoint.save(self, path)
 
     @property
     def _prepared(self) -> dict[nn.Module, _Prepared]:
@@ -105,7 +147,7 @@ class FastUNet(UNet):
             roll = x.shape[1] if self.config.concat == "skip_first" else 0
             weights = self._weights(conv, folded, roll)
             y = ops.upsample_concat_conv2d_relu(x, skip, *weights, **act, **options)
-        if apart:
+        if norm is not None and apart:
             y = activate_(norm(y), slope) if norm_first else norm(y)
         return y
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import CONFIG_KEY, WeightsError, write
+from .checkpoint import CONFIG_KEY, WeightsError, ours, save
 from .checkpoint import read as read_file
 from .config import UNetConfig
-from .convert import Origin, convert
+from .convert import convert
 from .model import FastUNet
 from .reference import UNet
 
@@ -24,16 +24,6 @@ NUCLEI = Path(__file__).parent / "pretrained" / "nuclei.safetensors"
 #: shift-invariant by multiples of its pooling, so that tiles of a large image agree with the whole;
 #: batch norm lets a net this small train quickly, and costs nothing once folded.
 NUCLEI_CONFIG = UNetConfig(features=(16, 32, 64, 128, 256), align_corners=False, norm="batch")
-
-
-def save(model: UNet, path: str | os.PathLike[str]) -> None:
-    """Write a model's weights and configuration as safetensors; the file is whole or not there.
-
-    Where the model was converted, the file also holds what :func:`fastunet.convert.export` needs.
-    """
-    origin = getattr(model, "origin", None)
-    tensors, metadata = ({}, {}) if origin is None else origin.to_file()
-    write(path, {**model.state_dict(), **tensors}, {CONFIG_KEY: model.config.to_json(), **metadata})
 
 
 def load(
@@ -56,14 +46,14 @@ def load(
     metadata, entries = read_file(path)
     if CONFIG_KEY not in metadata and not _has_our_keys(entries):
         return convert(path).to(device=device, dtype=dtype or torch.float32).eval()
-    config, state = read(path)
+    config, state, origin = ours(metadata, entries, str(path))
     model = FastUNet.from_config(config or NUCLEI_CONFIG)
     try:
         load_into(model, state, str(path))
     except WeightsError as error:
         note = "" if config else " (the file holds no configuration: the shipped nuclei model's was assumed)"
         raise WeightsError(f"{error}{note}") from None
-    model.origin = Origin.from_file(metadata, entries)
+    model.origin = origin
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -77,15 +67,8 @@ def read(path: str | os.PathLike[str]) -> tuple[UNetConfig | None, dict[str, Ten
     Raises:
         WeightsError: missing, corrupt, or a pickle that holds more than tensors.
     """
-    metadata, entries = read_file(path)
-    try:
-        config = UNetConfig.from_json(metadata[CONFIG_KEY]) if CONFIG_KEY in metadata else None
-    except (TypeError, ValueError) as error:
-        raise WeightsError(f"{path}: not a usable safetensors file ({error})") from None
-    for key, value in entries.items():
-        if not isinstance(value, Tensor):
-            raise WeightsError(f"{path}: expected a state_dict of tensors, {key!r} is {type(value).__name__}")
-    return config, {key: value for key, value in entries.items() if not key.startswith(Origin.PREFIX)}
+    config, state, _ = ours(*read_file(path), str(path))
+    return config, state
 
 
 def load_into(model: UNet, state: dict[str, Tensor], source: str) -> None:

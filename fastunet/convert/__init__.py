@@ -4,7 +4,7 @@
 be imported from here. How a family is described: :mod:`fastunet.convert.family`.
 """
 
+from ..origin import Origin
 from .convert import FAMILIES, convert, export
-from .origin import Origin
 
 __all__ = ["FAMILIES", "Origin", "convert", "export"]

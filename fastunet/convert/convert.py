@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import CONFIG_KEY, WeightsError, read
+from ..checkpoint import CONFIG_KEY, WeightsError, ours, read
 from ..config import UNetConfig
 from ..model import FastUNet
+from ..origin import Layout, Origin
 from ..reference import UNet
-from .family import Family, Layout, Misfit, Shapes, check_shapes, configure, differences, key_map, to_theirs
+from .family import Family, Misfit, Shapes, check_shapes, configure, differences, empty, key_map, to_theirs
 from .jvanvugt import JVANVUGT
 from .leejunhyun import LEEJUNHYUN
 from .mateuszbuda import MATEUSZBUDA
 from .milesial import MILESIAL
 from .monai import MONAI
 from .nnunet import NNUNET
-from .origin import Origin
 from .seed import SEED
 from .settings import settings
 
@@ -222,22 +222,22 @@ def _build(config: UNetConfig, state: Mapping[str, Tensor], keys: Mapping[str, s
     """The FastUNet of a configuration with copies of tensors, as they are."""
     with torch.device("meta"):
         model = FastUNet.from_config(config)
-    ours = {name: state[keys.get(name, name)].detach().clone() for name in model.state_dict()}
-    model.load_state_dict(ours, assign=True)
+    copies = {name: state[keys.get(name, name)].detach().clone() for name in model.state_dict()}
+    model.load_state_dict(copies, assign=True)
     return model
 
 
 def _own(metadata: Mapping[str, str], entries: Mapping[str, Any], source: str) -> FastUNet:
     """A file that FastUNet wrote."""
+    config, state, origin = ours(metadata, entries, source)
+    assert config is not None
     try:
-        config = UNetConfig.from_json(metadata[CONFIG_KEY])
-        with torch.device("meta"):
-            keys = {name: name for name in UNet.from_config(config).state_dict()}
-        check_shapes(config, keys, {key: tuple(value.shape) for key, value in entries.items()})
-    except (TypeError, ValueError) as error:
+        keys = {name: name for name in empty(config).state_dict()}
+        check_shapes(config, keys, {key: tuple(value.shape) for key, value in state.items()})
+    except Misfit as error:
         raise WeightsError(f"{source}: {error}") from None
-    model = _build(config, entries, {})
-    model.origin = Origin.from_file(metadata, entries)
+    model = _build(config, state, {})
+    model.origin = origin
     return model
 
 
@@ -278,11 +278,9 @@ def _unrecognised(shapes: Shapes) -> str:
 
 def _export(model: UNet, family: Family) -> dict[str, Any]:
     config, origin = model.config, getattr(model, "origin", None)
-    back = origin is not None and origin.family == family.name and not [*differences(config, origin.config)]
-    layout = origin.layout if back else family.layout(config)
-    state = to_theirs(family, layout, config, model.state_dict())
-    if back:
-        return {**state, **origin.extra}
+    if origin is not None and origin.family == family.name and not [*differences(config, origin.config)]:
+        return {**to_theirs(family, origin.layout, config, model.state_dict()), **origin.extra}
+    state = to_theirs(family, family.layout(config), config, model.state_dict())
     try:
         shapes = {key: tuple(value.shape) for key, value in state.items()}
         theirs = _recognise(family, shapes, None, {})[0]

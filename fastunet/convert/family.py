@@ -11,12 +11,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import UNetConfig
+from ..origin import Layout, Unit
 from ..reference import UNet
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -24,29 +25,6 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 class Misfit(ValueError):
     """A key, shape or setting that does not fit a family; the message names it."""
-
-
-class Unit(NamedTuple):
-    """Paths of a 3x3 convolution and its norm; the latter names nothing where there is none."""
-
-    conv: str
-    norm: str
-
-
-class Level(NamedTuple):
-    """A decoder level: the learned upsampling, if any (``norm`` of one with a norm), and its convolutions."""
-
-    up: Unit
-    units: tuple[Unit, ...]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A family's module paths: encoder levels from full resolution to the bottleneck, decoder levels back up."""
-
-    encoder: tuple[tuple[Unit, ...], ...]
-    decoder: tuple[Level, ...]
-    head: str
 
 
 @dataclass(frozen=True)
@@ -172,9 +150,7 @@ def empty(config: UNetConfig) -> UNet:
 def key_map(config: UNetConfig, layout: Layout) -> dict[str, str]:
     """FastUNet's state_dict keys and the family's for the same tensors, in FastUNet's order."""
     modules = dict(paths(config, layout))
-    return {
-        key: f"{modules[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}" for key in empty(config).state_dict()
-    }
+    return {key: f"{modules[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}" for key in empty(config).state_dict()}
 
 
 def check_shapes(config: UNetConfig, keys: Mapping[str, str], shapes: Shapes) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import UNetConfig
-from .family import Family, Layout, Level, Shapes, Unit, count, norm_at, units
+from ..origin import Layout, Level, Unit
+from .family import Family, Shapes, count, norm_at, units
 
 _CONVS = (0, 1), (3, 4)
 

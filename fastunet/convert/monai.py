@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import UNetConfig
-from .family import Family, Layout, Level, Shapes, Unit, count, norm_at, units
+from ..origin import Layout, Level, Unit
+from .family import Family, Shapes, count, norm_at, units
 
 _CONVS = ("conv_0.conv", "conv_0.adn.N"), ("conv_1.conv", "conv_1.adn.N")
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import UNetConfig
-from .family import Family, Layout, Level, Misfit, Shapes, Unit, count, norm_at, units
+from ..origin import Layout, Level, Unit
+from .family import Family, Misfit, Shapes, count, norm_at, units
 
 
 def _read(shapes: Shapes) -> dict[str, Any]:
@@ -41,9 +42,7 @@ def _layout(config: UNetConfig) -> Layout:
     return Layout(
         encoder=tuple(_convs(f"encoder.stages.{i}.0", config.convs_down(i)) for i in range(depth + 1)),
         decoder=tuple(
-            Level(
-                Unit(f"decoder.transpconvs.{i}", ""), _convs(f"decoder.stages.{i}", config.convs_up(depth - 1 - i))
-            )
+            Level(Unit(f"decoder.transpconvs.{i}", ""), _convs(f"decoder.stages.{i}", config.convs_up(depth - 1 - i)))
             for i in range(depth)
         ),
         head=f"decoder.seg_layers.{depth - 1}",

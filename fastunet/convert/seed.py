@@ -11,7 +11,8 @@ import re
 from typing import Any
 
 from ..config import UNetConfig
-from .family import Family, Layout, Level, Misfit, Shapes, Unit
+from ..origin import Layout, Level, Unit
+from .family import Family, Misfit, Shapes
 
 _FIRST = re.compile(r"(?:(.*)\.)?net\.0\.weight")
 _NOWHERE = Unit("", "")

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from ..config import UNetConfig
-from .family import Layout, Misfit
+from ..origin import Layout
+from .family import Misfit
 
 _NORMS = {"batch": nn.BatchNorm2d, "instance": nn.InstanceNorm2d}
 

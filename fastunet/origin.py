@@ -5,14 +5,36 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from ..config import UNetConfig
-from .family import Layout, Level, Unit
+from .config import UNetConfig
 
 _KEY = "fastunet_origin"
+
+
+class Unit(NamedTuple):
+    """Paths of a 3x3 convolution and its norm; the latter names nothing where there is none."""
+
+    conv: str
+    norm: str
+
+
+class Level(NamedTuple):
+    """A decoder level: the learned upsampling, if any (``norm`` of one with a norm), and its convolutions."""
+
+    up: Unit
+    units: tuple[Unit, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A family's module paths: encoder levels from full resolution to the bottleneck, decoder levels back up."""
+
+    encoder: tuple[tuple[Unit, ...], ...]
+    decoder: tuple[Level, ...]
+    head: str
 
 
 @dataclass(frozen=True)
