@@ -35,7 +35,7 @@ def _layout(config: UNetConfig) -> Layout:
 JVANVUGT = Family(
     name="jvanvugt",
     title="jvanvugt pytorch-unet",
-    mark=r"down_path\.0\.block\.0\.weight",
+    mark="down_path.0.block.0.weight",
     keys=r"(down_path|up_path)\.\d+\..*|last\..*",
     read=_read,
     layout=_layout,

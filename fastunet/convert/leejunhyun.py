@@ -34,7 +34,7 @@ def _layout(config: UNetConfig) -> Layout:
 LEEJUNHYUN = Family(
     name="leejunhyun",
     title="LeeJunHyun Image_Segmentation U_Net",
-    mark=r"Conv1\.conv\.0\.weight",
+    mark="Conv1.conv.0.weight",
     keys=r"(Conv\d+\.conv|Up\d+\.up|Up_conv\d+\.conv|Conv_1x1)\..*",
     read=_read,
     layout=_layout,

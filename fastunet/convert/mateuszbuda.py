@@ -34,7 +34,7 @@ def _layout(config: UNetConfig) -> Layout:
 MATEUSZBUDA = Family(
     name="mateuszbuda",
     title="mateuszbuda brain-segmentation-pytorch",
-    mark=r"encoder1\.enc1conv1\.weight",
+    mark="encoder1.enc1conv1.weight",
     keys=r"(encoder\d+\.enc|decoder\d+\.dec|bottleneck\.bottleneck|upconv\d+\.|conv\.).*",
     read=_read,
     layout=_layout,

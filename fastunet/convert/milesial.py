@@ -38,7 +38,7 @@ def _layout(config: UNetConfig) -> Layout:
 MILESIAL = Family(
     name="milesial",
     title="milesial Pytorch-UNet",
-    mark=r"inc\.double_conv\.0\.weight",
+    mark="inc.double_conv.0.weight",
     keys=r"(inc|outc|down\d+|up\d+)\..*",
     read=_read,
     layout=_layout,

@@ -36,7 +36,7 @@ def _layout(config: UNetConfig) -> Layout:
 MONAI = Family(
     name="monai",
     title="MONAI BasicUNet",
-    mark=r"conv_0\.conv_0\.conv\.weight",
+    mark="conv_0.conv_0.conv.weight",
     keys=r"(conv_0\.conv_|down_\d+\.convs|upcat_\d+\.|final_conv\.).*",
     read=_read,
     layout=_layout,

@@ -71,7 +71,7 @@ def _unused(config: UNetConfig) -> dict[str, tuple[int, ...]]:
 NNUNET = Family(
     name="nnunet",
     title="nnU-Net PlainConvUNet",
-    mark=r"encoder\.stages\.0\.0\.convs\.0\.conv\.weight",
+    mark="encoder.stages.0.0.convs.0.conv.weight",
     keys=r"(decoder\.)?encoder\.stages\..*|decoder\.(stages|transpconvs|seg_layers)\..*",
     read=_read,
     layout=_layout,

@@ -8,6 +8,7 @@ each of the decoder takes that and a skip.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from ..config import UNetConfig
@@ -32,15 +33,17 @@ def _find(shapes: Shapes) -> Layout:
     bottom = bare[0] if bare else blocks[half]
     others = [path for path in blocks if path != bottom]
     down, up = [*others[:half], bottom], others[half:]
-    for order in (up, up[::-1]):  # as they were registered, or from full resolution
-        wrong = _broken_chain(shapes, down, order)
-        if wrong is None:
+    breaks = {}
+    for order in (tuple(up), tuple(up[::-1])):  # as they were registered, or from full resolution
+        place, wrong = _first_break(shapes, down, order)
+        if not wrong:
             return Layout(
                 encoder=tuple(_convs(path) for path in down),
                 decoder=tuple(Level(_NOWHERE, _convs(path)) for path in order),
                 head=heads[0],
             )
-    raise Misfit(_broken_chain(shapes, down, up) or "")
+        breaks[place] = wrong
+    raise Misfit(breaks[max(breaks)])  # of the order that goes farther
 
 
 def _convs(path: str) -> tuple[Unit, ...]:
@@ -48,23 +51,25 @@ def _convs(path: str) -> tuple[Unit, ...]:
     return Unit(f"{net}.0", ""), Unit(f"{net}.2", "")
 
 
-def _broken_chain(shapes: Shapes, down: list[str], up: list[str]) -> str | None:
-    """The first block that does not take what comes to it; None if all do."""
+def _first_break(shapes: Shapes, down: Sequence[str], up: Sequence[str]) -> tuple[int, str]:
+    """(place, what is wrong) of the first block that does not take what comes to it; "" where all do."""
     skips: list[int] = []
     arriving: int | None = None
-    for path in [*down, *up]:
+    for place, path in enumerate([*down, *up]):
         first, last = (shapes.get(f"{unit.conv}.weight", ()) for unit in _convs(path))
         if len(first) != 4 or len(last) != 4:
-            return f"key '{_convs(path)[1].conv}.weight' has shape {last}, expected that of a 3x3 convolution"
-        expected = arriving
-        if arriving is not None and path in up:
-            expected = arriving + skips.pop()
-        if expected is not None and first[1] != expected:
-            return f"key '{_convs(path)[0].conv}.weight' has shape {first}, expected {expected} input channels"
+            return place, f"key '{_convs(path)[1].conv}.weight' has shape {last}, expected that of a 3x3 convolution"
+        if arriving is not None:
+            expected = arriving + (skips.pop() if place >= len(down) else 0)
+            if first[1] != expected:
+                return (
+                    place,
+                    f"key '{_convs(path)[0].conv}.weight' has shape {first}, expected {expected} input channels",
+                )
         arriving = last[0]
-        if path in down[:-1]:
+        if place < len(down) - 1:
             skips.append(arriving)
-    return None
+    return 0, ""
 
 
 def _read(shapes: Shapes) -> dict[str, Any]:

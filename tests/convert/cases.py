@@ -74,9 +74,7 @@ CASES: dict[str, Case] = {
     "monai nontrainable": Case("monai", partial(basic_unet, upsample="nontrainable"), (37, 51), True),
     "monai batch norm": Case("monai", partial(basic_unet, norm="batch", act="relu", bias=False), (37, 51), True),
     "nnunet": Case("nnunet", plain_conv_unet, (20, 28)),
-    "nnunet oblong": Case(
-        "nnunet", partial(plain_conv_unet, ((1, 1), (2, 2), (2, 1)), (1, 3, 2), (2, 1)), (20, 26)
-    ),
+    "nnunet oblong": Case("nnunet", partial(plain_conv_unet, ((1, 1), (2, 2), (2, 1)), (1, 3, 2), (2, 1)), (20, 26)),
     "nnunet batch norm": Case("nnunet", partial(plain_conv_unet, **_BATCH_NORM), (20, 28)),
 }
 
