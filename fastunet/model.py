@@ -94,10 +94,11 @@ class FastUNet(UNet):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
-        if _plain_torch(x) and self._takes_statistics():
+        if _plain_torch(x) and (self._takes_statistics() or self.config.padding == "valid"):
             # A CPU's norms want NCHW. Instance norm copies channels_last maps there and back, which costs
             # more than the layout gives; group norm, and batch norm where it trains, take them as they are
-            # and sum over their pixels one by one, with up to 300 times the error.
+            # and sum over their pixels one by one, with up to 300 times the error. Without padding no
+            # operator serves, and the crops and copies between layers eat what channels_last gives.
             return super().forward(x).contiguous(memory_format=torch.channels_last)
         skips = []
         for down in self.downs:

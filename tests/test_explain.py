@@ -147,7 +147,8 @@ STRIDED = UNetConfig(1, 2, (4, 8), upsample="transpose", downsample="stride", st
     ids=["stride", "valid"],
 )
 def test_layers_without_a_kernel_say_why(config: UNetConfig, unserved: dict[str, str]) -> None:
-    explanation = explain_config(config, (1, 1, 16, 16), torch.device("cpu"), torch.float32)
+    with dispatch.forced("triton"):
+        explanation = explain_config(config, (1, 1, 16, 16), torch.device("cpu"), torch.float32)
     found = {row.layer.name: row.choice.reason for row in explanation.rows if "no kernel" in row.choice.reason}
     assert found == unserved
     assert len(found) < len(explanation.rows)
@@ -162,10 +163,15 @@ def test_a_norm_of_its_own_is_said(norm: str, order: str) -> None:
     assert rows[-1].choice == dispatch.Choice("triton", "asked for")
 
 
-def test_instance_norm_on_a_cpu_is_the_reference() -> None:
-    row = explain_config(UNetConfig(1, 2, (4, 8), norm="instance"), (1, 1, 16, 16), torch.device("cpu"), torch.float32)
-    assert {r.choice.implementation for r in row.rows} == {"reference"}
-    assert "the reference network runs as it is" in row.rows[0].choice.reason
+@pytest.mark.parametrize(
+    "config",
+    [UNetConfig(1, 2, (4, 8), norm="instance"), UNetConfig(1, 2, (4, 8), padding="valid", match="center_crop")],
+    ids=["instance", "valid"],
+)
+def test_where_a_cpu_runs_the_reference(config: UNetConfig) -> None:
+    rows = explain_config(config, (1, 1, 24, 24), torch.device("cpu"), torch.float32).rows
+    assert {row.choice.implementation for row in rows} == {"reference"}
+    assert "the reference network runs as it is" in rows[0].choice.reason
 
 
 def test_a_size_that_strides_do_not_divide_is_named() -> None:

@@ -40,7 +40,9 @@ log = logging.getLogger("fastunet.convert")
 
 
 class _Convert:
-    """:func:`fastunet.convert`, with :func:`fastunet.convert.export` on it."""
+    """:func:`fastunet.convert`, with :func:`fastunet.convert.export` and the families on it."""
+
+    FAMILIES = FAMILIES
 
     def __call__(self, x: nn.Module | Mapping[str, Any] | str | os.PathLike[str], **told: Any) -> FastUNet:
         """Take a U-Net that is there already: a FastUNet of the same function and weights.
