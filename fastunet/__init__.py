@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import dispatch, ops, reference
 from .config import UNetConfig
+from .convert import convert
 from .explain import explain
 from .model import FastUNet
 from .parity import verify
@@ -19,4 +20,4 @@ try:
 except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0.0.0+uninstalled"
 
-__all__ = ["FastUNet", "UNetConfig", "dispatch", "explain", "ops", "reference", "verify"]
+__all__ = ["FastUNet", "UNetConfig", "convert", "dispatch", "explain", "ops", "reference", "verify"]

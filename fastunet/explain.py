@@ -174,8 +174,10 @@ def _choose(layer: Layer, config: UNetConfig, device: torch.device, dtype: torch
     """What serves one layer in eval mode, and why."""
     plain = "cudnn" if device.type == "cuda" else "reference"
     choice = dispatch.choose(device, dtype)
-    if choice.implementation == "torch" and device.type == "cpu" and config.norm == "instance":
-        return dispatch.Choice(plain, f"{choice.reason}; with instance norm the reference network runs as it is")
+    if choice.implementation == "torch" and device.type == "cpu":
+        cause = "without padding" if config.padding == "valid" else "with instance norm"
+        if config.padding == "valid" or config.norm == "instance":
+            return dispatch.Choice(plain, f"{choice.reason}; {cause} the reference network runs as it is")
     if layer.unserved:
         return dispatch.Choice(plain, f"no kernel for a convolution {layer.unserved}")
     if choice.implementation == "torch":

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from . import dispatch, ops
+from . import checkpoint, dispatch, hub, ops
+from .origin import Origin
 from .reference import UNet, activate_, fit, upsample
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing.Self is new in Python 3.11
 
 aten = torch.ops.aten
 
@@ -27,7 +33,47 @@ class FastUNet(UNet):
 
     Forward hooks on inner modules do not run: the operators take their parameters and pass them by.
     So shard the network as a whole, ``fully_shard(model)``, not module by module.
+
+    ``origin``: what :func:`fastunet.convert` recognised, of a converted model; else None.
     """
+
+    origin: Origin | None = None
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> str | None:
+        """Write a folder that :meth:`from_pretrained` reads: model.safetensors, config.json and a card.
+
+        Needs huggingface_hub, whose ``ModelHubMixin.save_pretrained`` takes the other options.
+        """
+        return hub.save(self._save, self.config, Path(save_directory), **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload such a folder to the Hugging Face Hub and return its address; options as there."""
+        return hub.push(self._save, self.config, repo_id, **options)
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> Self:
+        """The model of a folder, or of a repository of the Hugging Face Hub, in eval mode.
+
+        Needs huggingface_hub, whose ``ModelHubMixin.from_pretrained`` takes the options
+        (``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``).
+
+        Raises:
+            WeightsError: (a ValueError) its model.safetensors is missing or not FastUNet's.
+        """
+        path = hub.find(os.fspath(name), **options)
+        config, state, origin = checkpoint.ours(*checkpoint.read(path), str(path))
+        if config is None:
+            raise checkpoint.WeightsError(f"{path}: expected a file that save_pretrained wrote; see fastunet.convert")
+        model = cls.from_config(config)
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise checkpoint.WeightsError(f"{path}: {str(error).splitlines()[-1].strip()}") from None
+        model.origin = origin
+        return model.eval()
+
+    def _save(self, path: Path) -> None:
+        checkpoint.save(self, path)
 
     @property
     def _prepared(self) -> dict[nn.Module, _Prepared]:
@@ -49,10 +95,11 @@ class FastUNet(UNet):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
-        if _plain_torch(x) and self._takes_statistics():
+        if _plain_torch(x) and (self._takes_statistics() or self.config.padding == "valid"):
             # A CPU's norms want NCHW. Instance norm copies channels_last maps there and back, which costs
             # more than the layout gives; group norm, and batch norm where it trains, take them as they are
-            # and sum over their pixels one by one, with up to 300 times the error.
+            # and sum over their pixels one by one, with up to 300 times the error. Without padding no
+            # operator serves, and the crops and copies between layers eat what channels_last gives.
             return super().forward(x).contiguous(memory_format=torch.channels_last)
         skips = []
         for down in self.downs:
@@ -102,7 +149,7 @@ class FastUNet(UNet):
             roll = x.shape[1] if self.config.concat == "skip_first" else 0
             weights = self._weights(conv, folded, roll)
             y = ops.upsample_concat_conv2d_relu(x, skip, *weights, **act, **options)
-        if apart:
+        if norm is not None and apart:
             y = activate_(norm(y), slope) if norm_first else norm(y)
         return y
 
@@ -140,7 +187,7 @@ class FastUNet(UNet):
             sources += [norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked]
         tensors = [t for t in sources if t is not None]
         if torch.compiler.is_compiling() or not _cacheable(tensors):
-            return _fold(conv.weight, conv.bias, norm, roll)
+            return _fold(_rolled(conv.weight, roll), conv.bias, norm)
         device = conv.weight.device.type
         dtype = conv.weight.dtype
         if torch.is_autocast_enabled(device) and dtype != torch.float64:  # as the operators do
@@ -216,10 +263,13 @@ def _cacheable(tensors: list[Tensor]) -> bool:
     return not _wants_gradient(tensors) and not any(t.is_inference() for t in tensors)
 
 
-def _fold(weight: Tensor, bias: Tensor | None, norm: Any, roll: int = 0) -> tuple[Tensor, Tensor | None]:
+def _rolled(weight: Tensor, roll: int) -> Tensor:
+    """The last ``roll`` input channels first."""
+    return weight.roll(roll, 1) if roll else weight
+
+
+def _fold(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor | None]:
     """norm(conv(x)) as one convolution: scale = gamma / sqrt(var + eps), in float32 or wider."""
-    if roll:
-        weight = weight.roll(roll, 1)
     if norm is None:
         return weight, bias
     wide = torch.promote_types(weight.dtype, torch.float32)
@@ -243,7 +293,7 @@ class _Prepared:
         self.dtype = dtype
         # Not inference tensors, even when made in inference mode: autograd may save them later.
         with torch.inference_mode(False), torch.no_grad():
-            weight, bias = _fold(conv.weight, conv.bias, norm, roll)
+            weight, bias = _fold(_rolled(conv.weight, roll), conv.bias, norm)
             if isinstance(conv, nn.ConvTranspose2d):
                 weight = weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
             else:

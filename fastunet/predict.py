@@ -24,22 +24,47 @@ RAMP = 32  # pixels over which two neighbouring tiles are blended, at least
 
 
 def receptive_radius(config: UNetConfig) -> int:
-    """How far, in pixels, an output looks into the input, rounded up to a multiple of the pooling.
+    """How far, in pixels, an output looks into the input, rounded up to a multiple of the reduction.
 
     Follows the interval that one output pixel reads down the decoder and up the encoder: a 3x3
     convolution widens it by a pixel of its level, interpolation by one of the level below.
     """
-    step = config.minimum_size
+    step = config.reduction
+    strides = [max(config.stride(level)) for level in range(1, config.depth + 1)]
+    after_upsampling = config.upsample == "nearest_conv"  # a convolution of the finer map
     radius = 0
     for pixel in range(step):  # its place in the pooling window changes the reach
         low = high = pixel
-        for _ in range(config.depth):
-            low, high = (low - 2 - 1) // 2, (high + 2 + 1) // 2
-        low, high = low - 2, high + 2
-        for _ in range(config.depth):
-            low, high = 2 * low - 2, 2 * high + 1 + 2
+        for level, stride in enumerate(strides):
+            reach = config.convs_up(level) + after_upsampling
+            low, high = (low - reach - 1) // stride, (high + reach + 1) // stride
+        low, high = low - config.convs_down(config.depth), high + config.convs_down(config.depth)
+        for level, stride in reversed([*enumerate(strides)]):
+            reach = config.convs_down(level)
+            low, high = stride * low - reach, stride * high + stride - 1 + reach
         radius = max(radius, pixel - low, high - pixel)
     return -(-radius // step) * step
+
+
+def margins(config: UNetConfig, size: int, axis: int) -> tuple[int, int]:
+    """Pixels to add before and behind a side of ``size``, so that the output covers it.
+
+    None for a network whose output has the input's size. Without padding, or with skips cut to
+    size, the output is smaller; to lie in the middle of the input it needs a size that every step
+    down divides, as strided convolutions do anyway.
+    """
+    if config.keeps_size:
+        return 0, 0
+    whole = size
+    while True:
+        down, up = config.sides(whole, axis)
+        lost = 2 if config.padding == "valid" else 0
+        steps = (config.stride(level + 1)[axis] for level in range(config.depth))
+        divides = all(side % step == 0 for side, step in zip(down, steps, strict=False))
+        if divides and down[-1] > 0 and up[0] >= size and min(up) > 0:
+            before = (whole - up[0]) // 2 if lost else 0
+            return before, whole - size - before
+        whole += 1
 
 
 @torch.inference_mode()
@@ -66,6 +91,8 @@ def predict_logits(model: UNet, image: np.ndarray, *, tile: int = TILE) -> Tenso
 def predict_mask(model: UNet, image: np.ndarray, *, tile: int = TILE) -> np.ndarray:
     """Class of each pixel, uint8 (H, W). One output channel: 1 where its logit is above 0.
 
+    A network that ends in a sigmoid gives probabilities; there 1 is above a half.
+
     Only one row of tiles is held in memory at a time. Arguments and errors: :func:`predict_logits`;
     also ValueError for a model of more than 256 classes.
     """
@@ -73,7 +100,7 @@ def predict_mask(model: UNet, image: np.ndarray, *, tile: int = TILE) -> np.ndar
         raise ValueError(f"model: expected at most 256 classes, got {model.config.out_channels}")
     mask = np.empty(image.shape[:2], dtype=np.uint8)
     for top, band in _bands(model, image, tile):
-        found = band[0] > 0 if len(band) == 1 else band.argmax(0)
+        found = band[0] > model.config.threshold if len(band) == 1 else band.argmax(0)
         mask[top : top + band.shape[1]] = found.numpy()
     return mask
 
@@ -88,13 +115,13 @@ def _bands(model: UNet, image: np.ndarray, tile: int) -> Iterator[tuple[int, Ten
     height, width = image.shape[:2]
     # Maps smaller than the poolings allow are edge-padded, and what they gain is cut off again.
     # Instance norm cannot normalise a bottleneck of one pixel: there it gets two.
-    least = config.minimum_size
+    least = config.minimum_size if config.keeps_size else config.reduction
     wide = 2 * least if config.norm == "instance" and height < 2 * least else least
     below, right_of = max(0, least - height), max(0, wide - width)
     padded_height, padded_width = height + below, width + right_of
 
-    halo, ramp = receptive_radius(config), max(RAMP, config.minimum_size)
-    rows, cols = (_spans(size, tile, 2 * halo + ramp, least) for size in (padded_height, padded_width))
+    halo, ramp = receptive_radius(config), max(RAMP, config.reduction)
+    rows, cols = (_spans(size, tile, 2 * halo + ramp, config.reduction) for size in (padded_height, padded_width))
     parameter = next(model.parameters())
     band = torch.zeros(config.out_channels, 0, padded_width)
     weight = torch.zeros(0, padded_width)
@@ -108,11 +135,20 @@ def _bands(model: UNet, image: np.ndarray, tile: int) -> Iterator[tuple[int, Ten
         for left, right in cols:
             part = x[..., left:right].to(parameter.device, parameter.dtype)
             window = vertical[:, None] * _window(left, right, padded_width, halo, ramp)
-            band[:, :, left:right] += model(part)[0].float().cpu() * window
+            band[:, :, left:right] += _same_size(model, part)[0].float().cpu() * window
             weight[:, left:right] += window
         done = rows[index + 1][0] - top if index + 1 < len(rows) else bottom - top
         yield top, (band[:, :done] / weight[:done])[:, : height - top, :width]
         band, weight = band[:, done:], weight[done:]
+
+
+def _same_size(model: UNet, x: Tensor) -> Tensor:
+    """The output for each pixel of x, whose border is repeated where the network wants more of it."""
+    (above, below), (left, right) = (margins(model.config, x.shape[2 + axis], axis) for axis in (0, 1))
+    if above or below or left or right:
+        x, (height, width) = F.pad(x, [left, right, above, below], mode="replicate"), x.shape[2:]
+        return model(x)[..., :height, :width]
+    return model(x)
 
 
 def _spans(size: int, tile: int, overlap: int, step: int) -> list[tuple[int, int]]:

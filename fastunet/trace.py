@@ -54,7 +54,7 @@ class Layer:
     out_shape: Shape
     parameters: int
     flops: int
-    elements: int
+    elements: int = 0
     mode: str = "none"
     norm: str | None = None
     activation: str | None = None
@@ -197,9 +197,7 @@ class _Tracer:
             moved += 2 * math.prod(out)
         parameters = weight + bias + (2 * channels if norm is not None else 0)
         flops = 2 * weight * n * h * w
-        self.layers.append(
-            Layer(name, op, inputs, out, parameters, flops, moved, norm=norm, unserved=unserved, **more)
-        )
+        self.layers.append(Layer(name, op, inputs, out, parameters, flops, moved, norm=norm, unserved=unserved, **more))
         return out
 
     def transpose(self, name: str, x: Shape, channels: int, rows: int, cols: int) -> Shape:

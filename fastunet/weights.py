@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-import pickle
-import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialise
 from torch import Tensor
 
+from .checkpoint import CONFIG_KEY, WeightsError, ours, save
+from .checkpoint import read as read_file
 from .config import UNetConfig
-from .files import atomic_write
+from .convert import convert
 from .model import FastUNet
 from .reference import UNet
+
+__all__ = ["NUCLEI", "NUCLEI_CONFIG", "WeightsError", "load", "load_into", "read", "save"]
 
 #: The small nuclei model that ships with the package (see ``nuclei.md`` beside it).
 NUCLEI = Path(__file__).parent / "pretrained" / "nuclei.safetensors"
@@ -23,19 +24,6 @@ NUCLEI = Path(__file__).parent / "pretrained" / "nuclei.safetensors"
 #: shift-invariant by multiples of its pooling, so that tiles of a large image agree with the whole;
 #: batch norm lets a net this small train quickly, and costs nothing once folded.
 NUCLEI_CONFIG = UNetConfig(features=(16, 32, 64, 128, 256), align_corners=False, norm="batch")
-_KEY = "fastunet_config"
-
-
-class WeightsError(ValueError):
-    """A weights file that cannot be used; the message is one line and names the file."""
-
-
-def save(model: UNet, path: str | os.PathLike[str]) -> None:
-    """Write a model's weights and configuration as safetensors; the file is whole or not there."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with atomic_write(path) as temporary:
-        # Not save_file, which makes the file readable by its owner alone.
-        temporary.write_bytes(serialise(state, metadata={_KEY: model.config.to_json()}))
 
 
 def load(
@@ -46,21 +34,31 @@ def load(
     """Build the network a weights file describes, in eval mode.
 
     Args:
-        path: as for :func:`read`; a file without a configuration is taken for ``NUCLEI_CONFIG``.
+        path: a file that :func:`save` wrote; one without a configuration, which is taken for
+            ``NUCLEI_CONFIG`` where it has FastUNet's keys; or one that :func:`fastunet.convert`
+            recognises.
         device: where to put the model.
         dtype: of its floating-point weights; float32 by default, whatever the file holds.
 
     Raises:
-        WeightsError: as :func:`read` and :func:`load_into`.
+        WeightsError: as :func:`read`, :func:`load_into` and :func:`fastunet.convert`.
     """
-    config, state = read(path)
+    metadata, entries = read_file(path)
+    if CONFIG_KEY not in metadata and not _has_our_keys(entries):
+        return convert(path).to(device=device, dtype=dtype or torch.float32).eval()
+    config, state, origin = ours(metadata, entries, str(path))
     model = FastUNet.from_config(config or NUCLEI_CONFIG)
     try:
         load_into(model, state, str(path))
     except WeightsError as error:
         note = "" if config else " (the file holds no configuration: the shipped nuclei model's was assumed)"
         raise WeightsError(f"{error}{note}") from None
+    model.origin = origin
     return model.to(device=device, dtype=dtype).eval()
+
+
+def _has_our_keys(entries: dict[str, Any]) -> bool:
+    return "bottleneck.net.0.weight" in entries and "head.weight" in entries
 
 
 def read(path: str | os.PathLike[str]) -> tuple[UNetConfig | None, dict[str, Tensor]]:
@@ -69,33 +67,8 @@ def read(path: str | os.PathLike[str]) -> tuple[UNetConfig | None, dict[str, Ten
     Raises:
         WeightsError: missing, corrupt, or a pickle that holds more than tensors.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file")
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as file:
-                text = (file.metadata() or {}).get(_KEY)
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            return (UNetConfig.from_json(text) if text else None), state
-        except (SafetensorError, OSError, TypeError, ValueError) as error:
-            raise WeightsError(f"{path}: not a usable safetensors file ({error})") from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the protocol of pickles that are refused anyway
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        # torch's own message advises to load the file with code allowed; ours must not.
-        raise WeightsError(f"{path}: refused, damaged or more than a checkpoint of plain tensors") from None
-    except Exception as error:  # damaged archives raise many types
-        reason = str(error).partition(".")[0] or repr(error)
-        raise WeightsError(f"{path}: not a checkpoint of plain tensors ({reason})") from None
-    if not isinstance(state, dict):
-        raise WeightsError(f"{path}: expected a state_dict of tensors, got {type(state).__name__}")
-    for key, value in state.items():
-        if not isinstance(value, Tensor):
-            raise WeightsError(f"{path}: expected a state_dict of tensors, {key!r} is {type(value).__name__}")
-    return None, state
+    config, state, _ = ours(*read_file(path), str(path))
+    return config, state
 
 
 def load_into(model: UNet, state: dict[str, Tensor], source: str) -> None:

@@ -24,15 +24,19 @@ ROOMS: dict[str, set[str]] = {
     "kernels": set(),
     "images": {"files"},
     "trace": {"config"},
+    # Files, and where what is in them comes from.
+    "origin": {"config"},
+    "checkpoint": {"config", "files", "origin"},
+    "hub": {"config"},
     # The three that the operators choose among never see each other.
     "reference": {"config"},
     "dispatch": {"config"},
     "ops": {"config", "dispatch", "reference", "kernels"},
-    "model": {"config", "reference", "dispatch", "ops"},
+    "model": {"config", "reference", "dispatch", "ops", "checkpoint", "hub", "origin"},
     # What is done with a model.
     "parity": {"config", "dispatch", "kernels", "reference", "ops", "model", "trace"},
-    "weights": {"config", "files", "reference", "model"},
-    "convert": {"config", "reference", "model", "weights"},
+    "convert": {"config", "reference", "model", "checkpoint", "origin"},
+    "weights": {"config", "reference", "model", "checkpoint", "convert"},
     "explain": {"config", "dispatch", "model", "trace"},
     "predict": {"config", "images", "reference", "model"},
     "train": {"config", "images", "reference", "model", "weights", "predict"},
@@ -202,7 +206,7 @@ def state():
 before = state()
 import fastunet
 assert state() == before
-for heavy in ("matplotlib", "rich", "PIL", "tifffile"):
+for heavy in ("matplotlib", "rich", "PIL", "tifffile", "huggingface_hub"):
     assert heavy not in sys.modules, heavy
 """
 

@@ -19,17 +19,32 @@ from fastunet.trace import describe_flops, totals, trace
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 
 widths = st.integers(1, 5)
+steps = st.sampled_from((1, 2))
 
 
 @st.composite
 def configs(draw: Callable) -> UNetConfig:
     features = tuple(draw(st.lists(widths, min_size=1, max_size=4)))
+    depth = len(features) - 1
+    upsample = draw(st.sampled_from(UPSAMPLE))
+    kept = None if upsample in ("bilinear", "nearest") else st.tuples(*[widths] * depth)
+    if upsample == "bilinear_conv":
+        kept = st.tuples(*[st.none() | widths] * depth)
     return UNetConfig(
         in_channels=draw(st.integers(1, 3)),
         out_channels=draw(st.integers(1, 4)),
         features=features,
-        upsample=draw(st.sampled_from(UPSAMPLE)),
+        upsample=upsample,
         norm=draw(st.sampled_from(NORM)),
+        up_features=None if kept is None else draw(st.none() | kept),
+        encoder_convs=draw(st.none() | st.tuples(*[st.integers(1, 3)] * (depth + 1))),
+        decoder_convs=draw(st.none() | st.tuples(*[st.integers(1, 3)] * depth)),
+        strides=draw(st.none() | st.tuples(*[st.tuples(steps, steps)] * depth)) if upsample == "transpose" else None,
+        downsample=draw(st.sampled_from(("max_pool", "stride"))),
+        concat=draw(st.sampled_from(("upsampled_first", "skip_first"))),
+        match=draw(st.sampled_from(("zero_pad", "replicate_pad", "center_crop"))),
+        order=draw(st.sampled_from(("conv_norm_act", "conv_act_norm"))),
+        conv_bias=draw(st.booleans()),
         decoder_features=draw(st.none() | st.tuples(*[st.tuples(widths, widths)] * (len(features) - 1))),
     )
 
@@ -60,6 +75,8 @@ def run_with_hooks(model: UNet, x: torch.Tensor) -> dict[str, tuple[tuple[int, .
 def test_shapes_and_order_are_those_of_the_reference(config: UNetConfig, height: int, width: int, batch: int) -> None:
     # PyTorch's instance norm refuses a bottleneck of one pixel.
     assume(config.norm != "instance" or max(height, width) >= 2 * config.minimum_size)
+    if config.downsample == "stride":
+        height, width = (size // step * step for size, step in zip((height, width), config.reductions, strict=True))
     model = UNet.from_config(config)
     seen = run_with_hooks(model, torch.zeros(batch, config.in_channels, height, width))
     layers = trace(config, height, width, batch)
@@ -67,11 +84,11 @@ def test_shapes_and_order_are_those_of_the_reference(config: UNetConfig, height:
     assert [layer.name for layer in layers] == list(seen)
     for layer in layers:
         into, out = seen[layer.name]
-        if config.upsample == "bilinear_conv" and layer.name.endswith(".up.1"):
+        if layer.name.endswith(".up.1") and layer.activation is None:
             # The reference interpolates first; we do after the 1x1 convolution.
             into, out = ((*shape[:2], shape[2] // 2, shape[3] // 2) for shape in (into, out))
         assert layer.out_shape == out, layer.name
-        if layer.op == "upsample_concat_conv2d_relu":
+        if len(layer.in_shapes) == 2:
             x, skip = layer.in_shapes
             assert x[1] + skip[1] == into[1]
             assert skip[2:] == into[2:]
@@ -88,9 +105,8 @@ def test_parameters_are_counted_layer_by_layer(config: UNetConfig) -> None:
     modules = dict(model.named_modules())
     for layer in layers:
         expected = sum(p.numel() for p in modules[layer.name].parameters())
-        parent, _, index = layer.name.rpartition(".")
-        if config.norm is not None and parent.endswith("net"):
-            expected += sum(p.numel() for p in modules[f"{parent}.{int(index) + 1}"].parameters())
+        if layer.norm is not None:
+            expected += sum(p.numel() for p in modules[layer.norm].parameters())
         assert layer.parameters == expected, layer.name
 
 
@@ -140,3 +156,12 @@ def test_impossible_sizes_are_named(size: tuple[int, int, int], named: str) -> N
 )
 def test_flops_in_words(flops: int, text: str) -> None:
     assert describe_flops(flops) == text
+
+
+def test_the_papers_sizes() -> None:
+    """Unpadded convolutions and cropped skips take 572 to 388, by way of 28 (Ronneberger et al. 2015, figure 1)."""
+    config = UNetConfig(upsample="transpose", padding="valid", match="center_crop")
+    layers = {layer.name: layer for layer in trace(config, 572, 572)}
+    assert layers["bottleneck.net.2"].out_shape == (1, 1024, 28, 28)
+    assert layers["ups.0.conv.net.0"].in_shapes == ((1, 512, 56, 56), (1, 512, 56, 56))
+    assert layers["head"].out_shape == (1, 2, 388, 388)

@@ -11,7 +11,7 @@ import signal
 from collections.abc import Sequence
 
 from .. import weights
-from . import bench, describe, segment, verify
+from . import bench, convert, describe, segment, verify
 from .shared import Parser, SetupError, examples, new_console
 
 
@@ -38,11 +38,12 @@ def _parser() -> argparse.ArgumentParser:
             "fastunet segment cells.png --out masks",
             "fastunet summary --size 256",
             "fastunet verify --weights mine.safetensors --dtype bf16",
+            "fastunet convert unet_carvana.pth --out carvana.safetensors",
             "fastunet bench --quick",
             "fastunet info",
         ),
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (segment, describe, verify, bench):
+    for module in (segment, describe, verify, convert, bench):
         module.add(commands)
     return parser

@@ -58,16 +58,16 @@ def summary(arguments: argparse.Namespace) -> int:
     """Print the data flow of a network, from its description alone."""
     config = UNetConfig(upsample=arguments.upsample)
     if arguments.weights is not None:
-        found = weights.read(arguments.weights)[0]
-        if found is None:
-            raise SetupError(f"{arguments.weights}: holds no configuration (fastunet.weights.save writes one)")
-        config = found
+        config = weights.load(arguments.weights).config
     height, width = arguments.size
     if min(height, width) < config.minimum_size:
         least = config.minimum_size
         raise SetupError(f"--size: expected at least {least}x{least} for this network, got {height}x{width}")
     size = (arguments.batch, config.in_channels, height, width)
-    explanation = explain_config(config, size, torch.device(arguments.device), DTYPES[arguments.dtype])
+    try:
+        explanation = explain_config(config, size, torch.device(arguments.device), DTYPES[arguments.dtype])
+    except ValueError as error:  # of sizes that strides do not divide
+        raise SetupError(f"--size: {error}") from None
 
     table = new_table(*COLUMNS[:-1], numeric=NUMERIC)
     for row in explanation.rows:

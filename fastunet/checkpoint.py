@@ -1,0 +1,110 @@
+"""Files of weights, ours and other projects': what is read never runs code, what is written is whole."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
+from torch import Tensor
+
+from .config import UNetConfig
+from .files import atomic_write
+from .origin import Origin
+
+CONFIG_KEY = "fastunet_config"  # in the metadata of a FastUNet's file
+
+# What a number of NumPy's is pickled as; training logs in checkpoints hold some. They build numbers, nothing else.
+_NUMPY_NUMBERS: list[Any] = [np.dtype, *(type(np.dtype(kind)) for kind in "fdeilq?")]
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be used; the message is one line and names the file or argument."""
+
+
+def write(path: str | os.PathLike[str], state: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors and metadata as safetensors; the file is whole or not there."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    with atomic_write(path) as temporary:
+        # Not save_file, which makes the file readable by its owner alone.
+        temporary.write_bytes(serialise(state, metadata=metadata))
+
+
+def save(model: Any, path: str | os.PathLike[str]) -> None:
+    """Write a model's weights and configuration as safetensors; the file is whole or not there.
+
+    Where the model was converted, the file also holds what :func:`fastunet.convert.export` needs.
+
+    Args:
+        model: a :class:`fastunet.FastUNet` or :class:`fastunet.reference.UNet`.
+    """
+    origin = getattr(model, "origin", None)
+    tensors, metadata = ({}, {}) if origin is None else origin.to_file()
+    write(path, {**model.state_dict(), **tensors}, {CONFIG_KEY: model.config.to_json(), **metadata})
+
+
+def ours(
+    metadata: Mapping[str, str], entries: Mapping[str, Any], source: str
+) -> tuple[UNetConfig | None, dict[str, Tensor], Origin | None]:
+    """(configuration if there is one, state_dict, origin if there is one) of what :func:`read` gave.
+
+    Raises:
+        WeightsError: no state_dict of tensors, or a configuration that this version does not know.
+    """
+    try:
+        config = UNetConfig.from_json(metadata[CONFIG_KEY]) if CONFIG_KEY in metadata else None
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{source}: not a usable safetensors file ({error})") from None
+    for key, value in entries.items():
+        if not isinstance(value, Tensor):
+            raise WeightsError(f"{source}: expected a state_dict of tensors, {key!r} is {type(value).__name__}")
+    state = {key: value for key, value in entries.items() if not key.startswith(Origin.PREFIX)}
+    return config, state, Origin.from_file(metadata, entries)
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Read (metadata, entries) from safetensors, .pt or .pth; only safetensors have metadata.
+
+    Raises:
+        WeightsError: missing, corrupt, or a pickle that holds more than tensors, plain values and
+            containers of them; such a pickle is refused before any of its code runs.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = list(file.keys())
+                return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
+        except (SafetensorError, OSError, TypeError, ValueError) as error:
+            raise WeightsError(f"{path}: not a usable safetensors file ({error})") from None
+    try:
+        with warnings.catch_warnings(), _numpy_numbers():
+            warnings.simplefilter("ignore")  # about the protocol of pickles that are refused anyway
+            entries = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        # torch's own message advises to load the file with code allowed; ours must not.
+        raise WeightsError(f"{path}: refused, damaged or more than a checkpoint of plain tensors") from None
+    except Exception as error:  # damaged archives raise many types
+        reason = str(error).partition(".")[0] or repr(error)
+        raise WeightsError(f"{path}: not a checkpoint of plain tensors ({reason})") from None
+    if not isinstance(entries, dict):
+        raise WeightsError(f"{path}: expected a state_dict of tensors, got {type(entries).__name__}")
+    return {}, entries
+
+
+@contextmanager
+def _numpy_numbers() -> Iterator[None]:
+    scalar: Any = np.float64(0).__reduce__()[0]  # NumPy 1 and 2 have it in different places
+    names: list[Any] = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    with torch.serialization.safe_globals([*_NUMPY_NUMBERS, *names]):
+        yield
