@@ -40,7 +40,7 @@ setup(
     python_requires=">=3.10",
     install_requires=["torch>=2.11", TRITON, "numpy", "pillow", "rich", "safetensors", "tifffile"],
     extras_require={"verify": VERIFY, "test": TEST, "dev": TEST + DEV},
-    packages=["fastunet", "fastunet.cli", "fastunet.kernels", "fastunet.parity"],
+    packages=["fastunet", "fastunet.cli", "fastunet.kernels", "fastunet.kernels.hopper", "fastunet.parity"],
     package_dir={"fastunet": "fastunet", "fastunet.kernels": "kernels"},
     package_data={"fastunet": ["py.typed", "pretrained/*"]},
     entry_points={"console_scripts": ["fastunet=fastunet.cli:main"]},

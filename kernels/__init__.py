@@ -3,6 +3,7 @@
 Every launcher takes logical NCHW tensors of any strides and returns channels_last ones.
 """
 
+from . import hopper
 from .conv3x3 import conv_fwd, conv_pool_fwd
 from .conv_transpose2x2 import conv_transpose2x2_fwd
 from .stem import STEM_CHANNELS, stem_fwd
@@ -14,6 +15,7 @@ __all__ = [
     "conv_fwd",
     "conv_pool_fwd",
     "conv_transpose2x2_fwd",
+    "hopper",
     "stem_fwd",
     "upconcat_conv3x3_fwd",
     "upsample_concat_fwd",

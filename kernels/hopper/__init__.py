@@ -1,0 +1,14 @@
+"""Hopper kernels in Gluon (sm_90a): the launchers of the portable ones, for what TMA can address."""
+
+from .conv3x3 import conv_fwd, conv_pool_fwd, conv_transpose2x2_fwd, upconcat_conv3x3_fwd
+from .tuning import HopperConfig, hopper_configs, why_not
+
+__all__ = [
+    "HopperConfig",
+    "conv_fwd",
+    "conv_pool_fwd",
+    "conv_transpose2x2_fwd",
+    "hopper_configs",
+    "upconcat_conv3x3_fwd",
+    "why_not",
+]
