@@ -58,8 +58,8 @@ def sum_splits(shares: Tensor, bias: Tensor, y: Tensor, pooled: Tensor | None, s
     """Fill ``y`` and, if given, ``pooled``."""
     splits, n, h, w, o = shares.shape
     block_c = power_of_2(o, 16, 64)
-    grid = (triton.cdiv(n * triton.cdiv(h, 2) * triton.cdiv(w, 2), 512 // block_c), triton.cdiv(o, block_c))
+    grid = (triton.cdiv(n * triton.cdiv(h, 2) * triton.cdiv(w, 2), 2048 // block_c), triton.cdiv(o, block_c))
     _sum_splits_kernel[grid](
         shares, bias, y, pooled, n, h, w, o, y.stride(0), y.stride(2), y.stride(3),
-        SPLITS=splits, SLOPE=slope, POOL=pooled is not None, BLOCK_P=512 // block_c, BLOCK_C=block_c, num_warps=4,
+        SPLITS=splits, SLOPE=slope, POOL=pooled is not None, BLOCK_P=2048 // block_c, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip

@@ -88,7 +88,7 @@ def _config(
     x_bytes, w_bytes = (pixels + 2 * block_w * halo) * 128, block_co * 128
     if halo:  # three products a box: two boxes are six products deep
         x_stages = 2 if pixels == 256 else 3
-        w_stages = min(8, (left - x_stages * x_bytes) // w_bytes)
+        w_stages = min(3 * x_stages, (left - x_stages * x_bytes) // w_bytes)
     else:
         x_stages = w_stages = min(6, left // (x_bytes + w_bytes))
     return HopperConfig(block_co, block_n, block_h, block_w, halo, x_stages, w_stages, splits)
