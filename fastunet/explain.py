@@ -1,4 +1,4 @@
-"""Which implementation each layer takes, and why, without running anything."""
+"""Which implementation each layer takes, why, and what it costs, without running anything."""
 
 from __future__ import annotations
 
@@ -12,15 +12,25 @@ import torch
 from . import dispatch
 from .config import UNetConfig
 from .model import FastUNet
-from .trace import Layer, Shape, describe_flops, totals, trace
+from .trace import Layer, Shape, describe_bytes, describe_flops, totals, trace
 
 
 @dataclass(frozen=True)
 class Row:
-    """One fused operator and the implementation that serves it."""
+    """One layer and what serves it.
+
+    ``choice.implementation`` is ``"triton"`` (a kernel of :mod:`fastunet.kernels`), ``"cudnn"``
+    (PyTorch's convolution on a GPU) or ``"reference"`` (plain PyTorch on another device).
+    """
 
     layer: Layer
     choice: dispatch.Choice
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Expected traffic: inputs, weights and outputs, each once."""
+        return self.layer.elements * self.dtype.itemsize
 
     def cells(self) -> tuple[str, ...]:
         """The row as text, one entry for each of :data:`COLUMNS`."""
@@ -30,15 +40,22 @@ class Row:
             layer.op,
             " + ".join(map(describe_shape, layer.in_shapes)),
             describe_shape(layer.out_shape),
+            describe_dtype(self.dtype),
             f"{layer.parameters:,}",
             describe_flops(layer.flops),
+            describe_bytes(self.bytes),
             self.choice.implementation,
             self.choice.reason,
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """The layer's entries, ``implementation``, ``reason``, ``dtype`` and ``bytes``."""
+        entries = {**dataclasses.asdict(self.layer), **dataclasses.asdict(self.choice)}
+        return {**entries, "dtype": describe_dtype(self.dtype), "bytes": self.bytes}
 
-COLUMNS = ("layer", "operator", "in", "out", "parameters", "work", "runs on", "because")
-NUMERIC = ("parameters", "work")  # columns that read best flush right
+
+COLUMNS = ("layer", "operator", "in", "out", "dtype", "parameters", "work", "bytes", "runs on", "because")
+NUMERIC = ("parameters", "work", "bytes")  # columns that read best flush right
 
 
 @dataclass(frozen=True)
@@ -58,22 +75,27 @@ class Explanation:
     def flops(self) -> int:
         return totals([row.layer for row in self.rows])[1]
 
+    @property
+    def bytes(self) -> int:
+        return sum(row.bytes for row in self.rows)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts, ready for JSON."""
         return {
             "input_size": list(self.input_size),
             "device": str(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": describe_dtype(self.dtype),
             "parameters": self.parameters,
             "flops": self.flops,
-            "layers": [{**dataclasses.asdict(row.layer), **dataclasses.asdict(row.choice)} for row in self.rows],
+            "bytes": self.bytes,
+            "layers": [row.to_dict() for row in self.rows],
         }
 
     def headline(self) -> str:
         """Input, device, dtype and totals in one line."""
         return (
-            f"input {describe_shape(self.input_size)}, {str(self.dtype).removeprefix('torch.')} on "
-            f"{self.device}: {self.parameters:,} parameters, {describe_flops(self.flops)}"
+            f"input {describe_shape(self.input_size)}, {describe_dtype(self.dtype)} on {self.device}: "
+            f"{self.parameters:,} parameters, {describe_flops(self.flops)}, {describe_bytes(self.bytes)} moved"
         )
 
     def __str__(self) -> str:
@@ -92,6 +114,11 @@ class Explanation:
 def describe_shape(shape: Shape) -> str:
     """``describe_shape((1, 64, 256, 256))`` is ``"1x64x256x256"``."""
     return "x".join(map(str, shape))
+
+
+def describe_dtype(dtype: torch.dtype) -> str:
+    """``describe_dtype(torch.bfloat16)`` is ``"bfloat16"``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def explain(
@@ -135,10 +162,24 @@ def explain_config(
             f"at least {least} ({config.depth} poolings), got {size}"
         )
     batch, channels, height, width = size
+    try:
+        layers = trace(config, height, width, batch)
+    except ValueError as error:  # of sizes that strides do not divide
+        raise ValueError(f"input_size: {error}") from None
+    rows = tuple(Row(layer, _choose(layer, config, device, dtype), dtype) for layer in layers)
+    return Explanation((batch, channels, height, width), device, dtype, rows)
+
+
+def _choose(layer: Layer, config: UNetConfig, device: torch.device, dtype: torch.dtype) -> dispatch.Choice:
+    """What serves one layer in eval mode, and why."""
+    plain = "cudnn" if device.type == "cuda" else "reference"
     choice = dispatch.choose(device, dtype)
-    return Explanation(
-        (batch, channels, height, width),
-        device,
-        dtype,
-        tuple(Row(layer, choice) for layer in trace(config, height, width, batch)),
-    )
+    if choice.implementation == "torch" and device.type == "cpu" and config.norm == "instance":
+        return dispatch.Choice(plain, f"{choice.reason}; with instance norm the reference network runs as it is")
+    if layer.unserved:
+        return dispatch.Choice(plain, f"no kernel for a convolution {layer.unserved}")
+    if choice.implementation == "torch":
+        return dispatch.Choice(plain, choice.reason)
+    if layer.norm is not None and (config.norm == "instance" or config.order == "conv_act_norm"):
+        return dispatch.Choice(choice.implementation, f"{choice.reason}, then {config.norm} norm in PyTorch")
+    return choice

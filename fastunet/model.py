@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import dispatch, ops
-from .reference import UNet, activate_
+from .reference import UNet, activate_, fit, upsample
+
+aten = torch.ops.aten
 
 
 class FastUNet(UNet):
@@ -54,12 +55,12 @@ class FastUNet(UNet):
             return super().forward(x).contiguous(memory_format=torch.channels_last)
         skips = []
         for down in self.downs:
-            skip, x = self._double_conv(down.conv, x, pool=True)
+            skip, x = self._stage(down.conv, x, pool=down.pool)
             skips.append(skip)
-        x, _ = self._double_conv(self.bottleneck, x)
+        x, _ = self._stage(self.bottleneck, x)
         for up in self.ups:
             x = self._up(up, x, skips.pop())
-        return ops.conv2d_relu(x, *self._weights(self.head), relu=False)
+        return self.finish(ops.conv2d_relu(x, *self._weights(self.head), relu=False))
 
     def _takes_statistics(self) -> bool:
         """Whether a norm sums over the map it is given, in its forward pass or for its gradients."""
@@ -70,64 +71,117 @@ class FastUNet(UNet):
             norm.training or norm.running_mean is None or _wants_gradient([*norm.parameters()]) for norm in norms
         )
 
-    def _double_conv(
-        self, block: Any, x: Tensor, *, pool: bool = False, skip: Tensor | None = None, mode: str = "none"
-    ) -> tuple[Tensor, Tensor]:
-        """(feature, pooled feature if ``pool``, else feature again)."""
-        layers = list(block.net)
-        step = len(layers) // 2  # convolution, [norm], activation
-        (conv1, norm1), (conv2, norm2) = ((layers[i], layers[i + 1] if step == 3 else None) for i in (0, step))
-        if skip is None:
-            x = self._conv_norm(ops.conv2d_relu, conv1, norm1, x)
-        else:
-            x = self._conv_norm(
-                ops.upsample_concat_conv2d_relu,
-                conv1, norm1, x, skip, mode=mode, align_corners=self.config.align_corners,
-            )  # fmt: skip
-        if pool and (norm2 is None or _foldable(conv2, norm2)):
-            return self._conv_norm(ops.conv2d_relu, conv2, norm2, x, pool=True)
-        x = self._conv_norm(ops.conv2d_relu, conv2, norm2, x)
-        return x, F.max_pool2d(x, 2) if pool else x
+    def _stage(self, block: Any, x: Tensor, *, pool: Any = None) -> tuple[Tensor, Tensor]:
+        """(feature, what ``pool`` makes of it)."""
+        *first, (conv, norm) = _units(block.net)
+        for unit in first:
+            x = self._unit(*unit, x)
+        in_one = _is_2x2_max_pool(pool) and _served(conv)
+        if in_one and (norm is None or self._folds(conv, norm)):
+            return self._unit(conv, norm, x, pool=True)
+        x = self._unit(conv, norm, x)
+        return x, x if pool is None else pool(x)
 
-    def _conv_norm(
-        self, op: Callable[..., Any], conv: nn.Module, norm: nn.Module | None, *x: Tensor, **options: Any
-    ) -> Any:
-        """``op`` with the norm folded into its weights, or followed by the norm."""
-        slope = self.config.slope
-        if norm is None or _foldable(conv, norm):
-            return op(*x, *self._weights(conv, norm), negative_slope=slope, **options)
-        return activate_(norm(op(*x, *self._weights(conv), relu=False, **options)), slope)
+    def _folds(self, conv: nn.Module, norm: nn.Module) -> bool:
+        return self.config.order == "conv_norm_act" and _foldable(conv, norm)
+
+    def _unit(self, conv: Any, norm: Any, x: Tensor, skip: Tensor | None = None, **options: Any) -> Any:
+        """Convolution, norm and activation, of ``x`` or of ``x`` and its skip; what one operator can do, by one."""
+        slope, norm_first = self.config.slope, self.config.order == "conv_norm_act"
+        folded = norm if norm is not None and self._folds(conv, norm) else None
+        apart = norm is not None and folded is None
+        act = {"relu": not (apart and norm_first), "negative_slope": slope}
+        if not _served(conv):
+            y = _convolution(conv, _joined(x, skip, self.config.concat), *self._weights(conv, folded))
+            y = activate_(y, slope) if act["relu"] else y
+        elif skip is None:
+            y = ops.conv2d_relu(x, *self._weights(conv, folded), **act, **options)
+        else:
+            # The operator concatenates the upsampled map first; to it, the other order is a matter of weights.
+            roll = x.shape[1] if self.config.concat == "skip_first" else 0
+            weights = self._weights(conv, folded, roll)
+            y = ops.upsample_concat_conv2d_relu(x, skip, *weights, **act, **options)
+        if apart:
+            y = activate_(norm(y), slope) if norm_first else norm(y)
+        return y
 
     def _up(self, up: Any, x: Tensor, skip: Tensor) -> Tensor:
-        kind = self.config.upsample
-        if kind == "transpose":
-            x = ops.conv_transpose2x2(x, *self._weights(up.up))
-            mode = "none"
-        elif kind == "bilinear_conv":
+        corners, mode = self.config.align_corners, up.kind
+        if mode == "transpose":
+            weights, mode = self._weights(up.up), "none"
+            doubles = up.up.stride == (2, 2)
+            x = ops.conv_transpose2x2(x, *weights) if doubles else _convolution(up.up, x, *weights)
+        elif mode == "bilinear_conv":
             # Interpolation weights sum to 1, so a 1x1 convolution commutes with it: a quarter of the work.
             x = ops.conv2d_relu(x, *self._weights(up.up[1]), relu=False)
             mode = "bilinear"
-        else:
-            mode = kind
-        return self._double_conv(up.conv, x, skip=skip, mode=mode)[0]
+        elif mode == "nearest_conv":
+            ((conv, norm),) = _units(up.up[1:])
+            x, mode = self._unit(conv, norm, upsample(x, "nearest", corners)), "none"
+        (conv, norm), *others = _units(up.conv.net)
+        scale = 1 if mode == "none" else 2
+        matches = all(scale * x.shape[axis] == skip.shape[axis] for axis in (2, 3))
+        # The operator upsamples too, and pads with zeros.
+        if not _served(conv) or not (matches or up.match == "zero_pad"):
+            x, skip = fit(upsample(x, mode, corners), skip, up.match)
+            mode = "none"
+        options = {"mode": mode, "align_corners": corners} if _served(conv) else {}
+        x = self._unit(conv, norm, x, skip, **options)
+        for unit in others:
+            x = self._unit(*unit, x)
+        return x
 
-    def _weights(self, conv: Any, norm: Any = None) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias for an operator, ``norm`` folded in."""
+    def _weights(self, conv: Any, norm: Any = None, roll: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias for an operator, ``norm`` folded in, the last ``roll`` input channels first."""
         sources = [conv.weight, conv.bias]
         if norm is not None:
             # Training updates the running statistics without counting a version; the batch counter tells.
             sources += [norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked]
         tensors = [t for t in sources if t is not None]
         if torch.compiler.is_compiling() or not _cacheable(tensors):
-            return _fold(conv.weight, conv.bias, norm)
+            return _fold(conv.weight, conv.bias, norm, roll)
         device = conv.weight.device.type
         dtype = conv.weight.dtype
         if torch.is_autocast_enabled(device) and dtype != torch.float64:  # as the operators do
             dtype = torch.get_autocast_dtype(device)
         found = self._prepared.get(conv)
         if found is None or not found.fresh(tensors, dtype):
-            found = self._prepared[conv] = _Prepared(conv, norm, tensors, dtype)
+            found = self._prepared[conv] = _Prepared(conv, norm, roll, tensors, dtype)
         return found.weight, found.bias
+
+
+def _units(layers: Iterable[nn.Module]) -> list[tuple[Any, Any]]:
+    """(3x3 convolution, norm or None) of each in a block's layers."""
+    found: list[tuple[Any, Any]] = []
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            found.append((layer, None))
+        elif isinstance(layer, (nn.BatchNorm2d, nn.InstanceNorm2d)):
+            found[-1] = (found[-1][0], layer)
+    return found
+
+
+def _served(conv: Any) -> bool:
+    """Whether there is an operator for a 3x3 convolution: one that keeps the size."""
+    return conv.stride == (1, 1) and conv.padding == (1, 1)
+
+
+def _is_2x2_max_pool(pool: Any) -> bool:
+    return isinstance(pool, nn.MaxPool2d) and pool.kernel_size == (2, 2)
+
+
+def _joined(x: Tensor, skip: Tensor | None, concat: str) -> Tensor:
+    if skip is not None:
+        x = torch.cat([x, skip] if concat == "upsampled_first" else [skip, x], dim=1)
+    return x
+
+
+def _convolution(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """PyTorch's own convolution where no operator serves; by its ATen name, so that it is told from a module's."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    if isinstance(conv, nn.ConvTranspose2d):
+        return aten.conv_transpose2d.input(x, weight, bias, conv.stride)
+    return aten.conv2d.default(x, weight, bias, conv.stride, conv.padding)
 
 
 def _plain_torch(x: Tensor) -> bool:
@@ -156,8 +210,10 @@ def _cacheable(tensors: list[Tensor]) -> bool:
     return not _wants_gradient(tensors) and not any(t.is_inference() for t in tensors)
 
 
-def _fold(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor | None]:
+def _fold(weight: Tensor, bias: Tensor | None, norm: Any, roll: int = 0) -> tuple[Tensor, Tensor | None]:
     """norm(conv(x)) as one convolution: scale = gamma / sqrt(var + eps), in float32 or wider."""
+    if roll:
+        weight = weight.roll(roll, 1)
     if norm is None:
         return weight, bias
     wide = torch.promote_types(weight.dtype, torch.float32)
@@ -175,13 +231,13 @@ def _fold(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tenso
 class _Prepared:
     """Folded weights in the kernels' layout, and what they were made from."""
 
-    def __init__(self, conv: Any, norm: Any, tensors: list[Tensor], dtype: torch.dtype) -> None:
+    def __init__(self, conv: Any, norm: Any, roll: int, tensors: list[Tensor], dtype: torch.dtype) -> None:
         # Aliases keep the sources' memory alive, so that a new tensor cannot appear at an old address.
         self.sources = [(t.detach(), t._version) for t in tensors]
         self.dtype = dtype
         # Not inference tensors, even when made in inference mode: autograd may save them later.
         with torch.inference_mode(False), torch.no_grad():
-            weight, bias = _fold(conv.weight, conv.bias, norm)
+            weight, bias = _fold(conv.weight, conv.bias, norm, roll)
             if isinstance(conv, nn.ConvTranspose2d):
                 weight = weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
             else:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from .config import UNetConfig
 
 if TYPE_CHECKING:
-    from typing_extensions import Self  # typing.Self is new in Python 3.11
+    from typing_extensions import Self, Unpack  # new in Python 3.11's typing
+
+    from .config import Options
 
 # --- functionals: what the fused operators compute -------------------------------------------
 
@@ -60,6 +62,21 @@ def pad_to(x: Tensor, height: int, width: int) -> Tensor:
     return F.pad(x, pad) if any(pad) else x
 
 
+def fit(x: Tensor, skip: Tensor, match: str) -> tuple[Tensor, Tensor]:
+    """Bring an upsampled map and its skip to one size: that of the skip, or with ``"center_crop"`` the map's.
+
+    ``match``: as in :class:`fastunet.config.UNetConfig`.
+    """
+    (h, w), (height, width) = x.shape[-2:], skip.shape[-2:]
+    if match == "center_crop":
+        top, left = (height - h) // 2, (width - w) // 2
+        return x, skip[..., top : top + h, left : left + w]
+    if match == "replicate_pad":
+        pad = padding((h, w), (height, width))
+        return (F.pad(x, pad, mode="replicate") if any(pad) else x), skip
+    return pad_to(x, height, width), skip
+
+
 def upsample_concat(x: Tensor, skip: Tensor, mode: str, align_corners: bool) -> Tensor:
     """``[upsampled, skip]`` on channels. x (N, C1, h, w), skip (N, C2, H, W) -> (N, C1 + C2, H, W)."""
     x = pad_to(upsample(x, mode, align_corners), skip.shape[-2], skip.shape[-1])
@@ -90,7 +107,12 @@ def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class DoubleConv(nn.Module):
     """(3x3 convolution, [norm], activation) twice. (N, in_ch, H, W) -> (N, out_ch, H, W).
 
-    ``mid_ch``: channels between the two; by default ``out_ch``.
+    Args:
+        mid_ch: channels between them; by default ``out_ch``.
+        convs: how many, where not two.
+        stride: of the first.
+        norm, activation, negative_slope, order, padding, norm_eps, norm_momentum: as in
+            :class:`fastunet.config.UNetConfig`. bias: its ``conv_bias``.
     """
 
     def __init__(
@@ -99,37 +121,60 @@ class DoubleConv(nn.Module):
         out_ch: int,
         *,
         mid_ch: int | None = None,
-        norm: str | None = None,
-        activation: str = "relu",
-        negative_slope: float = 0.01,
+        convs: int = 2,
+        stride: tuple[int, int] = (1, 1),
+        **unit: Any,
     ) -> None:
         super().__init__()
+        widths = [in_ch, *[out_ch if mid_ch is None else mid_ch] * (convs - 1), out_ch]
         layers: list[nn.Module] = []
-        mid_ch = out_ch if mid_ch is None else mid_ch
-        for before, after in ((in_ch, mid_ch), (mid_ch, out_ch)):
-            layers.append(nn.Conv2d(before, after, 3, padding=1))
-            if norm == "batch":
-                layers.append(nn.BatchNorm2d(after))
-            elif norm == "instance":
-                layers.append(nn.InstanceNorm2d(after, affine=True))
-            leaky = activation == "leaky_relu"
-            layers.append(nn.LeakyReLU(negative_slope, inplace=True) if leaky else nn.ReLU(inplace=True))
+        for index in range(convs):
+            layers += conv_unit(widths[index], widths[index + 1], stride=(1, 1) if index else stride, **unit)
         self.net = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
 
+def conv_unit(
+    in_ch: int,
+    out_ch: int,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    norm: str | None = None,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    order: str = "conv_norm_act",
+    bias: bool = True,
+    padding: str = "same",
+    norm_eps: float = 1e-5,
+    norm_momentum: float = 0.1,
+) -> list[nn.Module]:
+    """A 3x3 convolution, its norm if any, and its activation, in the order in which they run."""
+    layers: list[nn.Module] = [
+        nn.Conv2d(in_ch, out_ch, 3, stride=stride, padding=1 if padding == "same" else 0, bias=bias),
+        nn.LeakyReLU(negative_slope, inplace=True) if activation == "leaky_relu" else nn.ReLU(inplace=True),
+    ]
+    if norm is not None:
+        kind = nn.BatchNorm2d if norm == "batch" else nn.InstanceNorm2d
+        place = 1 if order == "conv_norm_act" else 2
+        layers.insert(place, kind(out_ch, eps=norm_eps, momentum=norm_momentum, affine=True))
+    return layers
+
+
 class Down(nn.Module):
     """Encoder level: double convolution, then a 2x2 max-pool.
 
     (N, in_ch, H, W) -> pooled (N, out_ch, H // 2, W // 2), feature (N, out_ch, H, W).
+
+    ``pool``: (rows, columns) of the max-pool; None leaves the map as it is, for a level whose
+    successor starts with a strided convolution. ``block``: of :class:`DoubleConv`.
     """
 
-    def __init__(self, in_ch: int, out_ch: int, **block: Any) -> None:
+    def __init__(self, in_ch: int, out_ch: int, *, pool: tuple[int, int] | None = (2, 2), **block: Any) -> None:
         super().__init__()
         self.conv = DoubleConv(in_ch, out_ch, **block)
-        self.pool = nn.MaxPool2d(2)
+        self.pool = nn.Identity() if pool is None else nn.MaxPool2d(pool)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         feature = self.conv(x)
@@ -142,11 +187,13 @@ class Up(nn.Module):
     Args:
         in_ch: channels after the concatenation.
         out_ch: channels out.
-        upsample, align_corners: as in :class:`fastunet.config.UNetConfig`.
+        upsample, align_corners, concat, match: as in :class:`fastunet.config.UNetConfig`.
         x_ch: channels of ``x``, needed by the learned kinds, which map it to ``up_ch``. The default
             ``in_ch`` fits widths that double from level to level.
         up_ch: channels that the learned kinds give; by default ``in_ch - out_ch``.
-        mid_ch: of the double convolution.
+        stride: (rows, columns) by which ``"transpose"`` enlarges the map.
+        mid_ch, convs: of the double convolution.
+        unit: of :func:`conv_unit`, for every 3x3 convolution.
     """
 
     def __init__(
@@ -156,39 +203,46 @@ class Up(nn.Module):
         *,
         upsample: str = "bilinear",
         align_corners: bool = True,
+        concat: str = "upsampled_first",
+        match: str = "zero_pad",
         x_ch: int | None = None,
         up_ch: int | None = None,
-        **block: Any,
+        stride: tuple[int, int] = (2, 2),
+        mid_ch: int | None = None,
+        convs: int = 2,
+        **unit: Any,
     ) -> None:
         super().__init__()
         x_ch = in_ch if x_ch is None else x_ch
         up_ch = in_ch - out_ch if up_ch is None else up_ch
-        if upsample == "bilinear":
-            self.up: nn.Module = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=align_corners)
-        elif upsample == "nearest":
-            self.up = nn.Upsample(scale_factor=2, mode="nearest")
+        self.kind, self.concat, self.match = upsample, concat, match
+        corners = align_corners if upsample.startswith("bilinear") else None
+        interpolate = nn.Upsample(scale_factor=2, mode=upsample.removesuffix("_conv"), align_corners=corners)
+        if upsample in ("bilinear", "nearest"):
+            self.up: nn.Module = interpolate
         elif upsample == "bilinear_conv":
-            self.up = nn.Sequential(
-                nn.Upsample(scale_factor=2, mode="bilinear", align_corners=align_corners),
-                nn.Conv2d(x_ch, up_ch, 1),
-            )
+            self.up = nn.Sequential(interpolate, nn.Conv2d(x_ch, up_ch, 1))
+        elif upsample == "nearest_conv":
+            self.up = nn.Sequential(interpolate, *conv_unit(x_ch, up_ch, **{**unit, "padding": "same"}))
         elif upsample == "transpose":
-            self.up = nn.ConvTranspose2d(x_ch, up_ch, 2, stride=2)
+            self.up = nn.ConvTranspose2d(x_ch, up_ch, stride, stride=stride)
         else:
             raise ValueError(f"upsample: unknown kind {upsample!r}")
-        self.conv = DoubleConv(in_ch, out_ch, **block)
+        self.conv = DoubleConv(in_ch, out_ch, mid_ch=mid_ch, convs=convs, **unit)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        x = pad_to(self.up(x), skip.shape[-2], skip.shape[-1])
-        return self.conv(torch.cat([x, skip], dim=1))
+        x, skip = fit(self.up(x), skip, self.match)
+        return self.conv(torch.cat([x, skip] if self.concat == "upsampled_first" else [skip, x], dim=1))
 
 
 class UNet(nn.Module):
     """The whole network: encoder, bottleneck, decoder, 1x1 head.
 
     (N, in_channels, H, W) -> logits (N, out_channels, H, W), for any H and W of at least
-    2 ** (len(features) - 1). Where a pooling drops an odd row or column, the upsampled map is
-    zero-padded to its skip (:func:`pad_to`). Arguments: :class:`fastunet.config.UNetConfig`.
+    ``config.minimum_size``. Where a pooling drops an odd row or column, the upsampled map is
+    zero-padded to its skip (:func:`pad_to`). The options are those of
+    :class:`fastunet.config.UNetConfig`; ``match="center_crop"`` makes the output smaller,
+    ``downsample="stride"`` takes only sizes that its steps divide.
     """
 
     def __init__(
@@ -196,41 +250,40 @@ class UNet(nn.Module):
         in_channels: int = 1,
         out_channels: int = 2,
         features: tuple[int, ...] = (64, 128, 256, 512, 1024),
-        *,
-        upsample: str = "bilinear",
-        align_corners: bool = True,
-        norm: str | None = None,
-        activation: str = "relu",
-        negative_slope: float = 0.01,
-        decoder_features: tuple[tuple[int, int], ...] | None = None,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__()
-        c = UNetConfig(
-            in_channels,
-            out_channels,
-            features,
-            upsample,
-            align_corners,
-            norm,
-            activation,
-            negative_slope,
-            decoder_features,
-        )
-        self.config = c
-        block: dict[str, Any] = {"norm": norm, "activation": activation, "negative_slope": negative_slope}
+        c = self.config = UNetConfig(in_channels, out_channels, features, **options)
+        unit: dict[str, Any] = {
+            name: getattr(c, name)
+            for name in ("norm", "activation", "negative_slope", "order", "padding", "norm_eps", "norm_momentum")
+        }
+        unit["bias"] = c.conv_bias
+        strided = c.downsample == "stride"
         widths = (c.in_channels, *c.features)
-        self.downs = nn.ModuleList(Down(widths[i], widths[i + 1], **block) for i in range(c.depth))
-        self.bottleneck = DoubleConv(widths[-2], widths[-1], **block)
+        levels = [
+            {"convs": c.convs_down(i), "stride": c.stride(i) if strided and i else (1, 1), **unit}
+            for i in range(c.depth + 1)
+        ]
+        self.downs = nn.ModuleList(
+            Down(widths[i], widths[i + 1], pool=None if strided else c.stride(i + 1), **levels[i])
+            for i in range(c.depth)
+        )
+        self.bottleneck = DoubleConv(widths[-2], widths[-1], **levels[-1])
         self.ups = nn.ModuleList(
             Up(
                 c.upsampled_channels(i) + c.features[i],
                 c.decoder_channels(i)[1],
-                upsample=upsample,
-                align_corners=align_corners,
+                upsample=c.upsampling(i),
+                align_corners=c.align_corners,
+                concat=c.concat,
+                match=c.match,
                 x_ch=c.channels_from(i + 1),
                 up_ch=c.upsampled_channels(i),
+                stride=c.stride(i + 1),
                 mid_ch=c.decoder_channels(i)[0],
-                **block,
+                convs=c.convs_up(i),
+                **unit,
             )
             for i in reversed(range(c.depth))
         )
@@ -246,12 +299,15 @@ class UNet(nn.Module):
         c = self.config
         if x.dim() != 4 or x.shape[1] != c.in_channels:
             raise ValueError(f"x: expected shape (N, {c.in_channels}, H, W), got {tuple(x.shape)}")
-        bottleneck = (x.shape[2] >> c.depth) * (x.shape[3] >> c.depth)
         if min(x.shape[2], x.shape[3]) < c.minimum_size:
             raise ValueError(
                 f"x: expected H and W of at least {c.minimum_size} ({c.depth} poolings), got {tuple(x.shape)}"
             )
-        if c.norm == "instance" and bottleneck == 1:
+        rows, cols = c.reductions
+        if c.downsample == "stride" and (x.shape[2] % rows or x.shape[3] % cols):
+            # A stride rounds a map's size up; the decoder's, doubled, would be larger than its skip.
+            raise ValueError(f"x: expected H divisible by {rows} and W by {cols}, got {tuple(x.shape)}")
+        if c.norm == "instance" and c.sides(x.shape[2], 0)[0][-1] * c.sides(x.shape[3], 1)[0][-1] == 1:
             raise ValueError(f"x: instance norm needs more than one pixel at the bottleneck, got {tuple(x.shape)}")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -263,4 +319,8 @@ class UNet(nn.Module):
         x = self.bottleneck(x)
         for up in self.ups:
             x = up(x, skips.pop())
-        return self.head(x)
+        return self.finish(self.head(x))
+
+    def finish(self, logits: Tensor) -> Tensor:
+        """The final activation, where there is one."""
+        return torch.sigmoid(logits) if self.config.final_activation == "sigmoid" else logits

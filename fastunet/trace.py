@@ -16,7 +16,9 @@ in one place:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 from .config import UNetConfig
 
@@ -25,18 +27,25 @@ Shape = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Layer:
-    """One fused operator of the forward pass in eval mode.
+    """One fused operator of the forward pass in eval mode, or one of PyTorch's where there is none.
 
     Attributes:
         name: path of the module that holds the weight, e.g. ``"downs.0.conv.net.0"``.
         op: ``"conv2d_relu"``, ``"conv2d_relu_pool"``, ``"upsample_concat_conv2d_relu"`` or
-            ``"conv_transpose2x2"``. The name of the family: the head, for one, has no activation.
+            ``"conv_transpose2x2"``; PyTorch's are ``"conv2d"`` and ``"conv_transpose2d"``. The name of
+            the family: the head, for one, has no activation.
         in_shapes: (N, C, H, W) of each input; the decoder's fused operator reads x and its skip.
         out_shape: (N, C, H, W) of the output; the pooled map that ``conv2d_relu_pool`` also
             returns is the next layer's input.
         parameters: elements of the weight, the bias and the norm's scale and shift.
         flops: 2 x multiply-adds of the convolution. Interpolation, bias, norm and activation,
             about a hundredth of it, are not counted.
+        elements: read and written, each once: inputs, weight, bias and outputs; of a norm that stays
+            a pass of its own, the map twice more.
+        mode: of ``"upsample_concat_conv2d_relu"``, how it upsamples.
+        norm, activation: paths of the modules behind the convolution in the reference; None for
+            none.
+        unserved: what of the convolution no fused operator serves; empty if one does.
     """
 
     name: str
@@ -45,64 +54,172 @@ class Layer:
     out_shape: Shape
     parameters: int
     flops: int
+    elements: int
+    mode: str = "none"
+    norm: str | None = None
+    activation: str | None = None
+    unserved: str = ""
 
 
 def trace(config: UNetConfig, height: int, width: int, batch: int = 1) -> list[Layer]:
-    """Every fused operator that FastUNet runs for an input (batch, in_channels, height, width), in order.
+    """Every layer that FastUNet runs for an input (batch, in_channels, height, width), in order.
 
     Raises:
-        ValueError: ``batch`` below 1, or ``height`` or ``width`` too small for the poolings.
+        ValueError: ``batch`` below 1, or ``height`` or ``width`` too small for the poolings, or not
+            what the strides divide.
     """
     if batch < 1:
         raise ValueError(f"batch: expected at least 1, got {batch}")
-    for name, size in (("height", height), ("width", width)):
+    for name, size, step in zip(("height", "width"), (height, width), config.reductions, strict=True):
         if size < config.minimum_size:
             raise ValueError(f"{name}: expected at least {config.minimum_size} ({config.depth} poolings), got {size}")
+        if config.downsample == "stride" and size % step:
+            raise ValueError(f"{name}: expected a multiple of {step}, got {size}")
+    return _Tracer(config, batch).run(height, width)
 
-    layers: list[Layer] = []
-    second = 2 if config.norm is None else 3  # index in DoubleConv.net of its second convolution
 
-    def conv(name: str, op: str, inputs: tuple[Shape, ...], channels: int, *, kernel: int = 3) -> Shape:
-        n, _, h, w = inputs[-1]  # of x and skip, the skip has the output's size
-        weight = kernel * kernel * sum(shape[1] for shape in inputs) * channels
-        norm = 2 * channels if config.norm is not None and kernel == 3 else 0
-        out = (n, channels, h, w)
-        layers.append(Layer(name, op, inputs, out, weight + channels + norm, 2 * weight * n * h * w))
-        return out
+class _Tracer:
+    def __init__(self, config: UNetConfig, batch: int) -> None:
+        self.config, self.batch = config, batch
+        self.layers: list[Layer] = []
 
-    # Instance norm needs the whole map before it can be pooled; eval-mode batch norm is a scale
-    # and a shift of the weights.
-    pool = "conv2d_relu" if config.norm == "instance" else "conv2d_relu_pool"
-    x: Shape = (batch, config.in_channels, height, width)
-    skips: list[Shape] = []
-    for level, channels in enumerate(config.features[:-1]):
-        x = conv(f"downs.{level}.conv.net.0", "conv2d_relu", (x,), channels)
-        x = conv(f"downs.{level}.conv.net.{second}", pool, (x,), channels)
-        skips.append(x)
-        x = (batch, channels, x[2] // 2, x[3] // 2)
+    def run(self, height: int, width: int) -> list[Layer]:
+        c = self.config
+        x: Shape = (self.batch, c.in_channels, height, width)
+        skips: list[Shape] = []
+        for level in range(c.depth):
+            x = self.stage(f"downs.{level}.conv.net", x, level)
+            skips.append(x)
+            if c.downsample == "max_pool":
+                rows, cols = c.stride(level + 1)
+                x = (*x[:2], x[2] // rows, x[3] // cols)
+        x = self.stage("bottleneck.net", x, c.depth)
+        for index, skip in enumerate(reversed(skips)):
+            x = self.up(f"ups.{index}", x, skip, c.depth - 1 - index)
+        self.layer("head", "conv2d_relu", (x,), c.out_channels, x[2:], kernel=1)
+        return self.layers
 
-    for index in (0, second):
-        x = conv(f"bottleneck.net.{index}", "conv2d_relu", (x,), config.features[-1])
+    def stage(self, name: str, x: Shape, level: int) -> Shape:
+        """An encoder level, or the bottleneck."""
+        c, last = self.config, self.config.convs_down(level) - 1
+        for index in range(last + 1):
+            stride = c.stride(level) if c.downsample == "stride" and level and not index else (1, 1)
+            # Instance norm needs the whole map before it can be pooled; eval-mode batch norm is a scale
+            # and a shift of the weights.
+            pools = level < c.depth and c.downsample == "max_pool" and c.stride(level + 1) == (2, 2)
+            pools = pools and index == last and (c.norm is None or self.folds)
+            x = self.unit(name, index, (x,), c.features[level], "conv2d_relu_pool" if pools else "conv2d_relu", stride)
+        return x
 
-    for index, skip in enumerate(reversed(skips)):
-        name, channels = f"ups.{index}", skip[1]
-        if config.upsample == "bilinear_conv":
+    def up(self, name: str, x: Shape, skip: Shape, level: int) -> Shape:
+        c, kind, mode = self.config, self.config.upsampling(level), "none"
+        channels, (rows, cols) = c.upsampled_channels(level), c.stride(level + 1)
+        if kind == "bilinear_conv":
             # A 1x1 convolution commutes with interpolation, whose weights sum to 1: before it,
             # the convolution reads a quarter of the pixels.
-            x = conv(f"{name}.up.1", "conv2d_relu", (x,), channels, kernel=1)
-        elif config.upsample == "transpose":
-            # Every input pixel meets all 2x2 taps once.
-            out = (batch, channels, 2 * x[2], 2 * x[3])
-            weight = 4 * x[1] * channels
-            flops = 2 * weight * batch * x[2] * x[3]
-            layers.append(Layer(f"{name}.up", "conv_transpose2x2", (x,), out, weight + channels, flops))
-            x = out
-        middle, out = config.decoder_channels(config.depth - 1 - index)
-        x = conv(f"{name}.conv.net.0", "upsample_concat_conv2d_relu", (x, skip), middle)
-        x = conv(f"{name}.conv.net.{second}", "conv2d_relu", (x,), out)
+            x, mode = self.layer(f"{name}.up.1", "conv2d_relu", (x,), channels, x[2:], kernel=1), "bilinear"
+        elif kind == "transpose":
+            x = self.transpose(f"{name}.up", x, channels, rows, cols)
+        elif kind == "nearest_conv":
+            x = self.unit(f"{name}.up", 0, ((*x[:2], 2 * x[2], 2 * x[3]),), channels, "conv2d_relu", first=1)
+        else:
+            mode = kind
+        scale = 1 if mode == "none" else 2
+        size = scale * x[2], scale * x[3]
+        if c.match == "center_crop":
+            skip = (*skip[:2], *size)
+        if c.padding == "valid" or not (size == skip[2:] or c.match == "zero_pad"):
+            x, mode = (*x[:2], *skip[2:]), "none"
+        middle, out = c.decoder_channels(level)
+        last = c.convs_up(level) - 1
+        sources: tuple[Shape, ...] = (x, skip)
+        for index in range(last + 1):
+            op = "conv2d_relu" if index else "upsample_concat_conv2d_relu"
+            x = self.unit(f"{name}.conv.net", index, sources, out if index == last else middle, op, mode=mode)
+            sources, mode = (x,), "none"
+        return x
 
-    conv("head", "conv2d_relu", (x,), config.out_channels, kernel=1)
-    return layers
+    @property
+    def folds(self) -> bool:
+        return self.config.norm == "batch" and self.config.order == "conv_norm_act"
+
+    def unit(
+        self,
+        parent: str,
+        index: int,
+        inputs: tuple[Shape, ...],
+        channels: int,
+        op: str,
+        stride: tuple[int, int] = (1, 1),
+        *,
+        first: int = 0,
+        mode: str = "none",
+    ) -> Shape:
+        """The ``index``-th 3x3 convolution of a block whose layers start at ``first``."""
+        c, (_, _, h, w) = self.config, inputs[-1]  # of x and skip, the skip has the output's size
+        valid = c.padding == "valid" and not first
+        unserved = "without padding" if valid else ""
+        if stride != (1, 1):
+            unserved = f"with a stride of {stride[0]}x{stride[1]}"
+        h, w = (h - 2, w - 2) if valid else (-(-h // stride[0]), -(-w // stride[1]))
+        place = first + index * (2 if c.norm is None else 3)
+        behind = [f"{parent}.{place + 1}", f"{parent}.{place + 2}"]
+        activation = behind.pop(0) if c.norm is None or c.order == "conv_act_norm" else behind.pop(1)
+        norm = behind[0] if c.norm is not None else None
+        return self.layer(
+            f"{parent}.{place}", op, inputs, channels, (h, w), mode=mode, norm=norm, activation=activation,
+            unserved=unserved,
+        )  # fmt: skip
+
+    def layer(
+        self,
+        name: str,
+        op: str,
+        inputs: tuple[Shape, ...],
+        channels: int,
+        size: tuple[int, int],
+        *,
+        kernel: int = 3,
+        norm: str | None = None,
+        unserved: str = "",
+        **more: Any,
+    ) -> Shape:
+        if unserved:
+            op = "conv2d"
+        n, h, w = self.batch, *size
+        out = (n, channels, h, w)
+        weight = kernel * kernel * sum(shape[1] for shape in inputs) * channels
+        bias = channels if kernel == 1 or self.config.conv_bias else 0
+        moved = sum(map(math.prod, inputs)) + weight + bias + math.prod(out)
+        if op == "conv2d_relu_pool":
+            moved += n * channels * (h // 2) * (w // 2)
+        if norm is not None and not self.folds:
+            moved += 2 * math.prod(out)
+        parameters = weight + bias + (2 * channels if norm is not None else 0)
+        flops = 2 * weight * n * h * w
+        self.layers.append(
+            Layer(name, op, inputs, out, parameters, flops, moved, norm=norm, unserved=unserved, **more)
+        )
+        return out
+
+    def transpose(self, name: str, x: Shape, channels: int, rows: int, cols: int) -> Shape:
+        # Every input pixel meets all taps once.
+        out = (x[0], channels, rows * x[2], cols * x[3])
+        weight = rows * cols * x[1] * channels
+        unserved = "" if (rows, cols) == (2, 2) else f"with a stride of {rows}x{cols}"
+        self.layers.append(
+            Layer(
+                name,
+                "conv_transpose2d" if unserved else "conv_transpose2x2",
+                (x,),
+                out,
+                weight + channels,
+                2 * weight * x[0] * x[2] * x[3],
+                math.prod(x) + weight + channels + math.prod(out),
+                unserved=unserved,
+            )
+        )
+        return out
 
 
 def totals(layers: list[Layer]) -> tuple[int, int]:
@@ -112,8 +229,17 @@ def totals(layers: list[Layer]) -> tuple[int, int]:
 
 def describe_flops(flops: int) -> str:
     """Three digits and a unit: ``describe_flops(1_230_000_000)`` is ``"1.23 GFLOP"``."""
-    rounded = float(f"{flops:.2e}")  # first, so that 999.9 M becomes 1 G
+    return _with_prefix(flops, "FLOP")
+
+
+def describe_bytes(count: int) -> str:
+    """``describe_bytes(1_230_000)`` is ``"1.23 MB"``."""
+    return _with_prefix(count, "B")
+
+
+def _with_prefix(value: int, unit: str) -> str:
+    rounded = float(f"{value:.2e}")  # first, so that 999.9 M becomes 1 G
     power = 0
     while rounded >= 1000 and power < 5:
         rounded, power = rounded / 1000, power + 1
-    return f"{rounded:.3g} {('', 'k', 'M', 'G', 'T', 'P')[power]}FLOP"
+    return f"{rounded:.3g} {('', 'k', 'M', 'G', 'T', 'P')[power]}{unit}"

@@ -347,7 +347,7 @@ def test_summary_shows_every_layer_and_the_totals(run, size: str, parsed: tuple[
         assert "x".join(map(str, layer.out_shape)) in row
         assert f"{layer.parameters:,}" in row
     assert f"{totals(layers)[0]:,} parameters" in done.out
-    assert "torch: the device is a CPU" in done.out or torch.cuda.is_available()
+    assert "reference: the device is a CPU" in done.out or torch.cuda.is_available()
     assert "the bottleneck is 16x16" in done.out
 
 

@@ -25,8 +25,8 @@ def model() -> FastUNet:
 def test_rows_are_the_trace_and_the_choice(model: FastUNet) -> None:
     explanation = explain(model, SIZE)
     assert [row.layer for row in explanation.rows] == trace(model.config, 20, 33, 2)
-    choice = dispatch.choose(torch.device("cpu"), torch.float32)
-    assert {row.choice for row in explanation.rows} == {choice}
+    reason = dispatch.choose(torch.device("cpu"), torch.float32).reason
+    assert {row.choice for row in explanation.rows} == {dispatch.Choice("reference", reason)}
     assert explanation.parameters == sum(p.numel() for p in model.parameters())
 
 
@@ -40,7 +40,7 @@ def test_device_and_dtype_default_to_the_models(model: FastUNet) -> None:
 
 def test_a_forced_choice_shows(model: FastUNet) -> None:
     with dispatch.forced("torch"):
-        assert explain(model, SIZE).rows[0].choice == dispatch.Choice("torch", "asked for")
+        assert explain(model, SIZE).rows[0].choice == dispatch.Choice("reference", "asked for")
 
 
 def test_to_dict_is_json_and_complete(model: FastUNet) -> None:
@@ -50,7 +50,9 @@ def test_to_dict_is_json_and_complete(model: FastUNet) -> None:
     assert (entries["device"], entries["dtype"]) == ("cpu", "float32")
     assert entries["flops"] == sum(layer["flops"] for layer in entries["layers"])
     assert len(entries["layers"]) == len(explanation.rows)
-    assert {"name", "op", "in_shapes", "out_shape", "implementation", "reason"} <= entries["layers"][0].keys()
+    assert entries["bytes"] == sum(layer["bytes"] for layer in entries["layers"])
+    asked = {"name", "op", "in_shapes", "out_shape", "dtype", "implementation", "reason", "flops", "bytes"}
+    assert asked <= entries["layers"][0].keys()
 
 
 def test_the_table_is_aligned_and_names_every_layer(model: FastUNet) -> None:
@@ -93,3 +95,72 @@ def test_a_description_allocates_nothing() -> None:
     huge = UNetConfig(features=(2**16, 2**18))  # terabytes, were it built
     explanation = explain_config(huge, (1, 1, 64, 64), torch.device("cpu"), torch.float32)
     assert explanation.parameters > 10**11
+
+
+def test_bytes_are_counted_by_hand() -> None:
+    """One pixel-wise network: a stage of two convolutions and the head, at 4x4, in float16."""
+    config = UNetConfig(1, 1, (2,), conv_bias=False)
+    rows = explain_config(config, (1, 1, 4, 4), torch.device("cpu"), torch.float16).rows
+    #                   inputs    weights         outputs
+    elements = [16 + 9 * 1 * 2 + 32, 32 + 9 * 2 * 2 + 32, 32 + 2 + 1 + 16]
+    assert [row.bytes for row in rows] == [2 * n for n in elements]
+
+
+def test_a_pooled_map_and_a_norm_apart_are_counted() -> None:
+    """Pooling writes a quarter more; a norm of its own reads and writes the map once more."""
+    size = (1, 1, 8, 8)
+    plain, batch, instance = (
+        {
+            row.layer.name.split(".net.")[0]: row.layer
+            for row in explain_config(
+                UNetConfig(1, 1, (4, 4), norm=norm, encoder_convs=(1, 1)), size, torch.device("cpu"), torch.float32
+            ).rows
+        }["downs.0.conv"]
+        for norm in (None, "batch", "instance")
+    )
+    pooled = 4 * 4 * 4
+    assert plain.elements == batch.elements == 64 + 9 * 4 + 4 + 4 * 64 + pooled
+    assert instance.elements == plain.elements - pooled + 2 * 4 * 64
+
+
+STRIDED = UNetConfig(1, 2, (4, 8), upsample="transpose", downsample="stride", strides=((2, 1),))
+
+
+@pytest.mark.parametrize(
+    ("config", "unserved"),
+    [
+        (STRIDED, {"bottleneck.net.0": "no kernel for a convolution with a stride of 2x1", "ups.0.up": "no kernel for a convolution with a stride of 2x1"}),
+        (
+            UNetConfig(1, 2, (4, 8), padding="valid", match="center_crop", encoder_convs=(1, 1), decoder_convs=(1,)),
+            dict.fromkeys(
+                ("downs.0.conv.net.0", "bottleneck.net.0", "ups.0.conv.net.0"), "no kernel for a convolution without padding"
+            ),
+        ),
+    ],
+    ids=["stride", "valid"],
+)
+def test_layers_without_a_kernel_say_why(config: UNetConfig, unserved: dict[str, str]) -> None:
+    explanation = explain_config(config, (1, 1, 16, 16), torch.device("cpu"), torch.float32)
+    found = {row.layer.name: row.choice.reason for row in explanation.rows if "no kernel" in row.choice.reason}
+    assert found == unserved
+    assert len(found) < len(explanation.rows)
+
+
+@pytest.mark.parametrize(("norm", "order"), [("instance", "conv_norm_act"), ("batch", "conv_act_norm")])
+def test_a_norm_of_its_own_is_said(norm: str, order: str) -> None:
+    config = UNetConfig(1, 2, (4, 8), norm=norm, order=order)
+    with dispatch.forced("triton"):
+        rows = explain_config(config, (1, 1, 16, 16), torch.device("cpu"), torch.float32).rows
+    assert rows[0].choice == dispatch.Choice("triton", f"asked for, then {norm} norm in PyTorch")
+    assert rows[-1].choice == dispatch.Choice("triton", "asked for")
+
+
+def test_instance_norm_on_a_cpu_is_the_reference() -> None:
+    row = explain_config(UNetConfig(1, 2, (4, 8), norm="instance"), (1, 1, 16, 16), torch.device("cpu"), torch.float32)
+    assert {r.choice.implementation for r in row.rows} == {"reference"}
+    assert "the reference network runs as it is" in row.rows[0].choice.reason
+
+
+def test_a_size_that_strides_do_not_divide_is_named() -> None:
+    with pytest.raises(ValueError, match="input_size: height: expected a multiple of 2, got 17"):
+        explain_config(STRIDED, (1, 1, 17, 16), torch.device("cpu"), torch.float32)

@@ -225,8 +225,10 @@ def test_compiles_without_a_graph_break(kind, norm, seed):
         reference.train(training)
         fast.train(training)
         torch.compiler.reset()
-        # A copy, as running statistics are updated.
-        assert_parity(torch.compile(fast, fullgraph=True)(x), copy.deepcopy(reference)(x), reference, x)
+        # Who compiles has a compiled reference today: Inductor sums batch norm's statistics in its own order, with
+        # up to three times eager's root mean square of errors. A copy, as running statistics are updated.
+        plain = torch.compile(copy.deepcopy(reference))
+        assert_parity(torch.compile(fast, fullgraph=True)(x), plain(x), reference, x)
         fast.load_state_dict(reference.state_dict())
 
 

@@ -47,7 +47,7 @@ class Launch:
 def launches(
     config: UNetConfig, size: tuple[int, int, int], make: Callable[..., Tensor], *, tf32: bool = True
 ) -> Iterator[Launch]:
-    """The launches of a network's forward pass, in order.
+    """The launches of a network's forward pass, in order; layers that no kernel serves are left out.
 
     Args:
         size: (batch, height, width).
@@ -55,14 +55,16 @@ def launches(
         tf32: round float32 operands to tf32.
     """
     batch, height, width = size
-    mode = {"transpose": "none", "nearest": "nearest"}.get(config.upsample, "bilinear")
-    corners = mode == "bilinear" and config.align_corners
     for layer in trace(config, height, width, batch):
+        if layer.unserved:
+            continue
+        mode = layer.mode
+        corners = mode == "bilinear" and config.align_corners
         inputs, out = tuple(make(*shape) for shape in layer.in_shapes), layer.out_shape[1]
         channels = tuple(x.shape[1] for x in inputs)
         c, (n, _, h, w) = sum(channels), layer.out_shape
         precise = inputs[0].dtype == torch.float32 and not tf32
-        slope = 1.0 if layer.name == "head" or layer.name.endswith("up.1") else config.slope
+        slope = 1.0 if layer.activation is None else config.slope
         options: dict[str, Any] = {"tf32": tf32}
         source, interpolating = (h, w), False
         if layer.op == "conv_transpose2x2":

@@ -151,7 +151,8 @@ def randomise(model: UNet, seed: int) -> None:
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             fan_in = module.weight[0].numel() if isinstance(module, nn.Conv2d) else module.in_channels
             module.weight.normal_(0, (2 / fan_in) ** 0.5, generator=generator)
-            module.bias.normal_(0, 0.1, generator=generator)  # pyright: ignore[reportOptionalMemberAccess]
+            if module.bias is not None:
+                module.bias.normal_(0, 0.1, generator=generator)
         elif isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d)):
             module.weight.uniform_(-1.5, 1.5, generator=generator)
             module.bias.normal_(0, 0.5, generator=generator)

@@ -23,16 +23,16 @@ def error_map(logits: Tensor, truth: Tensor) -> Tensor:
     return (logits.double() - truth).abs().amax(1).float().cpu()
 
 
-def segmentation(logits: Tensor, truth: Tensor) -> Segmentation:
-    """Classes of (N, C, H, W) logits against the truth's."""
+def segmentation(logits: Tensor, truth: Tensor, threshold: float = 0.0) -> Segmentation:
+    """Classes of (N, C, H, W) logits against the truth's; a single channel is cut at ``threshold``."""
 
     def classes(t: Tensor) -> Tensor:
-        return (t[:, 0] > 0).long() if t.shape[1] == 1 else t.argmax(1)
+        return (t[:, 0] > threshold).long() if t.shape[1] == 1 else t.argmax(1)
 
     found, expected = classes(logits), classes(truth)
     flipped = found != expected
     if truth.shape[1] == 1:
-        margin = truth[:, 0].abs()
+        margin = (truth[:, 0] - threshold).abs()
     else:
         top = truth.topk(2, dim=1).values
         margin = top[:, 0] - top[:, 1]

@@ -21,10 +21,11 @@ from .. import ops
 from ..config import UNetConfig
 from ..model import FastUNet
 from ..reference import UNet, activate_
-from ..trace import trace
+from ..trace import Layer, trace
 
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 _LEAKY_RELUS = {F.leaky_relu, F.leaky_relu_}
+_CONVOLUTIONS = {torch.ops.aten.conv2d.default, torch.ops.aten.conv_transpose2d.input}  # as FastUNet calls them
 _IN_PLACE = {F.relu_, torch.relu_, Tensor.relu_, F.leaky_relu_}
 
 
@@ -33,7 +34,7 @@ class OtherDecisions(ValueError):
 
 
 class Recorder(TorchFunctionMode):
-    """Within the block, keeps the results of fused operators and the decisions of every operator.
+    """Within the block, keeps the results of a FastUNet's layers and the decisions of every operator.
 
     A decision is, of a ReLU, the elements that stay as they are, and of a max-pool the places of
     its maxima.
@@ -61,6 +62,8 @@ class Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func in _RELUS or func in _LEAKY_RELUS:
             self.decisions.append(result.detach() > 0)
+        elif func in _CONVOLUTIONS:
+            self.results.append(result.detach())  # an activation that follows in place is in it
         elif getattr(func, "namespace", None) == "fastunet":
             y, *pooled = result if isinstance(result, tuple) else (result,)
             self.results.append(y.detach())
@@ -124,8 +127,9 @@ def run_with_layers(network: nn.Module, x: Tensor, config: UNetConfig | None) ->
     """
     if config is None:
         return network(x), {}
-    names = [layer.name for layer in trace(config, *x.shape[-2:], batch=len(x))]
-    pools = _pools_after(names)
+    layers_of_it = trace(config, *x.shape[-2:], batch=len(x))
+    names = [layer.name for layer in layers_of_it]
+    pools = _pools_after(config, names)
     if isinstance(network, FastUNet):
         with Recorder() as recorder:
             y = network(x)
@@ -138,21 +142,22 @@ def run_with_layers(network: nn.Module, x: Tensor, config: UNetConfig | None) ->
         return y, layers
     found: dict[str, Tensor] = {}
     handles = []
-    for name in names:
-        layer, norm = _module(network, name), _norm_after(network, config, name)
+    for name, traced in zip(names, layers_of_it, strict=True):
+        layer, norm = _module(network, name), _norm_after(network, traced)
         if layer is None:
             continue
-        parent, _, last = name.rpartition(".")
-        # What the operator returns: with a norm folded in or none, the activation; else the convolution.
-        after = 1 if norm is None else 2 if _is_folded(norm) else 0
-        if parent.endswith(".up"):  # a 1x1 convolution, which FastUNet runs before the upsampling
+        parent = name.rpartition(".")[0]
+        if parent.endswith(".up") and traced.activation is None:
 
+            # A 1x1 convolution, which FastUNet runs before the upsampling.
             def commuted(module: Any, inputs: Any, _: Tensor, name: str = name, conv: Any = layer) -> None:
                 found[name] = conv(inputs[0])
 
             handles.append(network.get_submodule(parent).register_forward_hook(commuted))
             continue
-        shown = _module(network, f"{parent}.{int(last) + after}") if last.isdigit() else layer
+        # What the operator returns: the activation, unless a norm that it cannot hold stands before it.
+        apart = norm is not None and config.order == "conv_norm_act" and not _is_folded(norm, config)
+        shown = layer if apart or traced.activation is None else _module(network, traced.activation)
 
         def keep(module: Any, inputs: Any, output: Tensor, name: str = name) -> None:
             found[name] = output.clone()  # an activation follows in place
@@ -182,10 +187,16 @@ def _module(network: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def _pools_after(names: Sequence[str]) -> dict[str, str]:
+def _pools_after(config: UNetConfig, names: Sequence[str]) -> dict[str, str]:
     """The name of the max-pool behind each encoder level's last layer."""
-    last = {name.split(".conv.")[0]: name for name in names if name.startswith("downs.")}
-    return {name: f"{level}.pool" for level, name in last.items()}
+    if config.downsample != "max_pool":
+        return {}
+    return {name: f"{level}.pool" for level, name in _last_of_levels(names).items()}
+
+
+def _last_of_levels(names: Sequence[str]) -> dict[str, str]:
+    """The last layer of each encoder level, by its name."""
+    return {name.split(".conv.")[0]: name for name in names if name.startswith("downs.")}
 
 
 @dataclass(frozen=True)
@@ -215,7 +226,9 @@ def terms_of_layers(network: nn.Module, x: Tensor, smallest: float) -> Terms:
         return Terms({}, {}, smallest)
     calls: dict[str, tuple[Tensor, Tensor]] = {}
     handles = []
-    names = [layer.name for layer in trace(network.config, *x.shape[-2:], batch=len(x))]
+    config = network.config
+    layers = trace(config, *x.shape[-2:], batch=len(x))
+    names = [layer.name for layer in layers]
     for name in names:
 
         def keep(module: Any, inputs: Any, y: Tensor, name: str = name) -> None:
@@ -229,8 +242,9 @@ def terms_of_layers(network: nn.Module, x: Tensor, smallest: float) -> Terms:
     terms: dict[str, float] = {}
     before: dict[str, float] = {}
     skips: list[tuple[int, float]] = []  # channels and loss of each encoder level's map
-    lost, pools = 1.0, _pools_after(names)
-    for name in names:
+    lost, pools = 1.0, _pools_after(config, names)
+    last_of_level = set(_last_of_levels(names).values())
+    for layer, name in zip(layers, names, strict=True):
         inputs, y = calls[name]
         if not y.numel():
             continue
@@ -238,41 +252,45 @@ def terms_of_layers(network: nn.Module, x: Tensor, smallest: float) -> Terms:
         losses = torch.full((inputs.shape[1], 1, 1), lost, dtype=inputs.dtype, device=inputs.device)
         if name.startswith("ups.") and name.endswith(".conv.net.0"):
             channels, lost_of_skip = skips.pop()
-            losses[-channels:] = lost_of_skip
+            if config.concat == "upsampled_first":
+                losses[-channels:] = lost_of_skip
+            else:
+                losses[:channels] = lost_of_skip
         before[name] = losses.max().item()
         factors = {key: p**2 for key, p in conv.named_parameters()}
         squares = (inputs**2).clamp(min=smallest**2) * losses**2
         roots = torch.func.functional_call(conv, factors, squares).amax((0, 2, 3)).sqrt()
         terms[name] = roots.max().item()
-        norm = _norm_after(network, network.config, name)
+        norm = _norm_after(network, layer)
+        if norm is not None and config.order == "conv_act_norm":
+            y = activate_(y, config.slope)
         if norm is not None and norm.weight is not None:
             mean, variance = (t.flatten(1) for t in _mean_and_variance(norm, y))
             normed = (roots**2 + mean**2) * norm.weight**2 / (variance + norm.eps) + norm.bias**2
             roots = normed.amax(0).sqrt()
             y = norm(y)
-            if _is_folded(norm):
+            if _is_folded(norm, config):
                 terms[name] = roots.max().item()
-        if ".net." in name:
-            y = activate_(y, network.config.slope)
+        if layer.activation is not None and (norm is None or config.order == "conv_norm_act"):
+            y = activate_(y, config.slope)
         largest = y.abs().max().item()
         lost = max(1.0, roots.max().item() / largest if largest else lost)
         if name in pools:
-            terms[pools[name]] = terms[name]
+            terms[pools[name]] = roots.max().item() if config.order == "conv_act_norm" else terms[name]
+        if name in last_of_level:
             skips.append((y.shape[1], lost))
     return Terms(terms, before, smallest)
 
 
-def _norm_after(network: nn.Module, config: UNetConfig, name: str) -> Any:
+def _norm_after(network: nn.Module, layer: Layer) -> Any:
     """The norm behind a layer's convolution, or None."""
-    if config.norm is None or ".net." not in name:
-        return None
-    parent, _, last = name.rpartition(".")
-    return _module(network, f"{parent}.{int(last) + 1}")
+    return None if layer.norm is None else _module(network, layer.norm)
 
 
-def _is_folded(norm: Any) -> bool:
+def _is_folded(norm: Any, config: UNetConfig) -> bool:
     """Whether FastUNet's operator holds the norm and the activation behind it."""
-    return isinstance(norm, nn.BatchNorm2d) and not norm.training and norm.running_mean is not None
+    fixed = isinstance(norm, nn.BatchNorm2d) and not norm.training and norm.running_mean is not None
+    return fixed and config.order == "conv_norm_act"
 
 
 def gradients(
