@@ -22,6 +22,9 @@ from .report import Comparison
 from .rule import Parity, compare, tf32_convolutions, truncating_stages
 
 
+Config = tuning.ConvConfig | kernels.hopper.HopperConfig
+
+
 @dataclass(frozen=True)
 class Launch:
     """One layer's kernel on tensors of its shapes, and what it must equal.
@@ -30,6 +33,7 @@ class Launch:
         launcher: of :mod:`fastunet.kernels`; takes the tensors and, by name, the options.
         function: of :mod:`fastunet.reference`; takes the same tensors.
         configs: what the launcher may choose among on a device, by its capability.
+        hopper: the configurations of its Hopper sibling; empty where that cannot serve the layer.
     """
 
     layer: Layer
@@ -38,10 +42,14 @@ class Launch:
     tensors: tuple[Tensor, ...]
     options: dict[str, Any]
     configs: Callable[[tuple[int, int]], tuple[tuning.ConvConfig, ...]]
+    hopper: tuple[kernels.hopper.HopperConfig, ...]
 
-    def run(self, config: tuning.ConvConfig | None = None) -> Any:
+    def run(self, config: Config | None = None) -> Any:
         """Launch; without ``config`` the launcher chooses."""
-        return self.launcher(*self.tensors, **self.options, config=config)
+        launcher = self.launcher
+        if isinstance(config, kernels.hopper.HopperConfig):
+            launcher = getattr(kernels.hopper, launcher.__name__)
+        return launcher(*self.tensors, **self.options, config=config)
 
 
 def launches(
@@ -92,7 +100,11 @@ def launches(
         else:
             shape = channels, out, *source, inputs[0].dtype
             chooser = partial(tuning.conv_configs, *shape, precise=precise, interpolating=interpolating)
-        yield Launch(layer, launcher, function, (*inputs, weight, bias), options, chooser)
+        hopper = ()
+        if launcher is not kernels.stem_fwd:
+            maps = tuple(tuple(x.shape) for x in inputs)
+            hopper = kernels.hopper.layer_configs(layer.op, maps, tuple(weight.shape), weight.dtype, mode=mode, tf32=tf32)
+        yield Launch(layer, launcher, function, (*inputs, weight, bias), options, chooser, hopper)
 
 
 def _stem_configs(
@@ -134,13 +146,15 @@ def check_configs(
             with tf32_convolutions(tf32):
                 baseline = _flat(launch.function(*launch.tensors))
             truth = _flat(launch.function(*(t.double() for t in launch.tensors)))
-            for choice in launch.configs(capability):
+            # Gluon has no interpreter; tests/hopper/ has an emulator.
+            hopper = launch.hopper if device != "cpu" and capability == tuning.HOPPER else ()
+            for choice in (*launch.configs(capability), *hopper):
                 text = f"{choice}, {'tf32' if tf32 else 'ieee'}" if dtype == torch.float32 else str(choice)
                 yield _check_config(launch, choice, text, baseline, truth, rounds)
 
 
 def _check_config(
-    launch: Launch, choice: tuning.ConvConfig, text: str, baseline: Tensor, truth: Tensor, tf32: bool
+    launch: Launch, choice: Config, text: str, baseline: Tensor, truth: Tensor, tf32: bool
 ) -> Comparison:
     """One configuration, over memory filled with NaN, and once more: the same to the bit."""
 

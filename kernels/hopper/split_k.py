@@ -37,7 +37,7 @@ def _sum_splits_kernel(
         w = 2 * w2 + i % 2
         mask = ((n < N) & (h < H) & (w < W))[:, None] & (c < O)[None, :]
         acc = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-        for s in tl.static_range(SPLITS):
+        for s in range(SPLITS):
             pixel = ((s * N + n) * H + h) * W + w
             acc += tl.load(shares_ptr + pixel[:, None] * O + c[None, :], mask=mask, other=0.0)
         acc += bias[None, :]
@@ -58,8 +58,8 @@ def sum_splits(shares: Tensor, bias: Tensor, y: Tensor, pooled: Tensor | None, s
     """Fill ``y`` and, if given, ``pooled``."""
     splits, n, h, w, o = shares.shape
     block_c = power_of_2(o, 16, 64)
-    grid = (triton.cdiv(n * triton.cdiv(h, 2) * triton.cdiv(w, 2), 2048 // block_c), triton.cdiv(o, block_c))
+    grid = (triton.cdiv(n * triton.cdiv(h, 2) * triton.cdiv(w, 2), 1024 // block_c), triton.cdiv(o, block_c))
     _sum_splits_kernel[grid](
         shares, bias, y, pooled, n, h, w, o, y.stride(0), y.stride(2), y.stride(3),
-        SPLITS=splits, SLOPE=slope, POOL=pooled is not None, BLOCK_P=2048 // block_c, BLOCK_C=block_c, num_warps=4,
+        SPLITS=splits, SLOPE=slope, POOL=pooled is not None, BLOCK_P=1024 // block_c, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip

@@ -140,6 +140,48 @@ def why_not(
     return None
 
 
+def layer_configs(
+    op: str,
+    maps: tuple[tuple[int, ...], ...],
+    weight: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    mode: str = "none",
+    tf32: bool = True,
+) -> tuple[HopperConfig, ...]:
+    """:func:`hopper_configs` of a fused operator of :mod:`fastunet.ops`; empty where :func:`why_not_layer` says why."""
+    if why_not_layer(op, maps, weight, dtype, mode=mode, tf32=tf32) is not None:
+        return ()
+    n, _, h, w = maps[-1]
+    channels = tuple(shape[1] for shape in maps)
+    transposed = op == "conv_transpose2x2"
+    return hopper_configs(
+        channels, weight[1] if transposed else weight[0], n, h, w, dtype,
+        ksize=1 if transposed else weight[-1], pool=op == "conv2d_relu_pool",
+    )  # fmt: skip
+
+
+def why_not_layer(
+    op: str,
+    maps: tuple[tuple[int, ...], ...],
+    weight: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    mode: str = "none",
+    tf32: bool = True,
+) -> str | None:
+    """:func:`why_not` of a fused operator of :mod:`fastunet.ops`.
+
+    Args:
+        maps: shape (N, C, H, W) of each source; of x before it is upsampled. weight: its shape.
+    """
+    padding = (0, 0)
+    if len(maps) == 2 and mode == "none":
+        padding = (maps[1][2] - maps[0][2]) // 2, (maps[1][3] - maps[0][3]) // 2
+    out_channels = weight[1] if op == "conv_transpose2x2" else weight[0]
+    return why_not(tuple(shape[1] for shape in maps), out_channels, dtype, tf32=tf32, padding=padding)
+
+
 def tma_ready(x: Tensor) -> Tensor:
     """``x`` (N, C, H, W) with a base and strides that TMA takes; copied only if need be."""
     strides = (x.stride(0), x.stride(2), x.stride(3))
