@@ -155,13 +155,21 @@ def hopper_launches(dtype: torch.dtype, full: bool) -> Iterator[Callable[[], Any
         ksize = 1 if op == "head" else 3
         configs = hopper.hopper_configs((c,), o, n, h, h, dtype, ksize=ksize, pool=op == "pool")
         launcher = hopper.conv_pool_fwd if op == "pool" else hopper.conv_fwd
-        kinds = {(dataclasses.replace(found, splits=1), found.splits > 1): found for found in configs}  # 2, 4 or 8 shares: one code
+        kinds = {
+            (dataclasses.replace(found, splits=1), found.splits > 1): found for found in configs
+        }  # 2, 4 or 8 shares: one code
         for config in kinds.values() if full else configs[:1]:
             yield lambda n=n, c=c, h=h, o=o, k=ksize, s=slope, config=config, launcher=launcher: launcher(
                 t(n, c, h, h), t(o, c, k, k), t(o), slope=s, config=config
             )
     yield lambda: hopper.upconcat_conv3x3_fwd(
-        t(16, 128, 64, 64), t(16, 128, 128, 128), t(128, 256, 3, 3), t(128), mode="bilinear", align_corners=True, slope=0.0
+        t(16, 128, 64, 64),
+        t(16, 128, 128, 128),
+        t(128, 256, 3, 3),
+        t(128),
+        mode="bilinear",
+        align_corners=True,
+        slope=0.0,
     )
     yield lambda: hopper.conv_transpose2x2_fwd(t(16, 256, 64, 64), t(256, 128, 2, 2), t(128))
 

@@ -182,7 +182,9 @@ class UNetConfig:
         if self.upsample != "transpose" and any(pair != (2, 2) for pair in self.strides or ()):
             raise ValueError(f"strides: expected 2 and 2 without upsample='transpose', got {self.strides!r}")
         if self.padding == "valid" and (self.downsample, self.match) != ("max_pool", "center_crop"):
-            raise ValueError("padding: expected 'same' without downsample='max_pool' and match='center_crop', got 'valid'")
+            raise ValueError(
+                "padding: expected 'same' without downsample='max_pool' and match='center_crop', got 'valid'"
+            )
 
     @property
     def depth(self) -> int:

@@ -16,15 +16,16 @@ upsampled and the concatenated map are computed again.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dispatch, reference
+from . import dispatch, measured, reference
 
 if TYPE_CHECKING or dispatch.has_triton():
     from . import kernels
@@ -35,6 +36,38 @@ _UPSAMPLING = ("bilinear", "nearest")
 
 def _takes_triton(x: Tensor) -> bool:
     return dispatch.choose(x.device, x.dtype).implementation == "triton"
+
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+def choose(
+    op: str, maps: Shapes, weight: tuple[int, ...], device: torch.device, dtype: torch.dtype, mode: str = "none"
+) -> dispatch.Choice:
+    """Which implementation serves an operator, and why.
+
+    Args:
+        op: name of the operator; with a pool, ``"conv2d_relu_pool"``.
+        maps: shape (N, C, H, W) of each source. weight: its shape.
+        mode: how the first source is upsampled.
+    """
+    key = measured.layer_key(op, maps, weight, dtype, mode)
+    obstacle = lambda: kernels.hopper.why_not_layer(op, maps, weight, dtype, mode=mode, tf32=tf32())
+    return dispatch.choose_layer(device, dtype, key, obstacle)
+
+
+def _launcher(name: str, op: str, maps: tuple[Tensor, ...], weight: Tensor, mode: str = "none") -> Any:
+    """The launcher of that name in the module that serves these tensors; None for plain torch."""
+    shapes = tuple(tuple(x.shape) for x in maps)
+    choice = choose(op, shapes, tuple(weight.shape), maps[-1].device, maps[-1].dtype, mode)
+    if choice.implementation == "torch":
+        return None
+    if choice.implementation == "triton":
+        stem = name == "conv_fwd" and shapes[0][1] <= kernels.STEM_CHANNELS and weight.shape[-1] == 3
+        return kernels.stem_fwd if stem else getattr(kernels, name)
+    config = choice.entry and choice.entry.config
+    found = kernels.hopper.HopperConfig(**config) if config else None
+    return functools.partial(getattr(kernels.hopper, name), config=found)
 
 
 _watched: ContextVar[bool] = ContextVar("fastunet_watched", default=False)
@@ -95,10 +128,10 @@ def _conv2d_relu_torch(x: Tensor, weight: Tensor, bias: Tensor | None, slope: fl
 
 @torch.library.custom_op("fastunet::conv2d_relu", mutates_args=())
 def _conv2d_relu(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> Tensor:
-    if _takes_triton(x):
-        stem = x.shape[1] <= kernels.STEM_CHANNELS and weight.shape[-1] == 3
+    launcher = _launcher("conv_fwd", "conv2d_relu", (x,), weight)
+    if launcher is not None:
         with _on_device(x):
-            return (kernels.stem_fwd if stem else kernels.conv_fwd)(x, weight, bias, slope=slope, tf32=tf32())
+            return launcher(x, weight, bias, slope=slope, tf32=tf32())
     return _conv2d_relu_torch(x, weight, bias, slope)
 
 
@@ -114,9 +147,10 @@ def _conv2d_relu_pool_torch(x: Tensor, weight: Tensor, bias: Tensor | None, slop
 
 @torch.library.custom_op("fastunet::conv2d_relu_pool", mutates_args=())
 def _conv2d_relu_pool(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> tuple[Tensor, Tensor]:
-    if _takes_triton(x):
+    launcher = _launcher("conv_pool_fwd", "conv2d_relu_pool", (x,), weight)
+    if launcher is not None:
         with _on_device(x):
-            return kernels.conv_pool_fwd(x, weight, bias, slope=slope, tf32=tf32())
+            return launcher(x, weight, bias, slope=slope, tf32=tf32())
     return _conv2d_relu_pool_torch(x, weight, bias, slope)
 
 
@@ -244,11 +278,10 @@ def _upsample_concat_conv2d_relu_torch(
 def _upsample_concat_conv2d_relu(
     x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None, mode: str, align_corners: bool, slope: float
 ) -> Tensor:
-    if _takes_triton(x):
+    launcher = _launcher("upconcat_conv3x3_fwd", "upsample_concat_conv2d_relu", (x, skip), weight, mode)
+    if launcher is not None:
         with _on_device(x):
-            return kernels.upconcat_conv3x3_fwd(
-                x, skip, weight, bias, mode=mode, align_corners=align_corners, slope=slope, tf32=tf32()
-            )
+            return launcher(x, skip, weight, bias, mode=mode, align_corners=align_corners, slope=slope, tf32=tf32())
     return _upsample_concat_conv2d_relu_torch(x, skip, weight, bias, mode, align_corners, slope)
 
 
@@ -288,9 +321,10 @@ def _conv_transpose2x2_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> 
 
 @torch.library.custom_op("fastunet::conv_transpose2x2", mutates_args=())
 def _conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if _takes_triton(x):
+    launcher = _launcher("conv_transpose2x2_fwd", "conv_transpose2x2", (x,), weight)
+    if launcher is not None:
         with _on_device(x):
-            return kernels.conv_transpose2x2_fwd(x, weight, bias, tf32=tf32())
+            return launcher(x, weight, bias, tf32=tf32())
     return _conv_transpose2x2_torch(x, weight, bias)
 
 

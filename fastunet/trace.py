@@ -17,6 +17,7 @@ in one place:
 from __future__ import annotations
 
 import math
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,15 @@ class Layer:
     norm: str | None = None
     activation: str | None = None
     unserved: str = ""
+
+    @property
+    def weight_shape(self) -> Shape:
+        """(O, C, K, K), or (C, O, 2, 2) of a transposed convolution."""
+        channels, (n, out, h, w) = sum(shape[1] for shape in self.in_shapes), self.out_shape
+        if self.op == "conv_transpose2x2":
+            return channels, out, 2, 2
+        side = math.isqrt(self.flops // (2 * channels * out * n * h * w))  # of the taps
+        return out, channels, side, side
 
 
 def trace(config: UNetConfig, height: int, width: int, batch: int = 1) -> list[Layer]:
@@ -197,9 +207,7 @@ class _Tracer:
             moved += 2 * math.prod(out)
         parameters = weight + bias + (2 * channels if norm is not None else 0)
         flops = 2 * weight * n * h * w
-        self.layers.append(
-            Layer(name, op, inputs, out, parameters, flops, moved, norm=norm, unserved=unserved, **more)
-        )
+        self.layers.append(Layer(name, op, inputs, out, parameters, flops, moved, norm=norm, unserved=unserved, **more))
         return out
 
     def transpose(self, name: str, x: Shape, channels: int, rows: int, cols: int) -> Shape:

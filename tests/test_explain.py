@@ -129,11 +129,18 @@ STRIDED = UNetConfig(1, 2, (4, 8), upsample="transpose", downsample="stride", st
 @pytest.mark.parametrize(
     ("config", "unserved"),
     [
-        (STRIDED, {"bottleneck.net.0": "no kernel for a convolution with a stride of 2x1", "ups.0.up": "no kernel for a convolution with a stride of 2x1"}),
+        (
+            STRIDED,
+            {
+                "bottleneck.net.0": "no kernel for a convolution with a stride of 2x1",
+                "ups.0.up": "no kernel for a convolution with a stride of 2x1",
+            },
+        ),
         (
             UNetConfig(1, 2, (4, 8), padding="valid", match="center_crop", encoder_convs=(1, 1), decoder_convs=(1,)),
             dict.fromkeys(
-                ("downs.0.conv.net.0", "bottleneck.net.0", "ups.0.conv.net.0"), "no kernel for a convolution without padding"
+                ("downs.0.conv.net.0", "bottleneck.net.0", "ups.0.conv.net.0"),
+                "no kernel for a convolution without padding",
             ),
         ),
     ],

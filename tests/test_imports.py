@@ -22,18 +22,20 @@ ROOMS: dict[str, set[str]] = {
     "config": set(),
     "files": set(),
     "kernels": set(),
+    "measured": set(),
     "images": {"files"},
     "trace": {"config"},
     # The three that the operators choose among never see each other.
     "reference": {"config"},
-    "dispatch": {"config"},
-    "ops": {"config", "dispatch", "reference", "kernels"},
+    "dispatch": {"config", "measured"},
+    "ops": {"config", "dispatch", "measured", "reference", "kernels"},
     "model": {"config", "reference", "dispatch", "ops"},
     # What is done with a model.
     "parity": {"config", "dispatch", "kernels", "reference", "ops", "model", "trace"},
     "weights": {"config", "files", "reference", "model"},
     "convert": {"config", "reference", "model", "weights"},
-    "explain": {"config", "dispatch", "model", "trace"},
+    "explain": {"config", "dispatch", "ops", "model", "trace"},
+    "tune": {"config", "dispatch", "files", "measured", "model", "ops", "parity"},
     "predict": {"config", "images", "reference", "model"},
     "train": {"config", "images", "reference", "model", "weights", "predict"},
 }

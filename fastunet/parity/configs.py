@@ -80,7 +80,7 @@ def launches(
             launcher, function = kernels.conv_transpose2x2_fwd, reference.conv_transpose2x2
             source = inputs[0].shape[2:]
         else:
-            side = math.isqrt(layer.flops // (2 * c * out * n * h * w))  # of the taps
+            side = layer.weight_shape[-1]
             weight, bias = make(out, c, side, side, fan_in=side * side * c), make(out)
             options["slope"] = slope
             if layer.op == "upsample_concat_conv2d_relu":
@@ -103,7 +103,9 @@ def launches(
         hopper = ()
         if launcher is not kernels.stem_fwd:
             maps = tuple(tuple(x.shape) for x in inputs)
-            hopper = kernels.hopper.layer_configs(layer.op, maps, tuple(weight.shape), weight.dtype, mode=mode, tf32=tf32)
+            hopper = kernels.hopper.layer_configs(
+                layer.op, maps, tuple(weight.shape), weight.dtype, mode=mode, tf32=tf32
+            )
         yield Launch(layer, launcher, function, (*inputs, weight, bias), options, chooser, hopper)
 
 
@@ -153,9 +155,7 @@ def check_configs(
                 yield _check_config(launch, choice, text, baseline, truth, rounds)
 
 
-def _check_config(
-    launch: Launch, choice: Config, text: str, baseline: Tensor, truth: Tensor, tf32: bool
-) -> Comparison:
+def _check_config(launch: Launch, choice: Config, text: str, baseline: Tensor, truth: Tensor, tf32: bool) -> Comparison:
     """One configuration, over memory filled with NaN, and once more: the same to the bit."""
 
     def broken(reason: str) -> Comparison:

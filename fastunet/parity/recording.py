@@ -148,7 +148,6 @@ def run_with_layers(network: nn.Module, x: Tensor, config: UNetConfig | None) ->
             continue
         parent = name.rpartition(".")[0]
         if parent.endswith(".up") and traced.activation is None:
-
             # A 1x1 convolution, which FastUNet runs before the upsampling.
             def commuted(module: Any, inputs: Any, _: Tensor, name: str = name, conv: Any = layer) -> None:
                 found[name] = conv(inputs[0])
