@@ -42,7 +42,7 @@ setup(
     extras_require={"verify": VERIFY, "test": TEST, "dev": TEST + DEV},
     packages=["fastunet", "fastunet.cli", "fastunet.kernels", "fastunet.kernels.hopper", "fastunet.parity"],
     package_dir={"fastunet": "fastunet", "fastunet.kernels": "kernels"},
-    package_data={"fastunet": ["py.typed", "pretrained/*"]},
+    package_data={"fastunet": ["py.typed", "pretrained/*", "tables/*.json"]},
     entry_points={"console_scripts": ["fastunet=fastunet.cli:main"]},
     zip_safe=False,
 )

@@ -4,9 +4,10 @@
     python benchmarks/sass.py --json FILE     # the same table as JSON lines
 
 The launchers run as they are, on meta tensors of the shapes that ``fastunet.trace`` gives for the
-seed's network and the shipped model, and of layers that between them take every tile of the Hopper kernels, with a driver that stands in for the GPU: what is compiled is
-what would be launched. Exits 1 if a kernel spills registers, if ptxas serialises a WGMMA, if a
-WGMMA takes its left operand from registers, or if the shared memory does not fit.
+seed's network and the shipped model, and of layers that between them take every tile of the Hopper
+kernels, with a driver that stands in for the GPU: what is compiled is what would be launched. Exits 1
+if a kernel spills registers, if ptxas serialises a WGMMA, if a WGMMA takes its left operand from
+registers, if a Hopper kernel has no WGMMA, or if the shared memory does not fit.
 """
 
 from __future__ import annotations

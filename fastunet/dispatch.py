@@ -1,8 +1,10 @@
 """Which implementation serves a tensor of this dtype and device, or a layer, and why.
 
-A layer is served by ``"hopper"`` (Gluon, compute capability 9.0), ``"triton"`` (portable) or ``"torch"`` (cuDNN), as a
-measured table has it; where none was measured, by ``"triton"``. Tables are read once, so a choice depends on shapes
-alone, under ``torch.compile`` and graph capture as elsewhere. Nothing is launched here and no kernel is imported, so that a choice can be shown
+A layer is served by ``"hopper"`` (Gluon, compute capability 9.0), ``"triton"`` (portable) or
+``"torch"`` (cuDNN), as a measured table has it; where none was measured, by ``"triton"``. Tables are
+read once, so a choice depends on shapes alone, under ``torch.compile`` and graph capture as elsewhere.
+
+Nothing is launched here and no kernel is imported, so that a choice can be shown
 (``fastunet summary``, ``fastunet.explain``) without making it.
 """
 
@@ -124,6 +126,11 @@ def choose_layer(device: torch.device, dtype: torch.dtype, key: str, obstacle: C
             return Choice("triton", f"{choice.reason}; a table says hopper, but {why}")
     times = ", ".join(f"{name} {time:.0f}" for name, time in sorted(entry.microseconds.items(), key=lambda i: i[1]))
     return Choice(entry.implementation, f"measured, in microseconds: {times}", entry)
+
+
+def asked_for() -> str | None:
+    """What the innermost block of :func:`forced` asks for."""
+    return _forced.get()
 
 
 @contextlib.contextmanager

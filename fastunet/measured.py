@@ -1,7 +1,7 @@
 """Measured tables: for a device, which implementation was fastest for which layer.
 
 A table is JSON: what it was measured on, and for each layer (:func:`layer_key`) the implementation, its launch
-configuration and its time. One for a device may come with the package (``fastunet/measured/<device>.json``); what
+configuration and its time. One for a device may come with the package (``fastunet/tables/<device>.json``); what
 :func:`fastunet.tune` measures goes to the user's cache, a file for each device and version, and comes first.
 Tables are read once, before the first launch on a device; nothing is timed or written here.
 """
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 IMPLEMENTATIONS = ("hopper", "triton", "torch")  # torch: cuDNN
-SHIPPED = Path(__file__).parent / "measured"
+SHIPPED = Path(__file__).parent / "tables"
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,11 @@ def versions(device: torch.device) -> dict[str, str]:
     }
 
 
+def shipped_name(device: str) -> str:
+    """``"NVIDIA H200"`` -> ``"nvidia-h200.json"``."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()) + ".json"
+
+
 def cache_path(device: torch.device) -> Path:
     """The user's table for this device and these versions."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -77,7 +82,7 @@ def table(device: torch.device) -> dict[str, Entry]:
     A file that cannot be read, or that was measured elsewhere, is ignored with a warning.
     """
     expected = versions(device)
-    shipped = SHIPPED / f"{re.sub(r'[^a-z0-9]+', '-', expected['device'].lower())}.json"
+    shipped = SHIPPED / shipped_name(expected["device"])
     entries: dict[str, Entry] = {}
     # Of a shipped table only the device must be this one: it was measured for the package, not for a version.
     for path, must_match in ((shipped, ("device",)), (cache_path(device), tuple(expected))):

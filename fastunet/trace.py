@@ -17,7 +17,6 @@ in one place:
 from __future__ import annotations
 
 import math
-import math
 from dataclasses import dataclass
 from typing import Any
 

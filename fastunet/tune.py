@@ -135,7 +135,8 @@ def save(path: Path, device: torch.device, entries: dict[str, Entry]) -> None:
 def _median(call: Callable[[], Any]) -> float:
     from triton.testing import do_bench
 
-    return 1000 * do_bench(call, warmup=5, rep=20, return_mode="median")
+    milliseconds: Any = do_bench(call, warmup=5, rep=20, return_mode="median")
+    return 1000 * milliseconds
 
 
 def _first(result: Any) -> torch.Tensor:

@@ -29,7 +29,8 @@ ROOMS: dict[str, set[str]] = {
     "reference": {"config"},
     "dispatch": {"config", "measured"},
     "ops": {"config", "dispatch", "measured", "reference", "kernels"},
-    "model": {"config", "reference", "dispatch", "ops"},
+    "graph": {"dispatch", "ops"},
+    "model": {"config", "reference", "dispatch", "graph", "ops"},
     # What is done with a model.
     "parity": {"config", "dispatch", "kernels", "reference", "ops", "model", "trace"},
     "weights": {"config", "files", "reference", "model"},

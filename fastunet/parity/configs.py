@@ -21,7 +21,6 @@ from .repeatability import poisoned_memory, same
 from .report import Comparison
 from .rule import Parity, compare, tf32_convolutions, truncating_stages
 
-
 Config = tuning.ConvConfig | kernels.hopper.HopperConfig
 
 
@@ -70,7 +69,7 @@ def launches(
         corners = mode == "bilinear" and config.align_corners
         inputs, out = tuple(make(*shape) for shape in layer.in_shapes), layer.out_shape[1]
         channels = tuple(x.shape[1] for x in inputs)
-        c, (n, _, h, w) = sum(channels), layer.out_shape
+        c, (h, w) = sum(channels), layer.out_shape[2:]
         precise = inputs[0].dtype == torch.float32 and not tf32
         slope = 1.0 if layer.activation is None else config.slope
         options: dict[str, Any] = {"tf32": tf32}

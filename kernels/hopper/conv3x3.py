@@ -125,8 +125,8 @@ def _launch(
     for x, part in zip(maps, rows.split(channels, 2), strict=True):
         operands += [_descriptor(x, [*tile, width]), _descriptor(x, [1, 2, config.block_w, width])]
         operands += [_descriptor(part, [config.block_co, 1, width])]
-    split, small = config.splits > 1, None
-    if split:
+    shares = small = None
+    if config.splits > 1:
         shares = y.new_empty((config.splits, n, h, w, o), dtype=torch.float32)
         out = _descriptor(shares, [1, *tile, 64])
     else:
@@ -140,7 +140,7 @@ def _launch(
         KSIZE=ksize, TWO_SOURCES=len(maps) == 2, SLOPE=slope, POOL=small is not None, BLOCK_K=width,
         num_warps=4, **config.options(),
     )  # fmt: skip
-    if split:
+    if shares is not None:
         sum_splits(shares, bias_or_zeros(bias, y), y, pooled, slope)
 
 

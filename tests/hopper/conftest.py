@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,8 +13,6 @@ from fastunet.kernels.hopper import conv3x3, tuning
 from .emulator import Emulated
 
 PROGRAMS = 2  # few, so that each takes several tiles
-
-Emulate = Callable[..., contextlib.AbstractContextManager[None]]
 
 
 @pytest.fixture

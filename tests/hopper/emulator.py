@@ -492,7 +492,7 @@ def _argument(value: Any) -> Any:
 
 
 def _translate(
-    jit: JITCallable[Any],
+    jit: JITCallable,
     names: dict[str, Any],
     mutations: dict[str, tuple[str, str]],
     seen: dict[str, Any],

@@ -58,7 +58,7 @@ MUTANTS = {
 @pytest.fixture
 def layer(make):
     """Nine tiles over two programs of two consumers, two blocks of channels each."""
-    return make("fp16", 1, 128, 12, 24), make("fp16", 64, 128, 3, 3, fan_in=1152)
+    return make("fp16", 1, 128, 12, 24), make("fp16", 64, 128, 3, 3, fan_in=1152), None
 
 
 @pytest.mark.parametrize("eagerness", [0.0, 0.5], ids=["at-the-last-moment", "mixed"])
@@ -67,7 +67,7 @@ def test_a_mutant_is_found(mutant, eagerness, emulate, layer):
     function, text, other, error, complaint = MUTANTS[mutant]
     emulate(eagerness, {function: (text, other)})
     with pytest.raises(error, match=complaint):
-        hopper.conv_fwd(*layer, None, slope=0.0, config=FEW_PIXELS if text == X_EMPTY else IN_TURNS)
+        hopper.conv_fwd(*layer, slope=0.0, config=FEW_PIXELS if text == X_EMPTY else IN_TURNS)
 
 
 @pytest.mark.parametrize("mutant", ["frees-a-stage-being-read", "overwrites-pixels-too-early", "never-frees-a-stage"])
@@ -76,22 +76,22 @@ def test_in_other_tiles_too(config, mutant, emulate, layer):
     function, text, other, error, complaint = MUTANTS[mutant]
     emulate(0.5, {function: (text, other)})
     with pytest.raises(error, match=complaint):
-        hopper.conv_fwd(*layer, None, slope=0.0, config=config)
+        hopper.conv_fwd(*layer, slope=0.0, config=config)
 
 
 def test_a_stage_is_freed_by_both_that_read_it(emulate, layer):
     emulate(0.5, {"_conv_fwd_kernel": ("mbarrier.init(x_empty.index(i), count=warpgroups)",
                                        "mbarrier.init(x_empty.index(i), count=1)")})  # fmt: skip
     with pytest.raises(AssertionError):
-        hopper.conv_fwd(*layer, None, slope=0.0, config=COOPERATIVE)
+        hopper.conv_fwd(*layer, slope=0.0, config=COOPERATIVE)
 
 
 def test_one_stage_is_not_enough(emulate, layer):
     """A stage is freed when the next product is issued, which needs a second."""
     with pytest.raises(Deadlock):
-        hopper.conv_fwd(*layer, None, slope=0.0, config=config_of(64, (2, 4, 4), False, 1, 1))
+        hopper.conv_fwd(*layer, slope=0.0, config=config_of(64, (2, 4, 4), False, 1, 1))
 
 
 @pytest.mark.parametrize("config", [IN_TURNS, COOPERATIVE, NO_HALO], ids=["in-turns", "cooperative", "no-halo"])
 def test_an_unchanged_kernel_passes(config, emulate, layer):
-    hopper.conv_fwd(*layer, None, slope=0.0, config=config)
+    hopper.conv_fwd(*layer, slope=0.0, config=config)

@@ -14,7 +14,8 @@ from triton.experimental.gluon import language as real
 
 def torch_dtype(dtype: Any) -> torch.dtype:
     """``gl.bfloat16`` -> ``torch.bfloat16``."""
-    return getattr(torch, {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}.get(dtype.name, dtype.name))
+    name: str = dtype.name
+    return getattr(torch, {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}.get(name, name))
 
 
 def _data(value: Any) -> Any:
