@@ -20,7 +20,7 @@ import time
 
 import torch
 
-from fastunet import dispatch, measured
+from fastunet import dispatch, kernels, measured
 from fastunet.config import UNetConfig
 from fastunet.parity.configs import check_configs
 from fastunet.trace import trace
@@ -45,17 +45,32 @@ def check(dtype: torch.dtype, deadline: float) -> tuple[int, int]:
     return held, broken
 
 
+def run_one_layer() -> None:
+    """Each kind of tile once, on small maps: for compute-sanitizer and ncu."""
+    for c, o, n, h, w in ((64, 64, 1, 34, 48), (128, 136, 2, 34, 48), (128, 128, 5, 7, 8)):
+        x = torch.randn(n, c, h, w, device="cuda", dtype=torch.bfloat16)
+        weight = torch.randn(o, c, 3, 3, device="cuda", dtype=torch.bfloat16) / (3 * c**0.5)
+        for config in kernels.hopper.hopper_configs((c,), o, n, h, w, x.dtype, ksize=3, pool=True):
+            kernels.hopper.conv_pool_fwd(x, weight, None, slope=0.0, config=config)
+            torch.cuda.synchronize()
+            print(config)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="default bf16, then fp16")
     parser.add_argument("--size", action="append", metavar="NxHxW", help="of the inputs; default the three of the aim")
     parser.add_argument("--budget", type=float, default=450.0, metavar="SECONDS", help="of all; default 450")
     parser.add_argument("--skip-parity", action="store_true", help="time at once")
+    parser.add_argument("--one-layer", action="store_true", help="only launch each kind of tile, for other tools")
     arguments = parser.parse_args()
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     obstacle = dispatch.why_not_hopper(device)
     if obstacle is not None:
         parser.error(f"needs a Hopper GPU: {obstacle}")
+    if arguments.one_layer:
+        run_one_layer()
+        return 0
     sizes = [tuple(map(int, size.split("x"))) for size in arguments.size or ()] or SIZES
     dtypes = arguments.dtype or ["bf16", "fp16"]
     torch.backends.cudnn.benchmark = True  # cuDNN at its best

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from benchmarks import hopper as hopper_script
 from fastunet import FastUNet, dispatch, kernels, measured, ops
 from fastunet.config import UNetConfig
 from fastunet.explain import explain_config
@@ -174,3 +176,23 @@ def test_there_is_nothing_to_tune_on_a_cpu():
         tune(FastUNet(1, 2, (4, 8)), (1, 1, 8, 8))
     with pytest.raises(ValueError, match="model: expected a FastUNet, got int"):
         tune(3, (1, 1, 8, 8))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.usefixtures("hopper")
+def test_the_script_for_a_hopper_gpu_checks_times_and_writes_the_table(monkeypatch, capsys):
+    """benchmarks/hopper.py with a stand-in for what needs the GPU."""
+    comparison = SimpleNamespace(parity=SimpleNamespace(ok=True), name="head", implementation="a config")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(hopper_script, "check_configs", lambda *a, **k: iter([comparison, comparison]))
+    key = "conv2d_relu 1x64x32x32 by 64x64x3x3 bfloat16"
+    entry = Entry("hopper", {"hopper": 1.0, "torch": 2.0}, CONFIG_FIELDS)
+    monkeypatch.setattr(hopper_script, "measure", lambda *a, **k: iter([(key, entry)]))
+    monkeypatch.setattr("sys.argv", ["hopper.py", "--dtype", "bf16", "--size", "1x32x32"])
+    assert hopper_script.main() == 0
+    out = capsys.readouterr().out
+    assert "2 of 2 launch configurations hold" in out
+    assert "hopper (hopper 1.0, torch 2.0 us), 75 TFLOP/s" in out  # 2 x 9 x 64 x 64 x 1024 in a microsecond
+    assert measured.table(GPU) == {key: entry}
+    comparison.parity.ok = False
+    assert hopper_script.main() == 1
