@@ -4,9 +4,10 @@
     python benchmarks/sass.py --json FILE     # the same table as JSON lines
 
 The launchers run as they are, on meta tensors of the shapes that ``fastunet.trace`` gives for the
-seed's network and the shipped model, with a driver that stands in for the GPU: what is compiled is
-what would be launched. Exits 1 if a kernel spills registers, if ptxas serialises a WGMMA, if a
-WGMMA takes its left operand from registers, or if the shared memory does not fit.
+seed's network and the shipped model, and of layers that between them take every tile of the Hopper
+kernels, with a driver that stands in for the GPU: what is compiled is what would be launched. Exits 1
+if a kernel spills registers, if ptxas serialises a WGMMA, if a WGMMA takes its left operand from
+registers, if a Hopper kernel has no WGMMA, or if the shared memory does not fit.
 """
 
 from __future__ import annotations
@@ -164,6 +165,47 @@ def gradients(launch: Launch, t: Callable[..., torch.Tensor], tf32: bool) -> Ite
         yield lambda x=x: kernels.conv_dgrad(grad, t(grad.shape[1], x.shape[1], *weight.shape[2:]), tf32=tf32)
 
 
+def hopper_launches(dtype: torch.dtype, full: bool) -> Iterator[Callable[[], Any]]:
+    """Each kind of tile of the Hopper kernels, with and without what their epilogue and K loop may have.
+
+    Args:
+        full: every configuration, not only the first of each layer.
+    """
+
+    def t(*shape: int) -> torch.Tensor:
+        layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+        return torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
+
+    hopper = kernels.hopper
+    for op, n, c, h, o, slope in (
+        ("pool", 16, 64, 256, 64, 0.0),  # 64 channels, in turns
+        ("pool", 16, 128, 128, 128, 0.01),  # cooperative
+        ("conv", 1, 1024, 16, 1024, 0.0),  # too few tiles: the K loop is split
+        ("conv", 4, 512, 8, 512, 0.0),  # several images a tile
+        ("head", 16, 64, 256, 16, 1.0),
+    ):
+        ksize = 1 if op == "head" else 3
+        configs = hopper.hopper_configs((c,), o, n, h, h, dtype, ksize=ksize, pool=op == "pool")
+        launcher = hopper.conv_pool_fwd if op == "pool" else hopper.conv_fwd
+        kinds = {
+            (dataclasses.replace(found, splits=1), found.splits > 1): found for found in configs
+        }  # 2, 4 or 8 shares: one code
+        for config in kinds.values() if full else configs[:1]:
+            yield lambda n=n, c=c, h=h, o=o, k=ksize, s=slope, config=config, launcher=launcher: launcher(
+                t(n, c, h, h), t(o, c, k, k), t(o), slope=s, config=config
+            )
+    yield lambda: hopper.upconcat_conv3x3_fwd(
+        t(16, 128, 64, 64),
+        t(16, 128, 128, 128),
+        t(128, 256, 3, 3),
+        t(128),
+        mode="bilinear",
+        align_corners=True,
+        slope=0.0,
+    )
+    yield lambda: hopper.conv_transpose2x2_fwd(t(16, 256, 64, 64), t(256, 128, 2, 2), t(128))
+
+
 def examine(options: dict[str, Any], compiled: Any, arch: int, dtype: str) -> Row:
     """Assemble the PTX once more, for ptxas's own report, and count the instructions that it names."""
     ptx = compiled.asm["ptx"]
@@ -196,11 +238,18 @@ def examine(options: dict[str, Any], compiled: Any, arch: int, dtype: str) -> Ro
     kinds = {"wgmma.mma_async": "WGMMA", "mma.sync": "MMA", "fma.rn.f32": "FMA"}
     mma = next((kind for instruction, kind in kinds.items() if instruction in found), "-")
     mode = options.get("MODE")
+    stages = f" s{options['num_stages']}" if "num_stages" in options else ""
+    if "X_STAGES" in options:
+        stages = f" s{options['X_STAGES']}+{options['W_STAGES']}" + " halo" * options["HALO"]
+        if "wgmma.mma_async" not in found:
+            faults.append("no WGMMA")
+    if options.get("SPLITS", 1) > 1:
+        stages += f" /{options['SPLITS']}"
     return Row(
         kernel=compiled.metadata.name.strip("_").removesuffix("_kernel") + (f" {mode}" if mode else ""),
         arch=ARCHES[arch],
         dtype=dtype,
-        tile=f"{tile} w{options['num_warps']}" + (f" s{options['num_stages']}" if "num_stages" in options else ""),
+        tile=f"{tile} w{options['num_warps']}" + stages,
         registers=registers,
         spills=spills,
         shared=shared,
@@ -215,6 +264,9 @@ def compile_all(job: tuple[int, str]) -> list[Row]:
     with compiled_for(arch) as collected:
         for launch in launches(DTYPES[dtype], tf32=dtype != "ieee"):
             launch()
+        if arch == 90 and dtype != "ieee":
+            for launch in hopper_launches(DTYPES[dtype], full=dtype != "bf16"):  # bf16 has fp16's instructions
+                launch()
     return [examine(options, compiled, arch, dtype) for options, compiled in collected]
 
 

@@ -14,10 +14,11 @@ from .convert import convert
 from .explain import explain
 from .model import FastUNet
 from .parity import verify
+from .tune import tune
 
 try:
     __version__ = version("fastunet")
 except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0.0.0+uninstalled"
 
-__all__ = ["FastUNet", "UNetConfig", "convert", "dispatch", "explain", "ops", "reference", "verify"]
+__all__ = ["FastUNet", "UNetConfig", "convert", "dispatch", "explain", "ops", "reference", "tune", "verify"]

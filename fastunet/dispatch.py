@@ -1,4 +1,8 @@
-"""Which implementation serves a tensor of this dtype and device, and why.
+"""Which implementation serves a tensor of this dtype and device, or a layer, and why.
+
+A layer is served by ``"hopper"`` (Gluon, compute capability 9.0), ``"triton"`` (portable) or
+``"torch"`` (cuDNN), as a measured table has it; where none was measured, by ``"triton"``. Tables are
+read once, so a choice depends on shapes alone, under ``torch.compile`` and graph capture as elsewhere.
 
 A convolution has three steps that may be served apart: ``"forward"``, ``"dgrad"`` (the gradient of its
 input) and ``"wgrad"`` (of its weight). On a GPU, ``"torch"`` is cuDNN.
@@ -12,14 +16,17 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
+from . import measured
+
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HOPPER = (9, 0)
 MINIMUM_CAPABILITY = (8, 0)  # Ampere: the first with bf16, tf32 and asynchronous copies
 
 STEPS = ("forward", "dgrad", "wgrad")
@@ -29,10 +36,15 @@ _forced: ContextVar[dict[str, str]] = ContextVar("fastunet_forced_implementation
 
 @dataclass(frozen=True)
 class Choice:
-    """An implementation, ``"triton"`` or ``"torch"``, and one sentence that says why."""
+    """An implementation, ``"hopper"``, ``"triton"`` or ``"torch"``, and one sentence that says why.
+
+    Attributes:
+        entry: the measurement it follows, if any.
+    """
 
     implementation: str
     reason: str
+    entry: measured.Entry | None = None
 
 
 @cache
@@ -68,8 +80,10 @@ def choose(device: torch.device, dtype: torch.dtype, step: str = "forward") -> C
     """Pick the implementation of a step of a fused operator for a tensor's device and dtype."""
     obstacle = why_not_triton(device, dtype)
     forced = _forced.get().get(step)
-    if forced == "triton" and obstacle is not None:
+    if forced in ("triton", "hopper") and obstacle is not None:
         raise RuntimeError(f"the Triton kernels were asked for, but {obstacle}")
+    if forced == "hopper":
+        return Choice("triton", "Hopper kernels were asked for")
     if forced is not None:
         return Choice(forced, "asked for")
     if obstacle is not None:
@@ -84,9 +98,54 @@ def choose(device: torch.device, dtype: torch.dtype, step: str = "forward") -> C
     return Choice("triton", "fused kernel")
 
 
+def why_not_hopper(device: torch.device) -> str | None:
+    """The reason why no Hopper kernel can run on ``device``; None if they can."""
+    if device.type != "cuda":
+        return "the device is no Hopper GPU"
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability == HOPPER else f"compute capability {capability[0]}.{capability[1]} is not 9.0"
+
+
+def choose_layer(device: torch.device, dtype: torch.dtype, key: str, obstacle: Callable[[], str | None]) -> Choice:
+    """Pick the implementation of one layer.
+
+    Args:
+        key: of :func:`measured.layer_key`.
+        obstacle: why the Hopper kernels cannot serve the layer where they can run; None if they can.
+    """
+    choice = choose(device, dtype)
+    forced = _forced.get().get("forward")
+    if forced == "hopper":
+        why = why_not_hopper(device)
+        if why is not None:
+            raise RuntimeError(f"the Hopper kernels were asked for, but {why}")
+        why = obstacle()
+        return Choice("hopper", "asked for") if why is None else Choice("triton", f"Hopper was asked for, but {why}")
+    if choice.implementation != "triton" or forced is not None or device.type != "cuda":
+        return choice
+    layers = measured.table(device)
+    entry = layers.get(key)
+    if entry is None:
+        what = "this layer's shape" if layers else "this device"
+        return Choice("triton", f"{choice.reason}; no measurement of {what} yet")
+    if entry.implementation == "hopper":
+        why = why_not_hopper(device) or obstacle()
+        if why is not None:
+            return Choice("triton", f"{choice.reason}; a table says hopper, but {why}")
+    times = ", ".join(f"{name} {time:.0f}" for name, time in sorted(entry.microseconds.items(), key=lambda i: i[1]))
+    return Choice(entry.implementation, f"measured, in microseconds: {times}", entry)
+
+
+def asked_for() -> str | None:
+    """What the innermost block of :func:`forced` asks for, of a forward pass."""
+    return _forced.get().get("forward")
+
+
 @contextlib.contextmanager
 def forced(implementation: str, *steps: str) -> Iterator[None]:
-    """Within the block every operator takes ``"triton"`` or ``"torch"``, for checks and timing.
+    """Within the block every operator takes ``"triton"``, ``"torch"`` or ``"hopper"``, for checks and timing.
+
+    What the Hopper kernels cannot serve (a stem, a head of two classes, a gradient) takes the portable ones.
 
     Args:
         steps: those to which it applies; all by default. Of a backward pass the operators that ran
@@ -95,8 +154,8 @@ def forced(implementation: str, *steps: str) -> Iterator[None]:
     Raises:
         ValueError: another name. RuntimeError at the operator: the kernels cannot run there.
     """
-    if implementation not in ("triton", "torch"):
-        raise ValueError(f"implementation: expected 'triton' or 'torch', got {implementation!r}")
+    if implementation not in measured.IMPLEMENTATIONS:
+        raise ValueError(f"implementation: expected one of {measured.IMPLEMENTATIONS}, got {implementation!r}")
     unknown = [step for step in steps if step not in STEPS]
     if unknown:
         raise ValueError(f"steps: expected some of {STEPS}, got {unknown[0]!r}")

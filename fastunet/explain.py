@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import dispatch
+from . import dispatch, ops
 from .config import UNetConfig
 from .model import FastUNet
 from .trace import Layer, Shape, describe_bytes, describe_flops, totals, trace
@@ -173,7 +173,7 @@ def explain_config(
 def _choose(layer: Layer, config: UNetConfig, device: torch.device, dtype: torch.dtype) -> dispatch.Choice:
     """What serves one layer in eval mode, and why."""
     plain = "cudnn" if device.type == "cuda" else "reference"
-    choice = dispatch.choose(device, dtype)
+    choice = ops.choose(layer.op, layer.in_shapes, layer.weight_shape, device, dtype, layer.mode)
     if choice.implementation == "torch" and device.type == "cpu":
         cause = "without padding" if config.padding == "valid" else "with instance norm"
         if config.padding == "valid" or config.norm == "instance":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint, dispatch, hub, ops
+from .graph import Graphs
 from .origin import Origin
 from .reference import UNet, activate_, fit, upsample
 
@@ -82,6 +84,31 @@ class FastUNet(UNet):
     def refresh(self) -> None:
         """Forget the prepared weights; the next forward prepares them anew."""
         self._prepared.clear()
+        if self._graphs is not None:
+            self._graphs.captured.clear()
+
+    @property
+    def _graphs(self) -> Graphs | None:
+        return self.__dict__.get("_captured_graphs")
+
+    @contextlib.contextmanager
+    def cuda_graph(self, limit: int = 8) -> Iterator[FastUNet]:
+        """Within the block, the forward pass in eval mode replays a captured CUDA graph: one launch instead of dozens.
+
+        The first input of each signature (shape, strides, dtype, device, autocast) is captured. A graph
+        whose weights or running statistics have changed since is captured anew, by the rule of the
+        class: call :meth:`refresh` after writing through ``.data``. In train mode, on a CPU, where
+        gradients are wanted, under ``torch.compile`` and in a capture of the user's own, the forward pass
+        is the usual one.
+
+        Args:
+            limit: how many signatures are kept, each with the memory of a forward pass.
+        """
+        before, self.__dict__["_captured_graphs"] = self._graphs, Graphs(limit)
+        try:
+            yield self
+        finally:
+            self.__dict__["_captured_graphs"] = before
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FastUNet:
         # .to(), .half(), .cuda() replace the parameters' memory without counting a version.
@@ -91,10 +118,16 @@ class FastUNet(UNet):
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         state.pop("_prepared_weights", None)  # copies and pickles prepare their own
+        state.pop("_captured_graphs", None)
         return state
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
+        if self._graphs is None or self.training:
+            return self._forward(x)
+        return self._graphs(self._forward, x, [*self.parameters(), *self.buffers()])
+
+    def _forward(self, x: Tensor) -> Tensor:
         if _plain_torch(x) and (self._takes_statistics() or self.config.padding == "valid"):
             # A CPU's norms want NCHW. Instance norm copies channels_last maps there and back, which costs
             # more than the layout gives; group norm, and batch norm where it trains, take them as they are

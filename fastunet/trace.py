@@ -60,6 +60,15 @@ class Layer:
     activation: str | None = None
     unserved: str = ""
 
+    @property
+    def weight_shape(self) -> Shape:
+        """(O, C, K, K), or (C, O, 2, 2) of a transposed convolution."""
+        channels, (n, out, h, w) = sum(shape[1] for shape in self.in_shapes), self.out_shape
+        if self.op == "conv_transpose2x2":
+            return channels, out, 2, 2
+        side = math.isqrt(self.flops // (2 * channels * out * n * h * w))  # of the taps
+        return out, channels, side, side
+
 
 def trace(config: UNetConfig, height: int, width: int, batch: int = 1) -> list[Layer]:
     """Every layer that FastUNet runs for an input (batch, in_channels, height, width), in order.

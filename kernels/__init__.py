@@ -4,6 +4,7 @@ Every launcher takes logical NCHW tensors of any strides and returns channels_la
 computes an operator; ``_bwd``, ``_dgrad`` (of the input) and ``_wgrad`` (of the weight) its gradients.
 """
 
+from . import hopper
 from .activation_bwd import activation_bwd
 from .conv3x3 import conv_fwd, conv_pool_fwd
 from .conv_bwd import conv_dgrad, conv_transpose2x2_dgrad, conv_transpose2x2_wgrad, conv_wgrad
@@ -23,6 +24,7 @@ __all__ = [
     "conv_transpose2x2_fwd",
     "conv_transpose2x2_wgrad",
     "conv_wgrad",
+    "hopper",
     "stem_fwd",
     "upconcat_conv3x3_fwd",
     "upsample_bwd",

@@ -22,6 +22,7 @@ ROOMS: dict[str, set[str]] = {
     "config": set(),
     "files": set(),
     "kernels": set(),
+    "measured": set(),
     "images": {"files"},
     "trace": {"config"},
     # Files, and where what is in them comes from.
@@ -30,14 +31,16 @@ ROOMS: dict[str, set[str]] = {
     "hub": {"config"},
     # The three that the operators choose among never see each other.
     "reference": {"config"},
-    "dispatch": {"config"},
-    "ops": {"config", "dispatch", "reference", "kernels"},
-    "model": {"config", "reference", "dispatch", "ops", "checkpoint", "hub", "origin"},
+    "dispatch": {"config", "measured"},
+    "ops": {"config", "dispatch", "measured", "reference", "kernels"},
+    "graph": {"dispatch", "ops"},
+    "model": {"config", "reference", "dispatch", "graph", "ops", "checkpoint", "hub", "origin"},
     # What is done with a model.
     "parity": {"config", "dispatch", "kernels", "reference", "ops", "model", "trace"},
     "convert": {"config", "reference", "model", "checkpoint", "origin"},
     "weights": {"config", "reference", "model", "checkpoint", "convert"},
-    "explain": {"config", "dispatch", "model", "trace"},
+    "explain": {"config", "dispatch", "ops", "model", "trace"},
+    "tune": {"config", "dispatch", "files", "measured", "model", "ops", "parity"},
     "predict": {"config", "images", "reference", "model"},
     "train": {"config", "images", "reference", "model", "weights", "predict"},
 }

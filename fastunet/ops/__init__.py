@@ -19,8 +19,10 @@ from torch import Tensor
 
 from . import forward
 from .common import at_once, tf32, watched
+from .launchers import choose
 
 __all__ = [
+    "choose",
     "conv2d_relu",
     "conv_transpose2x2",
     "tf32",

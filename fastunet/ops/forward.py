@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import dispatch, reference
 from . import backward
 from .common import channels_last, empty, on_device, takes_triton, tf32
+from .launchers import launcher
 
 if TYPE_CHECKING or dispatch.has_triton():
     from .. import kernels
@@ -28,10 +29,10 @@ def conv2d_relu_torch(x: Tensor, weight: Tensor, bias: Tensor | None, slope: flo
 
 @torch.library.custom_op("fastunet::conv2d_relu", mutates_args=())
 def conv2d_relu(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> Tensor:
-    if takes_triton(x):
-        stem = x.shape[1] <= kernels.STEM_CHANNELS and weight.shape[-1] == 3
+    launch = launcher("conv_fwd", "conv2d_relu", (x,), weight)
+    if launch is not None:
         with on_device(x):
-            return (kernels.stem_fwd if stem else kernels.conv_fwd)(x, weight, bias, slope=slope, tf32=tf32())
+            return launch(x, weight, bias, slope=slope, tf32=tf32())
     return conv2d_relu_torch(x, weight, bias, slope)
 
 
@@ -47,9 +48,10 @@ def conv2d_relu_pool_torch(x: Tensor, weight: Tensor, bias: Tensor | None, slope
 
 @torch.library.custom_op("fastunet::conv2d_relu_pool", mutates_args=())
 def conv2d_relu_pool(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> tuple[Tensor, Tensor]:
-    if takes_triton(x):
+    launch = launcher("conv_pool_fwd", "conv2d_relu_pool", (x,), weight)
+    if launch is not None:
         with on_device(x):
-            return kernels.conv_pool_fwd(x, weight, bias, slope=slope, tf32=tf32())
+            return launch(x, weight, bias, slope=slope, tf32=tf32())
     return conv2d_relu_pool_torch(x, weight, bias, slope)
 
 
@@ -93,11 +95,10 @@ def upsample_concat_conv2d_relu_torch(
 def upsample_concat_conv2d_relu(
     x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None, mode: str, align_corners: bool, slope: float
 ) -> Tensor:
-    if takes_triton(x):
+    launch = launcher("upconcat_conv3x3_fwd", "upsample_concat_conv2d_relu", (x, skip), weight, mode)
+    if launch is not None:
         with on_device(x):
-            return kernels.upconcat_conv3x3_fwd(
-                x, skip, weight, bias, mode=mode, align_corners=align_corners, slope=slope, tf32=tf32()
-            )
+            return launch(x, skip, weight, bias, mode=mode, align_corners=align_corners, slope=slope, tf32=tf32())
     return upsample_concat_conv2d_relu_torch(x, skip, weight, bias, mode, align_corners, slope)
 
 
@@ -117,9 +118,10 @@ def conv_transpose2x2_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> T
 
 @torch.library.custom_op("fastunet::conv_transpose2x2", mutates_args=())
 def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if takes_triton(x):
+    launch = launcher("conv_transpose2x2_fwd", "conv_transpose2x2", (x,), weight)
+    if launch is not None:
         with on_device(x):
-            return kernels.conv_transpose2x2_fwd(x, weight, bias, tf32=tf32())
+            return launch(x, weight, bias, tf32=tf32())
     return conv_transpose2x2_torch(x, weight, bias)
 
 

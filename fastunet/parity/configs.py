@@ -21,6 +21,8 @@ from .repeatability import poisoned_memory, same
 from .report import Comparison
 from .rule import Parity, compare, tf32_convolutions, truncating_stages
 
+Config = tuning.ConvConfig | kernels.hopper.HopperConfig
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -30,6 +32,7 @@ class Launch:
         launcher: of :mod:`fastunet.kernels`; takes the tensors and, by name, the options.
         function: of :mod:`fastunet.reference`; takes the same tensors.
         configs: what the launcher may choose among on a device, by its capability.
+        hopper: the configurations of its Hopper sibling; empty where that cannot serve the layer.
     """
 
     layer: Layer
@@ -38,10 +41,14 @@ class Launch:
     tensors: tuple[Tensor, ...]
     options: dict[str, Any]
     configs: Callable[[tuple[int, int]], tuple[tuning.ConvConfig, ...]]
+    hopper: tuple[kernels.hopper.HopperConfig, ...]
 
-    def run(self, config: tuning.ConvConfig | None = None) -> Any:
+    def run(self, config: Config | None = None) -> Any:
         """Launch; without ``config`` the launcher chooses."""
-        return self.launcher(*self.tensors, **self.options, config=config)
+        launcher = self.launcher
+        if isinstance(config, kernels.hopper.HopperConfig):
+            launcher = getattr(kernels.hopper, launcher.__name__)
+        return launcher(*self.tensors, **self.options, config=config)
 
 
 def launches(
@@ -62,7 +69,7 @@ def launches(
         corners = mode == "bilinear" and config.align_corners
         inputs, out = tuple(make(*shape) for shape in layer.in_shapes), layer.out_shape[1]
         channels = tuple(x.shape[1] for x in inputs)
-        c, (n, _, h, w) = sum(channels), layer.out_shape
+        c, (h, w) = sum(channels), layer.out_shape[2:]
         precise = inputs[0].dtype == torch.float32 and not tf32
         slope = 1.0 if layer.activation is None else config.slope
         options: dict[str, Any] = {"tf32": tf32}
@@ -72,7 +79,7 @@ def launches(
             launcher, function = kernels.conv_transpose2x2_fwd, reference.conv_transpose2x2
             source = inputs[0].shape[2:]
         else:
-            side = math.isqrt(layer.flops // (2 * c * out * n * h * w))  # of the taps
+            side = layer.weight_shape[-1]
             weight, bias = make(out, c, side, side, fan_in=side * side * c), make(out)
             options["slope"] = slope
             if layer.op == "upsample_concat_conv2d_relu":
@@ -92,7 +99,13 @@ def launches(
         else:
             shape = channels, out, *source, inputs[0].dtype
             chooser = partial(tuning.conv_configs, *shape, precise=precise, interpolating=interpolating)
-        yield Launch(layer, launcher, function, (*inputs, weight, bias), options, chooser)
+        hopper = ()
+        if launcher is not kernels.stem_fwd:
+            maps = tuple(tuple(x.shape) for x in inputs)
+            hopper = kernels.hopper.layer_configs(
+                layer.op, maps, tuple(weight.shape), weight.dtype, mode=mode, tf32=tf32
+            )
+        yield Launch(layer, launcher, function, (*inputs, weight, bias), options, chooser, hopper)
 
 
 def _stem_configs(
@@ -134,14 +147,14 @@ def check_configs(
             with tf32_convolutions(tf32):
                 baseline = _flat(launch.function(*launch.tensors))
             truth = _flat(launch.function(*(t.double() for t in launch.tensors)))
-            for choice in launch.configs(capability):
+            # Gluon has no interpreter; tests/hopper/ has an emulator.
+            hopper = launch.hopper if device != "cpu" and capability == tuning.HOPPER else ()
+            for choice in (*launch.configs(capability), *hopper):
                 text = f"{choice}, {'tf32' if tf32 else 'ieee'}" if dtype == torch.float32 else str(choice)
                 yield _check_config(launch, choice, text, baseline, truth, rounds)
 
 
-def _check_config(
-    launch: Launch, choice: tuning.ConvConfig, text: str, baseline: Tensor, truth: Tensor, tf32: bool
-) -> Comparison:
+def _check_config(launch: Launch, choice: Config, text: str, baseline: Tensor, truth: Tensor, tf32: bool) -> Comparison:
     """One configuration, over memory filled with NaN, and once more: the same to the bit."""
 
     def broken(reason: str) -> Comparison:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .. import dispatch, ops
+from .. import ops
 from ..config import UNetConfig
 from ..model import FastUNet
 from ..trace import Layer, trace
@@ -76,8 +76,11 @@ class Recorder(TorchFunctionMode):
         elif getattr(func, "namespace", None) == "fastunet":
             y, *pooled = (t.detach() for t in (result if isinstance(result, tuple) else (result,)))
             sources = 2 if "upsample" in func.name() else 1
-            choice = dispatch.choose(y.device, y.dtype)
-            inputs = tuple(t.detach() for t in args[:sources])
+            inputs, weight = tuple(t.detach() for t in args[:sources]), args[sources]
+            mode = args[4] if sources == 2 else "none"
+            shapes = tuple(tuple(t.shape) for t in inputs)
+            operator = func.name().removeprefix("fastunet::")
+            choice = ops.choose(operator, shapes, tuple(weight.shape), y.device, y.dtype, mode)
             self.steps.append(Step(inputs, y, pooled[0] if pooled else None, choice.implementation))
             if func.name() != "fastunet::conv_transpose2x2" and args[-1] != 1:  # a slope of 1 is no activation
                 self.decisions.append(y > 0)

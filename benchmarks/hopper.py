@@ -1,0 +1,106 @@
+"""On a Hopper GPU: are the Hopper kernels right, what are they worth, and the table that follows from it.
+
+    python benchmarks/hopper.py                    # parity, then timing, then fastunet/tables/<device>.json
+    python benchmarks/hopper.py --skip-parity --budget 200 --size 16x256x256 --dtype bf16
+
+1. Parity of every launch configuration of every layer of the seed's network, also of an odd size, twice each
+   and over poisoned memory (``fastunet verify --all-configs`` does the same).
+2. The time of every layer under the Hopper, the portable and cuDNN's kernels; each result is compared by the
+   parity rule before it is timed.
+3. The table, written after each network, so that a run that is cut off leaves what it had.
+
+Exits 1 if a configuration breaks the rule. Prints a line a layer; TFLOP/s are those of the fastest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+import torch
+
+from fastunet import dispatch, kernels, measured
+from fastunet.config import UNetConfig
+from fastunet.parity.configs import check_configs
+from fastunet.trace import trace
+from fastunet.tune import measure, save
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
+PARITY_SIZE = (2, 131, 197)
+SIZES = ((1, 256, 256), (16, 256, 256), (8, 512, 512))
+
+
+def check(dtype: torch.dtype, deadline: float) -> tuple[int, int]:
+    """How many configurations held, and how many did not."""
+    held = broken = 0
+    for comparison in check_configs(UNetConfig(), PARITY_SIZE, "cuda", dtype, seed=0):
+        held, broken = held + comparison.parity.ok, broken + (not comparison.parity.ok)
+        if not comparison.parity.ok:
+            print(f"  {comparison.name}, {comparison.implementation}: {comparison.parity}", flush=True)
+        if time.monotonic() > deadline:
+            print("  out of time: the rest is not checked")
+            broken += 1
+            break
+    return held, broken
+
+
+def run_one_layer() -> None:
+    """Each kind of tile once, on small maps: for compute-sanitizer and ncu."""
+    for c, o, n, h, w in ((64, 64, 1, 34, 48), (128, 136, 2, 34, 48), (128, 128, 5, 7, 8)):
+        x = torch.randn(n, c, h, w, device="cuda", dtype=torch.bfloat16)
+        weight = torch.randn(o, c, 3, 3, device="cuda", dtype=torch.bfloat16) / (3 * c**0.5)
+        for config in kernels.hopper.hopper_configs((c,), o, n, h, w, x.dtype, ksize=3, pool=True):
+            kernels.hopper.conv_pool_fwd(x, weight, None, slope=0.0, config=config)
+            torch.cuda.synchronize()
+            print(config)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="default bf16, then fp16")
+    parser.add_argument("--size", action="append", metavar="NxHxW", help="of the inputs; default the three of the aim")
+    parser.add_argument("--budget", type=float, default=450.0, metavar="SECONDS", help="of all; default 450")
+    parser.add_argument("--skip-parity", action="store_true", help="time at once")
+    parser.add_argument("--one-layer", action="store_true", help="only launch each kind of tile, for other tools")
+    arguments = parser.parse_args()
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    obstacle = dispatch.why_not_hopper(device)
+    if obstacle is not None:
+        parser.error(f"needs a Hopper GPU: {obstacle}")
+    if arguments.one_layer:
+        run_one_layer()
+        return 0
+    sizes = [tuple(map(int, size.split("x"))) for size in arguments.size or ()] or SIZES
+    dtypes = arguments.dtype or ["bf16", "fp16"]
+    torch.backends.cudnn.benchmark = True  # cuDNN at its best
+    torch.backends.cudnn.allow_tf32 = True
+    start = time.monotonic()
+    path = measured.SHIPPED / measured.shipped_name(torch.cuda.get_device_name(device))
+    print(*(f"{name} {value}" for name, value in measured.versions(device).items()), sep=", ")
+    wrong = 0
+    for dtype in [] if arguments.skip_parity else dtypes:
+        held, broken = check(DTYPES[dtype], start + arguments.budget / 2)
+        wrong += broken
+        print(f"parity, {dtype}: {held} of {held + broken} launch configurations hold", flush=True)
+    for dtype in dtypes:
+        for n, h, w in sizes:
+            layers = trace(UNetConfig(), h, w, n)
+            flops = {
+                measured.layer_key(x.op, x.in_shapes, x.weight_shape, DTYPES[dtype], x.mode): x.flops for x in layers
+            }
+            entries = {}
+            for key, entry in measure(
+                UNetConfig(), (n, h, w), DTYPES[dtype], device, deadline=start + arguments.budget
+            ):
+                entries[key] = entry
+                rate = flops[key] / entry.microseconds[entry.implementation] / 1e6
+                times = ", ".join(f"{name} {taken:.1f}" for name, taken in entry.microseconds.items())
+                print(f"{key}: {entry.implementation} ({times} us), {rate:.0f} TFLOP/s, {entry.config}", flush=True)
+            save(path, device, entries)
+    print(f"{path}; {time.monotonic() - start:.0f} s")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Measured tables: for a device, which implementation was fastest for which layer.
+
+A table is JSON: what it was measured on, and for each layer (:func:`layer_key`) the implementation, its launch
+configuration and its time. One for a device may come with the package (``fastunet/tables/<device>.json``); what
+:func:`fastunet.tune` measures goes to the user's cache, a file for each device and version, and comes first.
+Tables are read once, before the first launch on a device; nothing is timed or written here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+IMPLEMENTATIONS = ("hopper", "triton", "torch")  # torch: cuDNN
+SHIPPED = Path(__file__).parent / "tables"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was fastest for a layer.
+
+    Attributes:
+        microseconds: of each implementation that was timed; its fastest configuration.
+        config: fields of the launch configuration; None for the launcher's own choice.
+    """
+
+    implementation: str
+    microseconds: dict[str, float]
+    config: dict[str, Any] | None = None
+
+
+def layer_key(op: str, maps: Sequence[Sequence[int]], weight: Sequence[int], dtype: torch.dtype, mode: str) -> str:
+    """``conv2d_relu_pool 1x64x256x256 by 64x64x3x3 bfloat16``: a layer, as tables name it.
+
+    Args:
+        op: of :mod:`fastunet.ops`. maps: shape of each source. weight: its shape.
+        mode: how the first source is upsampled; ``"none"`` if it is not.
+    """
+    sources = " + ".join("x".join(map(str, shape)) for shape in maps)
+    upsampled = "" if mode == "none" else f" {mode}"
+    return f"{op}{upsampled} {sources} by {'x'.join(map(str, weight))} {str(dtype).removeprefix('torch.')}"
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What a measurement holds for: the device and everything that makes its code."""
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "fastunet": _version("fastunet"),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cudnn": str(torch.backends.cudnn.version()),
+    }
+
+
+def shipped_name(device: str) -> str:
+    """``"NVIDIA H200"`` -> ``"nvidia-h200.json"``."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()) + ".json"
+
+
+def cache_path(device: torch.device) -> Path:
+    """The user's table for this device and these versions."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    found = versions(device)
+    name = "-".join([found["device"], *(f"{k}{v}" for k, v in found.items() if k != "device")])
+    return root / "fastunet" / (re.sub(r"[^A-Za-z0-9.+]+", "-", name) + ".json")
+
+
+@cache
+def table(device: torch.device) -> dict[str, Entry]:
+    """Layers measured on this kind of device; empty if none were. The user's own come first.
+
+    A file that cannot be read, or that was measured elsewhere, is ignored with a warning.
+    """
+    expected = versions(device)
+    shipped = SHIPPED / shipped_name(expected["device"])
+    entries: dict[str, Entry] = {}
+    # Of a shipped table only the device must be this one: it was measured for the package, not for a version.
+    for path, must_match in ((shipped, ("device",)), (cache_path(device), tuple(expected))):
+        if path.is_file():
+            try:
+                entries |= read(path, {name: expected[name] for name in must_match})
+            except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+                warnings.warn(f"{path}: not a table of measurements for this machine, ignored: {error}", stacklevel=2)
+    return entries
+
+
+def read(path: Path, expected: dict[str, str]) -> dict[str, Entry]:
+    """The layers of a table.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: no such table, or one measured elsewhere.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in expected.items():
+        if content["measured_on"][name] != value:
+            raise ValueError(f"measured with {name} {content['measured_on'][name]}, not {value}")
+    entries = {key: Entry(**fields) for key, fields in content["layers"].items()}
+    for key, entry in entries.items():
+        if entry.implementation not in IMPLEMENTATIONS or not isinstance(entry.microseconds, dict):
+            raise ValueError(f"{key}: {entry}")
+    return entries
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"  # an uninstalled checkout

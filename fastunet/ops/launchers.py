@@ -1,0 +1,44 @@
+"""Which implementation serves a forward pass's operator, and its launcher."""
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch, measured
+from .common import tf32
+
+if TYPE_CHECKING or dispatch.has_triton():
+    from .. import kernels
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+def choose(
+    op: str, maps: Shapes, weight: tuple[int, ...], device: torch.device, dtype: torch.dtype, mode: str = "none"
+) -> dispatch.Choice:
+    """Which implementation serves an operator, and why.
+
+    Args:
+        op: name of the operator; with a pool, ``"conv2d_relu_pool"``.
+        maps: shape (N, C, H, W) of each source. weight: its shape.
+        mode: how the first source is upsampled.
+    """
+    key = measured.layer_key(op, maps, weight, dtype, mode)
+    obstacle = lambda: kernels.hopper.why_not_layer(op, maps, weight, dtype, mode=mode, tf32=tf32())
+    return dispatch.choose_layer(device, dtype, key, obstacle)
+
+
+def launcher(name: str, op: str, maps: tuple[Tensor, ...], weight: Tensor, mode: str = "none") -> Any:
+    """The launcher of that name in the module that serves these tensors; None for plain torch."""
+    shapes = tuple(tuple(x.shape) for x in maps)
+    choice = choose(op, shapes, tuple(weight.shape), maps[-1].device, maps[-1].dtype, mode)
+    if choice.implementation == "torch":
+        return None
+    if choice.implementation == "triton":
+        stem = name == "conv_fwd" and shapes[0][1] <= kernels.STEM_CHANNELS and weight.shape[-1] == 3
+        return kernels.stem_fwd if stem else getattr(kernels, name)
+    config = choice.entry and choice.entry.config
+    found = kernels.hopper.HopperConfig(**config) if config else None
+    return functools.partial(getattr(kernels.hopper, name), config=found)

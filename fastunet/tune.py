@@ -1,0 +1,143 @@
+"""Time every implementation of each layer of a model on this GPU, and keep the fastest.
+
+Opt-in, and ahead of time: a forward pass only ever looks up what was measured (:mod:`fastunet.measured`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import dispatch, measured
+from .config import UNetConfig
+from .files import atomic_write
+from .measured import Entry
+from .model import FastUNet
+from .ops import tf32
+from .parity.rule import compare
+
+if TYPE_CHECKING or dispatch.has_triton():
+    from .parity.configs import Launch, launches
+
+Timer = Callable[[Callable[[], Any]], float]
+
+
+def tune(
+    model: FastUNet, input_size: tuple[int, int, int, int], *, dtype: torch.dtype | None = None
+) -> dict[str, Entry]:
+    """Time each layer of ``model`` under each implementation, and keep the results in the user's cache.
+
+    The next process, and this one from now on, takes the fastest. Minutes: each launch configuration is compiled.
+
+    Args:
+        model: on a CUDA device.
+        input_size: (N, C, H, W) of the inputs to come.
+        dtype: of the inputs; the model's own by default.
+
+    Returns:
+        What was measured, by :func:`fastunet.measured.layer_key`.
+
+    Raises:
+        ValueError: ``model`` or ``input_size`` is not one. RuntimeError: the kernels cannot run there.
+    """
+    if not isinstance(model, FastUNet):
+        raise ValueError(f"model: expected a FastUNet, got {type(model).__name__}")
+    parameter = next(model.parameters())
+    device, dtype = parameter.device, dtype or parameter.dtype
+    obstacle = dispatch.why_not_triton(device, dtype)
+    if device.type != "cuda" or obstacle is not None:
+        raise RuntimeError(f"model: there is nothing to tune: {obstacle or 'the device is no GPU'}")
+    n, _, h, w = input_size
+    entries = dict(measure(model.config, (n, h, w), dtype, device))
+    save(measured.cache_path(device), device, entries)
+    return entries
+
+
+def measure(
+    config: UNetConfig,
+    size: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    timer: Timer | None = None,
+    deadline: float = float("inf"),
+) -> Iterator[tuple[str, Entry]]:
+    """Each layer's key and what was fastest for it, one at a time.
+
+    Args:
+        size: (batch, height, width).
+        timer: microseconds of a call; by default the median of repeated ones, L2 flushed before each.
+        deadline: of :func:`time.monotonic`; after it no other layer is begun.
+    """
+
+    def make(*shape: int, fan_in: int = 1) -> torch.Tensor:
+        layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+        # Random numbers: on zeros a GPU draws less power and is faster.
+        return torch.randn(shape, device=device, dtype=dtype).div_(fan_in**0.5).to(memory_format=layout)
+
+    seen: set[str] = set()
+    for launch in launches(config, size, make, tf32=tf32()):
+        shapes = [t.shape for t in launch.tensors]
+        key = measured.layer_key(launch.layer.op, shapes[:-2], shapes[-2], dtype, launch.layer.mode)
+        if key not in seen and time.monotonic() < deadline:
+            seen.add(key)
+            yield key, _fastest(launch, device, timer or _median)
+
+
+def _fastest(launch: Launch, device: torch.device, timer: Timer) -> Entry:
+    hopper = launch.hopper if dispatch.why_not_hopper(device) is None else ()
+    candidates: list[tuple[str, Any, Callable[[], Any]]] = [
+        ("triton", None, launch.run),
+        ("torch", None, lambda: launch.function(*launch.tensors)),
+        *(("hopper", config, lambda config=config: launch.run(config)) for config in hopper),
+    ]
+    truth = _first(launch.function(*(t.double() for t in launch.tensors)))
+    baseline = _first(launch.function(*launch.tensors))
+    times: dict[str, tuple[float, Any]] = {}
+    for name, config, call in candidates:
+        try:
+            parity = compare(_first(call()), baseline, truth, tf32=baseline.dtype == torch.float32 and tf32())
+            taken = timer(call) if parity.ok else None
+        except Exception as error:  # too much shared memory, say: the others go on
+            parity, taken = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", None
+        if taken is None:
+            warnings.warn(f"{launch.layer.name}, {name}, {config}: left out: {parity}", stacklevel=2)
+        elif name not in times or taken < times[name][0]:
+            times[name] = taken, config
+    if not times:
+        raise RuntimeError(f"{launch.layer.name}: no implementation can run")
+    name = min(times, key=lambda name: times[name][0])
+    config = times[name][1]
+    microseconds = {name: round(taken, 2) for name, (taken, _) in times.items()}
+    return Entry(name, microseconds, None if config is None else dataclasses.asdict(config))
+
+
+def save(path: Path, device: torch.device, entries: dict[str, Entry]) -> None:
+    """Add ``entries`` to the table at ``path``; one that is not for this machine is replaced."""
+    versions = measured.versions(device)
+    try:
+        before = measured.read(path, versions)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        before = {}
+    layers = {key: dataclasses.asdict(entry) for key, entry in sorted({**before, **entries}.items())}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps({"measured_on": versions, "layers": layers}, indent=1) + "\n", encoding="utf-8")
+    measured.table.cache_clear()
+
+
+def _median(call: Callable[[], Any]) -> float:
+    from triton.testing import do_bench
+
+    milliseconds: Any = do_bench(call, warmup=5, rep=20, return_mode="median")
+    return 1000 * milliseconds
+
+
+def _first(result: Any) -> torch.Tensor:
+    return result[0] if isinstance(result, tuple) else result

@@ -1,0 +1,156 @@
+"""The Hopper kernels in the emulator, by the parity rule: every kind of tile, odd sizes, both ends of the schedule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastunet import reference
+from fastunet.kernels import hopper
+from fastunet.reference import conv2d_relu
+
+from ..kernels.conftest import check, make
+from .conftest import config_of
+
+__all__ = ["make"]  # a fixture
+
+pytestmark = pytest.mark.usefixtures("poisoned", "emulate")
+
+PRECISIONS = ("fp16", "bf16", "tf32")
+# Each a kind of tile. Windows of 8 columns begin at the least offset that they may.
+CONFIGS = [
+    pytest.param(config_of(64, (1, 4, 8), True, 2, 3), id="in-turns-halo"),
+    pytest.param(config_of(128, (1, 4, 16), True, 2, 4), id="cooperative-halo"),
+    pytest.param(config_of(64, (1, 8, 4), False, 2, 2), id="in-turns"),
+    pytest.param(config_of(128, (4, 4, 2), False, 3, 2), id="cooperative-several-images"),
+    pytest.param(config_of(128, (1, 4, 8), True, 3, 8, splits=2), id="cooperative-split"),
+    pytest.param(config_of(64, (2, 4, 4), False, 2, 2, splits=2), id="in-turns-split"),
+]
+
+
+def check_conv_relu_pool(config, shape, precision, make):
+    n, c, h, w, o = shape
+    c = c // 2 if precision == "tf32" else c  # as many steps, of 128 bytes of channels
+    x, weight, bias = make(precision, n, c, h, w), make(precision, o, c, 3, 3, fan_in=9 * c), make(precision, o)
+    y, pooled = hopper.conv_pool_fwd(x, weight, bias, slope=0.0, config=config)
+    check(precision, y, conv2d_relu, x, weight, bias, 0.0)
+    assert torch.equal(pooled, F.max_pool2d(y, 2))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_an_odd_map_and_part_of_a_block(config, precision, make):
+    check_conv_relu_pool(config, (3, 96, 5, 11, 72), precision, make)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_more_output_channels_than_a_tile(config, make):
+    check_conv_relu_pool(config, (1, 128, 6, 16, 136), "bf16", make)
+
+
+@pytest.mark.parametrize("eagerness", [0.0, 1.0], ids=["at-the-last-moment", "at-once"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_both_ends_of_the_schedule(config, eagerness, emulate, make):
+    emulate(eagerness)
+    x, weight = make("fp16", 2, 128, 6, 17), make("fp16", 72, 128, 3, 3, fan_in=1152)
+    y = hopper.conv_fwd(x, weight, None, slope=0.1, config=config)
+    check("fp16", y, conv2d_relu, x, weight, None, 0.1)
+
+
+def test_the_same_on_every_schedule(emulate, make):
+    """Neither a split K loop nor a pool depends on who comes first."""
+    x, weight = make("bf16", 1, 128, 6, 9), make("bf16", 64, 128, 3, 3, fan_in=1152)
+    config = config_of(64, (1, 4, 8), True, 2, 3, splits=2)
+    results = []
+    for eagerness in (0.0, 0.3, 1.0):
+        emulate(eagerness)
+        results.append(hopper.conv_pool_fwd(x, weight, None, slope=0.0, config=config))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    "mode, config",
+    [
+        pytest.param("none", *CONFIGS[0].values, id="none-halo"),
+        pytest.param("nearest", *CONFIGS[3].values, id="nearest-several-images"),
+        pytest.param("bilinear", *CONFIGS[4].values, id="bilinear-split"),
+    ],
+)
+def test_two_sources(config, mode, precision, make):
+    h, w = (4, 5) if mode == "none" else (2, 3)
+    c1, c2 = 40, 64 if config.splits == 2 else 104  # parts of blocks, and for two shares two blocks
+    if precision == "tf32":
+        c1, c2 = c1 // 2, c2 // 2
+    x, skip = make(precision, 2, c1, h, w), make(precision, 2, c2, 7, 9)  # padded, by an odd number of rows
+    weight, bias = make(precision, 48, c1 + c2, 3, 3, fan_in=9 * (c1 + c2)), make(precision, 48)
+    y = hopper.upconcat_conv3x3_fwd(x, skip, weight, bias, mode=mode, align_corners=True, slope=0.0, config=config)
+    check(precision, y, reference.upsample_concat_conv2d_relu, x, skip, weight, bias, mode, True, 0.0)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_one_by_one_and_transposed(precision, make):
+    config = config_of(128, (2, 4, 8), False, 2, 2)
+    x, bias = make(precision, 3, 72, 5, 6), make(precision, 136)
+    weight = make(precision, 136, 72, 1, 1, fan_in=72)
+    check(precision, hopper.conv_fwd(x, weight, bias, slope=1.0, config=config), conv2d_relu, x, weight, bias, 1.0)
+    weight = make(precision, 72, 136, 2, 2, fan_in=72)
+    y = hopper.conv_transpose2x2_fwd(x, weight, bias, config=config)
+    check(precision, y, reference.conv_transpose2x2, x, weight, bias)
+
+
+@pytest.mark.parametrize("n, h, w", [(1, 17, 9), (5, 4, 4), (2, 1, 3)], ids=["halo", "several-images", "one-row"])
+def test_the_configuration_of_choice(n, h, w, make):
+    x, weight = make("bf16", n, 64, h, w), make("bf16", 64, 64, 3, 3, fan_in=576)
+    y = hopper.conv_fwd(x, weight, None, slope=0.0)
+    check("bf16", y, conv2d_relu, x, weight, None, 0.0)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "minus-inf"])
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[5]])
+def test_nan_and_inf_go_where_torch_lets_them(config, value, make):
+    x, weight = make("fp16", 1, 128, 7, 10), make("fp16", 64, 128, 3, 3, fan_in=1152)
+    x[0, 2, 3, 4] = value
+    y, pooled = hopper.conv_pool_fwd(x, weight, None, slope=0.0, config=config)
+    check("fp16", y, conv2d_relu, x, weight, None, 0.0)
+    check("fp16", pooled, lambda *a: F.max_pool2d(conv2d_relu(*a), 2), x, weight, None, 0.0)
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "every-second-pixel": lambda x: x.repeat_interleave(2, 3).contiguous(memory_format=torch.channels_last)[..., ::2],
+    "one-image-repeated": lambda x: x[:1].expand(2, -1, -1, -1),
+    "off-by-one-element": lambda x: torch.cat([x[:, :1], x], 1).contiguous(memory_format=torch.channels_last)[:, 1:],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(layout, make):
+    x, weight = LAYOUTS[layout](make("fp16", 2, 16, 5, 6)), make("fp16", 16, 16, 3, 3, fan_in=144)
+    y = hopper.conv_fwd(x, weight, None, slope=0.0, config=config_of(64, (1, 4, 8), True, 2, 3))
+    check("fp16", y, conv2d_relu, x, weight, None, 0.0)
+
+
+def test_empty_batch(make):
+    x, weight = make("fp16", 0, 16, 4, 6), make("fp16", 8, 16, 3, 3)
+    y, pooled = hopper.conv_pool_fwd(x, weight, None, slope=0.0)
+    assert y.shape == (0, 8, 4, 6) and pooled.shape == (0, 8, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "c, o, tf32, complaint",
+    [(12, 16, True, "multiples of 8"), (16, 2, True, "multiples of 8"), (16, 16, False, "without tf32")],
+    ids=["channels", "output-channels", "ieee"],
+)
+def test_what_cannot_be_served_is_refused(c, o, tf32, complaint, make):
+    precision = "fp16" if tf32 else "ieee"
+    x, weight = make(precision, 1, c, 4, 4), make(precision, o, c, 3, 3)
+    with pytest.raises(ValueError, match=f"x: .*{complaint}"):
+        hopper.conv_fwd(x, weight, None, slope=0.0, tf32=tf32)
+
+
+def test_a_cropped_source_is_refused(make):
+    x, skip, weight = make("fp16", 1, 16, 8, 8), make("fp16", 1, 16, 6, 6), make("fp16", 8, 32, 3, 3)
+    with pytest.raises(ValueError, match="cannot crop"):
+        hopper.upconcat_conv3x3_fwd(x, skip, weight, None, mode="none", align_corners=False, slope=0.0)

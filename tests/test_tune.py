@@ -1,0 +1,199 @@
+"""Measured tables: what is chosen, what is kept, what is ignored. The device and the timer are stand-ins."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import hopper as hopper_script
+from fastunet import FastUNet, dispatch, kernels, measured, ops
+from fastunet.config import UNetConfig
+from fastunet.explain import explain_config
+from fastunet.measured import Entry
+from fastunet.ops import launchers
+from fastunet.tune import measure, save, tune
+
+GPU = torch.device("cuda", 0)
+BF16 = torch.bfloat16
+LAYER = "conv2d_relu", ((1, 64, 32, 32),), (64, 64, 3, 3)
+KEY = "conv2d_relu 1x64x32x32 by 64x64x3x3 bfloat16"
+CONFIG = kernels.hopper.hopper_configs((64,), 64, 1, 32, 32, BF16, ksize=3, pool=False)[0]
+CONFIG_FIELDS = {field: getattr(CONFIG, field) for field in CONFIG.__dataclass_fields__}
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """As much of an H200 as a choice asks about, and an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(measured, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    measured.table.cache_clear()
+    yield
+    measured.table.cache_clear()
+
+
+def choice(**options) -> dispatch.Choice:
+    return ops.choose(*LAYER, GPU, options.pop("dtype", BF16), **options)
+
+
+@pytest.mark.usefixtures("hopper")
+class TestChoice:
+    def test_without_a_table_the_portable_kernels(self):
+        assert choice().implementation == "triton"
+        assert choice().reason == "fused kernel; no measurement of this device yet"
+
+    @pytest.mark.parametrize("fastest", ["hopper", "triton", "torch"])
+    def test_a_table_decides(self, fastest):
+        config = CONFIG_FIELDS if fastest == "hopper" else None
+        save(measured.cache_path(GPU), GPU, {KEY: Entry(fastest, {"triton": 20.0, fastest: 12.4}, config)})
+        assert choice().implementation == fastest
+        assert choice().reason.startswith("measured, in microseconds: " + f"{fastest} 12")
+        other = ops.choose("conv2d_relu", ((2, 64, 32, 32),), (64, 64, 3, 3), GPU, BF16)
+        assert other == dispatch.Choice("triton", "fused kernel; no measurement of this layer's shape yet")
+
+    def test_the_launcher_gets_the_measured_configuration(self, monkeypatch):
+        save(measured.cache_path(GPU), GPU, {KEY: Entry("hopper", {"hopper": 1.0}, CONFIG_FIELDS)})
+        x = torch.empty(1, 64, 32, 32, dtype=BF16, device="meta")
+        monkeypatch.setattr(launchers, "choose", lambda *a, real=ops.choose: real(*a[:3], GPU, *a[4:]))
+        launcher = launchers.launcher("conv_fwd", "conv2d_relu", (x,), torch.empty(64, 64, 3, 3))
+        assert launcher.func is kernels.hopper.conv_fwd
+        assert launcher.keywords == {"config": CONFIG}
+
+    def test_forced(self):
+        with dispatch.forced("hopper"):
+            assert choice() == dispatch.Choice("hopper", "asked for")
+            stem = ops.choose("conv2d_relu", ((1, 1, 32, 32),), (64, 1, 3, 3), GPU, BF16)
+            assert (stem.implementation, "multiples of 8" in stem.reason) == ("triton", True)
+        save(measured.cache_path(GPU), GPU, {KEY: Entry("hopper", {"hopper": 1.0}, CONFIG_FIELDS)})
+        with dispatch.forced("triton"):
+            assert choice().implementation == "triton"
+
+    def test_another_gpu_cannot_be_forced_and_ignores_the_word_hopper(self, monkeypatch):
+        save(measured.cache_path(GPU), GPU, {KEY: Entry("hopper", {"hopper": 1.0}, CONFIG_FIELDS)})
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+        assert choice().implementation == "triton"
+        assert "compute capability 8.0 is not 9.0" in choice().reason
+        with dispatch.forced("hopper"), pytest.raises(RuntimeError, match=r"asked for, but compute capability 8\.0"):
+            choice()
+
+    def test_explain_shows_each_layers_choice(self):
+        key = "conv2d_relu 1x64x64x64 by 64x64x3x3 bfloat16"
+        save(measured.cache_path(GPU), GPU, {key: Entry("hopper", {"hopper": 3.0, "torch": 9.0}, CONFIG_FIELDS)})
+        rows = explain_config(UNetConfig(1, 2), (1, 1, 64, 64), GPU, BF16).rows
+        found = {row.layer.name: row.choice for row in rows}
+        assert found["ups.3.conv.net.2"].implementation == "hopper"
+        assert found["ups.3.conv.net.2"].reason == "measured, in microseconds: hopper 3, torch 9"
+        assert found["bottleneck.net.0"].implementation == "triton"
+
+
+@pytest.mark.usefixtures("hopper")
+class TestFiles:
+    def test_entries_are_added_and_nothing_else_lies_about(self):
+        path = measured.cache_path(GPU)
+        save(path, GPU, {"a": Entry("triton", {"triton": 1.0})})
+        save(path, GPU, {"b": Entry("torch", {"torch": 2.0})})
+        assert set(measured.table(GPU)) == {"a", "b"}
+        assert [p.name for p in path.parent.iterdir()] == [path.name]
+        assert "H200" in path.name and torch.__version__.partition("+")[0] in path.name
+
+    def test_the_users_table_comes_before_the_shipped_one(self):
+        shipped = measured.SHIPPED / "nvidia-h200.json"
+        save(shipped, GPU, {"a": Entry("torch", {"torch": 1.0}), "b": Entry("torch", {"torch": 1.0})})
+        text = shipped.read_text().replace(torch.__version__, "2.0.0")  # measured with another version
+        shipped.write_text(text)
+        save(measured.cache_path(GPU), GPU, {"a": Entry("triton", {"triton": 1.0})})
+        assert {key: entry.implementation for key, entry in measured.table(GPU).items()} == {
+            "a": "triton",
+            "b": "torch",
+        }
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            "", "{", "[]", "null", '{"layers": {}}', '{"measured_on": {}, "layers": {}}',
+            json.dumps({"measured_on": {"device": "NVIDIA H100"}, "layers": {}}),
+        ],
+        ids=["empty", "cut-off", "list", "null", "no-versions", "no-device", "another-device"],
+    )  # fmt: skip
+    def test_a_corrupt_or_foreign_file_is_ignored_with_a_warning(self, content):
+        path = measured.cache_path(GPU)
+        path.parent.mkdir(parents=True)
+        path.write_text(content)
+        with pytest.warns(UserWarning, match="not a table of measurements for this machine"):
+            assert measured.table(GPU) == {}
+        assert choice().implementation == "triton"
+
+    @pytest.mark.parametrize(
+        "entry", [{"implementation": "magic", "microseconds": {}}, {"implementation": "triton"}, {"x": 1}, 3]
+    )
+    def test_so_is_one_with_an_entry_that_means_nothing(self, entry):
+        path = measured.cache_path(GPU)
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"measured_on": measured.versions(GPU), "layers": {KEY: entry}}))
+        with pytest.warns(UserWarning, match="ignored"):
+            assert measured.table(GPU) == {}
+
+
+def test_the_fastest_right_one_is_kept(monkeypatch, seed):
+    """A faster one that computes something else, or cannot run, is left out."""
+    config, device = UNetConfig(8, 8, features=(8, 16)), torch.device("cpu")
+    calls = []
+
+    def timer(call):
+        calls.append(call)
+        return 10.0 if len(calls) % 2 else 5.0  # torch, which comes second, is faster
+
+    def wrong(self, config=None):
+        result = self.function(*self.tensors)
+        return tuple(2 * t for t in result) if isinstance(result, tuple) else 2 * result
+
+    monkeypatch.setattr("fastunet.parity.configs.Launch.run", wrong)
+    with pytest.warns(UserWarning, match="left out: NO parity") as warned:
+        entries = dict(measure(config, (1, 8, 8), torch.float32, device, timer))
+    assert {entry.implementation for entry in entries.values()} == {"torch"}
+    assert len(calls) == len(entries) == len(warned)
+
+    calls.clear()
+    monkeypatch.setattr("fastunet.parity.configs.Launch.run", lambda self, config=None: self.function(*self.tensors))
+    entries = dict(measure(config, (1, 8, 8), torch.float32, device, timer))
+    assert all(entry.microseconds == {"triton": 10.0, "torch": 5.0} for entry in entries.values())
+
+
+def test_a_deadline_ends_it(seed):
+    assert not dict(measure(UNetConfig(8, 8, features=(8, 16)), (1, 8, 8), torch.float32,
+                                 torch.device("cpu"), lambda call: 1.0, deadline=0.0))  # fmt: skip
+
+
+def test_there_is_nothing_to_tune_on_a_cpu():
+    with pytest.raises(RuntimeError, match="model: there is nothing to tune"):
+        tune(FastUNet(1, 2, (4, 8)), (1, 1, 8, 8))
+    with pytest.raises(ValueError, match="model: expected a FastUNet, got int"):
+        tune(3, (1, 1, 8, 8))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.usefixtures("hopper")
+def test_the_script_for_a_hopper_gpu_checks_times_and_writes_the_table(monkeypatch, capsys):
+    """benchmarks/hopper.py with a stand-in for what needs the GPU."""
+    comparison = SimpleNamespace(parity=SimpleNamespace(ok=True), name="head", implementation="a config")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(hopper_script, "check_configs", lambda *a, **k: iter([comparison, comparison]))
+    key = "conv2d_relu 1x64x32x32 by 64x64x3x3 bfloat16"
+    entry = Entry("hopper", {"hopper": 1.0, "torch": 2.0}, CONFIG_FIELDS)
+    monkeypatch.setattr(hopper_script, "measure", lambda *a, **k: iter([(key, entry)]))
+    monkeypatch.setattr("sys.argv", ["hopper.py", "--dtype", "bf16", "--size", "1x32x32"])
+    assert hopper_script.main() == 0
+    out = capsys.readouterr().out
+    assert "2 of 2 launch configurations hold" in out
+    assert "hopper (hopper 1.0, torch 2.0 us), 75 TFLOP/s" in out  # 2 x 9 x 64 x 64 x 1024 in a microsecond
+    assert measured.table(GPU) == {key: entry}
+    comparison.parity.ok = False
+    assert hopper_script.main() == 1
