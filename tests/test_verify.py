@@ -302,7 +302,7 @@ def scaled(which: int, channels: int) -> Callable:
     right = backward._convolution_backward
 
     def wrong(grad, x, weight, *others):
-        found = list(right(grad, x, weight, *others))
+        found: list[Any] = list(right(grad, x, weight, *others))
         if weight.shape[1] == channels and found[which] is not None:
             found[which] = found[which] * 1.01
         return tuple(found)
