@@ -60,6 +60,7 @@ $(VENV)/installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --constraint constraints.txt setuptools
 	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(PIP) install --constraint constraints.txt --no-deps dynamic-network-architectures
 	@touch $@
 
 $(VENV)/triton-%/installed: $(VENV)/installed

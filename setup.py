@@ -14,7 +14,9 @@ TRITON = "triton>=3.6; sys_platform == 'linux' and (platform_machine == 'x86_64'
 
 VERIFY = ["hypothesis", "matplotlib"]
 HUB = ["huggingface_hub"]
-TEST = ["build", "hypothesis", "pytest", "pytest-benchmark", "pytest-xdist", "setuptools>=77"]
+# The tests convert networks of dynamic-network-architectures too, which is installed without its dependencies
+# (torchvision and timm, which nothing here imports): see the Makefile.
+TEST = ["build", "hypothesis", "pytest", "pytest-benchmark", "pytest-xdist", "setuptools>=77", "monai", *HUB]
 DEV = ["matplotlib", "pyright", "ruff"]
 
 setup(

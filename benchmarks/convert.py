@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,13 @@ import fastunet
 
 warnings.simplefilter("ignore")  # of MONAI's own imports
 from dynamic_network_architectures.architectures.unet import PlainConvUNet  # noqa: E402
-from monai.networks.nets import BasicUNet  # noqa: E402
+from monai.networks.nets.basic_unet import BasicUNet  # noqa: E402
 
 from tests.convert.networks import Jvanvugt, LeeJunHyun, Listed, Mateuszbuda, Milesial  # noqa: E402
 
 ROUNDS = 9
 _STAGES = 6
-_PLAIN_CONV_UNET = partial(
+_PLAIN_CONV_UNET: Any = partial(
     PlainConvUNet, 1, _STAGES, [min(32 * 2**i, 512) for i in range(_STAGES)], nn.Conv2d, 3,
     [1, *[2] * (_STAGES - 1)], 2, 2, 2, conv_bias=True, norm_op=nn.InstanceNorm2d,
     norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True},

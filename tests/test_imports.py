@@ -1,6 +1,6 @@
 """Imports run one way. The arrows are read from the source with ast; nothing is imported for it.
 
-    cli, benchmarks, tests -> train, predict, parity, convert, weights, explain -> model -> ops
+    cli, benchmarks, tests -> train, predict, parity, weights -> convert, explain -> model -> ops
         -> {dispatch, reference, kernels} -> config
 
 A room is a module or a subpackage of fastunet. A new one fails the test until it has a row here.

@@ -15,7 +15,7 @@ from .networks import Assembled, Jvanvugt, LeeJunHyun, Listed, Mateuszbuda, Mile
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of MONAI's own imports
     from dynamic_network_architectures.architectures.unet import PlainConvUNet
-    from monai.networks.nets import BasicUNet
+    from monai.networks.nets.basic_unet import BasicUNet
 
 
 def plain_conv_unet(

@@ -40,6 +40,7 @@ def test_snippet(name, code, seed, tmp_path, monkeypatch):
     exec(code, names)
     network, model = names["network"], names["model"]
     x = image(network, (32, 48))
-    network.eval(), model.eval()
+    network.eval()
+    model.eval()
     with torch.no_grad():
         torch.testing.assert_close(model(x), network(x), rtol=1e-3, atol=1e-4)
