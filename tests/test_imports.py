@@ -35,7 +35,7 @@ ROOMS: dict[str, set[str]] = {
     "convert": {"config", "reference", "model", "weights"},
     "explain": {"config", "dispatch", "model", "trace"},
     "predict": {"config", "images", "reference", "model"},
-    "train": {"config", "images", "reference", "model", "weights", "predict"},
+    "train": {"config", "files", "images", "reference", "model", "weights", "predict"},
 }
 # The doors: these may import every room above, and no room imports them.
 DOORS = {"__init__", "__main__", "cli"}
