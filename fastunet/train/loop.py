@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -147,7 +147,7 @@ class _Run:
 
     @property
     def averaged(self) -> UNet:
-        return self.average.module
+        return cast(UNet, self.average.module)
 
     def advance(self, x: Tensor, target: Tensor) -> Tensor:
         """One step of the optimiser; returns the loss."""
