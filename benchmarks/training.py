@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="the picture")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
@@ -42,7 +42,7 @@ def main() -> None:
         for name, network in NETWORKS.items():
             torch.manual_seed(seed)
             model, losses, start = network.from_config(CONFIG), [], time.perf_counter()
-            settings = train.Settings(steps=arguments.steps, every=max(1, arguments.steps // 5), size=96, seed=seed)
+            settings = train.Settings(steps=arguments.steps, every=max(1, arguments.steps // 4), size=96, seed=seed)
             with tempfile.TemporaryDirectory() as out:
                 points = train.fit(
                     model,

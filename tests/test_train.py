@@ -18,16 +18,18 @@ from PIL import Image
 from torch import Tensor
 
 from fastunet import FastUNet, UNetConfig, train, weights
+from fastunet.files import atomic_write
 from fastunet.images import normalise, read_image
 from fastunet.predict import predict_mask
 from fastunet.reference import UNet
-from fastunet.train import Settings, segmentation_loss
+from fastunet.train import Settings, curves, segmentation_loss
 from fastunet.train.augment import Windows, indices, window
 from fastunet.train.validate import validate
 
 from .blobs import write_pairs, write_split
 
 CONFIG = UNetConfig(features=(4, 8), norm="batch")
+draw = curves.write_png
 QUICK = Settings(steps=6, batch=2, size=16, every=2, ema=0.5)
 
 
@@ -44,6 +46,17 @@ def folder(rng: np.random.Generator, tmp_path: Path) -> Path:
 @pytest.fixture
 def data(folder: Path) -> train.Data:
     return train.find(folder, 1, 2)
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch) -> None:
+    """Drawing takes longer than all the rest."""
+
+    def blank(path: Path, points: object) -> None:
+        with atomic_write(path) as temporary:
+            temporary.touch()
+
+    monkeypatch.setattr(curves, "write_png", blank)
 
 
 def new_model(config: UNetConfig = CONFIG, kind: type[UNet] = FastUNet) -> UNet:
@@ -271,6 +284,18 @@ def test_a_window_keeps_mask_and_image_together(rng: np.random.Generator, data: 
 
 
 # --- fit -------------------------------------------------------------------------------------
+
+
+def test_curves_are_a_table_and_a_picture(tmp_path: Path) -> None:
+    points = [train.Point(2, 1e-3, 1.5, 1.25, 0.5, 0.25, 3.0), train.Point(4, 5e-4, 1.0, 1.125, 0.1, 0.2, 4.0)]
+    draw(tmp_path / "curve.png", points)
+    assert Image.open(tmp_path / "curve.png").size == (1080, 420)
+    curves.write_csv(tmp_path / "curve.csv", points)
+    assert (tmp_path / "curve.csv").read_text().splitlines() == [
+        "step,lr,loss,val_loss,dice,mean_dice,images_per_second",
+        "2,0.001,1.5,1.25,0.5,0.25,3.0",
+        "4,0.0005,1.0,1.125,0.1,0.2,4.0",
+    ]
 
 
 def test_it_learns(data: train.Data, tmp_path: Path) -> None:

@@ -125,6 +125,8 @@ def _train(arguments: argparse.Namespace, process: Processes) -> None:
         raise SetupError(f"--size: expected at least {least} for this network, got {settings.size}")
     if not 0 < arguments.val_fraction < 1:
         raise SetupError(f"--val-fraction: expected a number in (0, 1), got {arguments.val_fraction}")
+    if arguments.workers < 0:
+        raise SetupError(f"--workers: expected a number of at least 0, got {arguments.workers}")
     data = find(arguments.data, config.in_channels, config.out_channels, arguments.val_fraction)
 
     console = new_console()

@@ -26,8 +26,9 @@ def write_png(path: Path, points: Sequence[Point]) -> None:
     """Losses on the left, Dice on the right, both over steps."""
     from matplotlib.figure import Figure  # not pyplot, which keeps figures and looks for a display
 
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    figure = Figure(figsize=(9, 3.5))
     losses, dices = figure.subplots(1, 2)
+    figure.subplots_adjust(left=0.06, right=0.98, bottom=0.14, top=0.9)  # automatic layouts draw twice
     steps = [point.step for point in points]
     losses.plot(steps, [point.loss for point in points], label="training windows")
     losses.plot(steps, [point.val_loss for point in points], label="validation images")
