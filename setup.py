@@ -12,9 +12,10 @@ from setuptools import setup
 # PyTorch's CPU builds do not bring Triton, and Triton's wheels exist for these two platforms.
 TRITON = "triton>=3.6; sys_platform == 'linux' and (platform_machine == 'x86_64' or platform_machine == 'aarch64')"
 
+TRAIN = ["matplotlib", "torchmetrics>=1.9"]
 VERIFY = ["hypothesis", "matplotlib"]
 TEST = ["build", "hypothesis", "pytest", "pytest-benchmark", "pytest-xdist", "setuptools>=77"]
-DEV = ["matplotlib", "pyright", "ruff"]
+DEV = [*TRAIN, "pyright", "ruff"]
 
 setup(
     name="fastunet",
@@ -39,8 +40,8 @@ setup(
     ],
     python_requires=">=3.10",
     install_requires=["torch>=2.11", TRITON, "numpy", "pillow", "rich", "safetensors", "tifffile"],
-    extras_require={"verify": VERIFY, "test": TEST, "dev": TEST + DEV},
-    packages=["fastunet", "fastunet.cli", "fastunet.kernels", "fastunet.parity"],
+    extras_require={"train": TRAIN, "verify": VERIFY, "test": TEST, "dev": TEST + DEV},
+    packages=["fastunet", "fastunet.cli", "fastunet.kernels", "fastunet.parity", "fastunet.train"],
     package_dir={"fastunet": "fastunet", "fastunet.kernels": "kernels"},
     package_data={"fastunet": ["py.typed", "pretrained/*"]},
     entry_points={"console_scripts": ["fastunet=fastunet.cli:main"]},

@@ -24,7 +24,7 @@ from fastunet import UNetConfig, train
 from fastunet.files import atomic_write
 from fastunet.images import overlay, scale
 from fastunet.predict import predict_mask
-from fastunet.reference import DoubleConv, UNet, pad_to
+from fastunet.reference import DoubleConv, UNet, Up, pad_to
 
 SKIPS = "concat", "add", "none"
 # bilinear_conv gives the upsampled map the skip's channels, without which they could not be added.
@@ -41,6 +41,7 @@ class SkipUNet(UNet):
         self.skip = skip
         if skip != "concat":
             for level, up in zip(reversed(range(config.depth)), self.ups, strict=True):
+                assert isinstance(up, Up)
                 up.conv = DoubleConv(config.features[level], config.features[level], norm=config.norm)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,6 +51,7 @@ class SkipUNet(UNet):
             skips.append(skip)
         x = self.bottleneck(x)
         for up in self.ups:
+            assert isinstance(up, Up)
             skip = skips.pop()
             x = pad_to(up.up(x), skip.shape[-2], skip.shape[-1])
             if self.skip == "concat":

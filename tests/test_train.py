@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from torch import Tensor
@@ -24,6 +25,7 @@ from fastunet.predict import predict_mask
 from fastunet.reference import UNet
 from fastunet.train import Settings, curves, segmentation_loss
 from fastunet.train.augment import Windows, indices, window
+from fastunet.train.data import read_mask
 from fastunet.train.validate import validate
 
 from .blobs import write_pairs, write_split
@@ -167,6 +169,20 @@ def test_split_folders_are_taken_as_they_are(folder: Path) -> None:
     np.testing.assert_array_equal(image, read_image(folder / "train" / "images" / "b.png"))
 
 
+def test_masks_are_read_as_stored(tmp_path: Path) -> None:
+    wanted = np.array([[0, 1, 2], [2, 0, 1]], np.uint8)
+    palette = Image.fromarray(wanted)
+    palette.putpalette([9, 9, 9, 200, 0, 0, 0, 200, 0] + [0] * 759)
+    palette.save(tmp_path / "palette.png")
+    Image.fromarray(np.stack([wanted] * 3, 2)).save(tmp_path / "grey.png")
+    Image.fromarray(wanted > 0).save(tmp_path / "bits.png")
+    tifffile.imwrite(tmp_path / "int32.tif", wanted.astype(np.int32))
+    for name in ("palette.png", "grey.png", "int32.tif"):
+        np.testing.assert_array_equal(read_mask(tmp_path / name, 3), wanted)
+        np.testing.assert_array_equal(read_mask(tmp_path / name, 2), wanted > 0)
+    np.testing.assert_array_equal(read_mask(tmp_path / "bits.png", 3), wanted > 0)
+
+
 def test_plain_pairs_are_split_the_same_way_every_time(rng: np.random.Generator, tmp_path: Path) -> None:
     write_pairs(tmp_path, rng, 10, masks="masks")
     (tmp_path / "masks" / "a.png").rename(tmp_path / "masks" / "a_mask.png")  # as fastunet segment names them
@@ -191,7 +207,8 @@ def test_everything_wrong_is_said_at_once_by_file(folder: Path) -> None:
     (images / "d.png").rename(images / "e.png")
     whole = (folder / "val" / "labels" / "a.png").read_bytes()
     (folder / "val" / "labels" / "a.png").write_bytes(whole[: len(whole) // 2])
-    Image.fromarray(np.ones((41, 49, 3), np.uint8)).save(folder / "val" / "labels" / "b.png")
+    colours = np.stack([np.full((41, 49), level, np.uint8) for level in (1, 2, 3)], 2)
+    Image.fromarray(colours).save(folder / "val" / "labels" / "b.png")
     with pytest.raises(train.DataError) as caught:
         train.find(folder, 1, 2)
     assert sorted(caught.value.problems) == sorted(

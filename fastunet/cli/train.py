@@ -90,9 +90,9 @@ Exit code: 0 all fine, 1 the loss became NaN or infinite, 2 nothing could be sta
     command.add_argument(
         "--workers",
         type=int,
-        default=0,
+        default=4 if torch.cuda.is_available() else 0,
         metavar="N",
-        help="processes that prepare windows beside the training (default: %(default)s)",
+        help="processes that prepare windows beside the training (default here: %(default)s)",
     )
     command.add_argument("--resume", action="store_true", help="continue the run in DIR, if there is one")
     add_device_and_dtype(command)

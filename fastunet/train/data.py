@@ -104,6 +104,8 @@ def read_mask(path: Path, classes: int) -> np.ndarray:
         mask = tifffile.imread(path) if path.suffix.lower() in (".tif", ".tiff") else np.asarray(Image.open(path))
     except Exception as error:  # decoders raise many types on corrupt files
         raise ImageError(f"{path}: cannot be read ({str(error).partition(chr(10))[0] or repr(error)})") from None
+    if mask.ndim == 3 and mask.shape[2] in (3, 4) and (mask[..., 1:3] == mask[..., :1]).all():
+        mask = mask[..., 0]  # grey, stored as colour
     if mask.ndim != 2 or mask.size == 0:
         raise ImageError(f"{path}: expected a mask of one plane, got an array of shape {mask.shape}")
     if classes <= 2:
