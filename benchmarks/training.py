@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from torch import nn
 
 from fastunet import FastUNet, UNetConfig, train
 from fastunet.files import atomic_write
@@ -30,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="the picture")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
@@ -41,8 +42,8 @@ def main() -> None:
     for seed in range(arguments.seeds):
         for name, network in NETWORKS.items():
             torch.manual_seed(seed)
-            model, losses, start = network.from_config(CONFIG), [], time.perf_counter()
-            settings = train.Settings(steps=arguments.steps, every=max(1, arguments.steps // 4), size=96, seed=seed)
+            model, losses, start = he_init(network.from_config(CONFIG)), [], time.perf_counter()
+            settings = train.Settings(steps=arguments.steps, every=max(1, arguments.steps // 3), size=64, seed=seed)
             with tempfile.TemporaryDirectory() as out:
                 points = train.fit(
                     model,
@@ -68,6 +69,16 @@ def main() -> None:
         last = [dices[name, seed][-1].dice for seed in range(arguments.seeds)]
         print(f"{name}: loss {_spread(ends)}, Dice {_spread(last)}")
     draw(arguments.out, curves, dices)
+
+
+def he_init(model: UNet) -> UNet:
+    """Weights as He et al. (2015, arXiv:1502.01852): from torch's own, nothing is learned for hundreds of steps."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return model
 
 
 def _spread(values: list[float]) -> str:

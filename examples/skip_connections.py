@@ -98,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="the picture")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
 
@@ -111,7 +111,7 @@ def main() -> None:
         for seed in range(arguments.seeds):
             torch.manual_seed(seed)
             model = SkipUNet(skip)
-            settings = train.Settings(steps=arguments.steps, every=arguments.steps, size=96, ema=0.9, seed=seed)
+            settings = train.Settings(arguments.steps, size=64, lr=5e-3, ema=0.9, every=arguments.steps, seed=seed)
             with tempfile.TemporaryDirectory() as out:
                 last = train.fit(model, data, out, settings)[-1]
             found.append((last.dice, last.mean_dice, mean_boundary_f1(model.eval(), data.val)))
