@@ -73,6 +73,32 @@ def test_it_writes_five_files_that_the_other_commands_take(run, folder: Path, tm
     assert run("segment", image, "--out", tmp_path / "m", "--weights", out / "best.safetensors").code == 0
 
 
+def test_the_bar_shows_loss_dice_and_throughput(run, folder: Path, tmp_path: Path, monkeypatch) -> None:
+    shown: list[tuple[int, str]] = []
+
+    class Bar:
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def add_task(self, description: str, total: int) -> int:
+            assert total == 30
+            return 0
+
+        def update(self, task: int, completed: int, description: str) -> None:
+            shown.append((completed, description))
+
+    monkeypatch.setattr("fastunet.cli.train.new_progress", lambda console: Bar())
+    options = ("--config", CONFIG, "--batch", 1, "--size", 16, "--steps", 30, "--every", 15)
+    assert run("train", folder, "--out", tmp_path / "out", *options).code == 0
+    assert [step for step, _ in shown] == [10, 20, 30]
+    assert re.fullmatch(r"loss \d\.\d{3}  \d+\.\d images/s", shown[0][1])
+    dice = files_of(tmp_path / "out")["state"]["points"][0]["dice"]
+    assert re.fullmatch(rf"loss \d\.\d{{3}}  Dice {dice:.3f}  \d+\.\d images/s", shown[2][1])
+
+
 def test_plain_pairs_and_weights_to_begin_with(run, rng, tmp_path: Path) -> None:
     write_pairs(tmp_path / "plain", rng, 4, masks="masks")
     torch.manual_seed(3)

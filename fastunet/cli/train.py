@@ -134,11 +134,13 @@ def _train(arguments: argparse.Namespace, process: Processes) -> None:
     say(f"{len(data.train)} images to train on, {len(data.val)} to validate", soft_wrap=True)
     with new_progress(new_console(stderr=True)) as progress:
         task = progress.add_task("", total=settings.steps)
-        clock, shown, dice = time.perf_counter(), 0, ""
+        clock, shown, dice = 0.0, None, ""
 
         def on_step(step: int, loss: Tensor) -> None:
             nonlocal clock, shown
-            if step % SHOWN_EVERY == 0:
+            if shown is None:  # the first, which on resuming is not step 1, took its time to warm up
+                clock, shown = time.perf_counter(), step
+            elif step % SHOWN_EVERY == 0:
                 value, now = loss.item(), time.perf_counter()
                 speed = (step - shown) * settings.batch / (now - clock)
                 text = f"loss {value:.3f}{dice}  {speed:.1f} images/s"
