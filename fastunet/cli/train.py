@@ -50,7 +50,7 @@ Exit code: 0 all fine, 1 the loss became NaN or infinite, 2 nothing could be sta
             "fastunet train dsb2018 --out run",
             "fastunet train plates --out run --steps 10000 --batch 16 --size 256 --device cuda --dtype bf16",
             "fastunet train plates --out tuned --weights run/best.safetensors --lr 5e-4",
-            "torchrun --nproc-per-node 4 -m fastunet train plates --out run --batch 64 --device cuda --resume",
+            "fastunet train dsb2018 --out run --resume",
         ),
     )
     command.add_argument("data", type=Path, metavar="DATA")
