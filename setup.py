@@ -12,12 +12,13 @@ from setuptools import setup
 # PyTorch's CPU builds do not bring Triton, and Triton's wheels exist for these two platforms.
 TRITON = "triton>=3.6; sys_platform == 'linux' and (platform_machine == 'x86_64' or platform_machine == 'aarch64')"
 
+TRAIN = ["matplotlib", "torchmetrics>=1.9"]
 VERIFY = ["hypothesis", "matplotlib"]
 HUB = ["huggingface_hub"]
 # The tests convert networks of dynamic-network-architectures too, which is installed without its dependencies
 # (torchvision and timm, which nothing here imports): see the Makefile.
 TEST = ["build", "hypothesis", "pytest", "pytest-benchmark", "pytest-xdist", "setuptools>=77", "monai", *HUB]
-DEV = ["matplotlib", "pyright", "ruff"]
+DEV = [*TRAIN, "pyright", "ruff"]
 
 setup(
     name="fastunet",
@@ -42,7 +43,7 @@ setup(
     ],
     python_requires=">=3.10",
     install_requires=["torch>=2.11", TRITON, "numpy", "pillow", "rich", "safetensors", "tifffile"],
-    extras_require={"verify": VERIFY, "hub": HUB, "test": TEST, "dev": TEST + DEV},
+    extras_require={"train": TRAIN, "verify": VERIFY, "hub": HUB, "test": TEST, "dev": TEST + DEV},
     packages=[
         "fastunet",
         "fastunet.cli",
@@ -51,6 +52,7 @@ setup(
         "fastunet.kernels.hopper",
         "fastunet.ops",
         "fastunet.parity",
+        "fastunet.train",
     ],
     package_dir={"fastunet": "fastunet", "fastunet.kernels": "kernels"},
     package_data={"fastunet": ["py.typed", "pretrained/*", "tables/*.json"]},

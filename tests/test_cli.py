@@ -28,6 +28,7 @@ from fastunet.trace import totals, trace
 
 FUNCTIONS = {
     "segment": "fastunet.cli.segment.segment",
+    "train": "fastunet.cli.train.train",
     "summary": "fastunet.cli.describe.summary",
     "info": "fastunet.cli.describe.info",
     "verify": "fastunet.cli.verify.run",

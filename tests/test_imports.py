@@ -42,7 +42,7 @@ ROOMS: dict[str, set[str]] = {
     "explain": {"config", "dispatch", "ops", "model", "trace"},
     "tune": {"config", "dispatch", "files", "measured", "model", "ops", "parity"},
     "predict": {"config", "images", "reference", "model"},
-    "train": {"config", "images", "reference", "model", "weights", "predict"},
+    "train": {"config", "files", "images", "reference", "model", "weights", "predict"},
 }
 # The doors: these may import every room above, and no room imports them.
 DOORS = {"__init__", "__main__", "cli"}

@@ -11,7 +11,7 @@ import signal
 from collections.abc import Sequence
 
 from .. import weights
-from . import bench, convert, describe, segment, verify
+from . import bench, convert, describe, segment, train, verify
 from .shared import Parser, SetupError, examples, new_console
 
 
@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         description="U-Net segmentation with fused Triton kernels.",
         **examples(
             "fastunet segment cells.png --out masks",
+            "fastunet train dsb2018 --out run",
             "fastunet summary --size 256",
             "fastunet verify --weights mine.safetensors --dtype bf16",
             "fastunet convert unet_carvana.pth --out carvana.safetensors",
@@ -44,6 +45,6 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (segment, describe, verify, convert, bench):
+    for module in (segment, train, describe, verify, convert, bench):
         module.add(commands)
     return parser

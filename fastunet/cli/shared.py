@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -12,6 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from ..config import UNetConfig
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -71,6 +74,15 @@ def a_seed(text: str) -> int:
     if not re.fullmatch(r"\d+", text) or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"expected an integer in [0, 2**63), got {text!r}")
     return int(text)
+
+
+def a_config(text: str) -> UNetConfig:
+    try:
+        if not text.lstrip().startswith("{"):
+            text = Path(text).read_text(encoding="utf-8")
+        return UNetConfig.from_json(text)
+    except (OSError, ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"expected a UNetConfig as JSON or a file with one ({error})") from None
 
 
 class Parser(argparse.ArgumentParser):

@@ -34,6 +34,7 @@ from ..reference import UNet
 from .shared import (
     DTYPES,
     SetupError,
+    a_config,
     a_count,
     a_seed,
     a_size,
@@ -71,7 +72,7 @@ Exit code: 0 all holds, 1 something does not, 2 nothing could be started.""",
     )
     command.add_argument(
         "--config",
-        type=_config,
+        type=a_config,
         metavar="JSON|FILE",
         help="a UNetConfig, as JSON or in a file: of weights without one, or of a network with weights from --seed",
     )
@@ -435,15 +436,6 @@ def _fuzz(arguments: argparse.Namespace, found: _Findings) -> None:
             progress.update(task, completed=so_far.passed, description=doing)
 
         found.fuzzed = fuzz(arguments.fuzz, arguments.seed, arguments.device, on_progress)
-
-
-def _config(text: str) -> UNetConfig:
-    try:
-        if not text.lstrip().startswith("{"):
-            text = Path(text).read_text(encoding="utf-8")
-        return UNetConfig.from_json(text)
-    except (OSError, ValueError, TypeError) as error:
-        raise argparse.ArgumentTypeError(f"expected a UNetConfig as JSON or a file with one ({error})") from None
 
 
 def _case(text: str) -> Case:

@@ -1,0 +1,135 @@
+"""Does FastUNet train as plain PyTorch does? Same seeds, same windows, both networks; a table and a picture.
+
+    python benchmarks/training.py DATA --out docs/training_curves.png
+
+DATA is a folder for ``fastunet train``. Each seed draws initial weights, which both networks get, and
+windows. Without norm layers, since with batch norm that trains FastUNet runs the reference itself on a CPU.
+Training multiplies roundings, so there is a control: plain PyTorch in ``channels_last``, which is the same
+network and rounds otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from fastunet import FastUNet, UNetConfig, train
+from fastunet.files import atomic_write
+from fastunet.reference import UNet
+
+CONFIG = UNetConfig(features=(8, 16, 32, 64), align_corners=False)
+OURS, PLAIN, CONTROL = NETWORKS = "FastUNet", "plain PyTorch", "plain PyTorch, channels_last"
+FIRST, LAST = 10, 50  # steps: compared one by one; averaged
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="the picture")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+
+    data = small_and_grey(train.find(arguments.data, CONFIG.in_channels, CONFIG.out_channels))
+    curves: dict[tuple[str, int], list[float]] = {}
+    dices: dict[tuple[str, int], list[train.Point]] = {}
+    for seed in range(arguments.seeds):
+        for name in NETWORKS:
+            curves[name, seed], dices[name, seed] = run(name, seed, data, arguments.steps, arguments.device)
+    report(curves, dices)
+    draw(arguments.out, curves, dices)
+
+
+def small_and_grey(data: train.Data) -> train.Data:
+    """Fluorescence images of up to 360 pixels a side: so small a network learns them in minutes, stained tissue not."""
+    sets = ([p for p in pairs if max(p.shape) <= 360 and p.read(2)[0].ndim == 2] for pairs in (data.train, data.val))
+    return train.Data(*sets, data.channels, data.classes)
+
+
+def run(name: str, seed: int, data: train.Data, steps: int, device: str) -> tuple[list[float], list[train.Point]]:
+    """The loss of each step, and the points."""
+    torch.manual_seed(seed)
+    model, losses, start = new_model(name), [], time.perf_counter()
+    settings = train.Settings(steps, size=64, lr=1e-3, every=max(1, steps // 4), seed=seed)
+    process = train.Processes(torch.device(device))
+    with tempfile.TemporaryDirectory() as out:
+        keep = lambda _, loss: losses.append(loss.item())
+        points = train.fit(model, data, out, settings, process=process, on_step=keep)
+    print(f"seed {seed}, {name}: Dice {points[-1].dice:.4f}, {time.perf_counter() - start:.0f} s", flush=True)
+    return losses, points
+
+
+def report(curves: dict[tuple[str, int], list[float]], dices: dict[tuple[str, int], list[train.Point]]) -> None:
+    """The table."""
+    seeds = sorted({seed for _, seed in curves})
+    print(f"| seed | network | largest difference of the first {FIRST} losses | loss at the end | Dice |")
+    print("|---|---|---|---|---|")
+    for seed in seeds:
+        for name in NETWORKS:
+            gap = max(differences(curves, name, seed)[:FIRST])
+            print(f"| {seed} | {name} | {gap:.1e} | {end(curves[name, seed]):.4f} | {dices[name, seed][-1].dice:.4f} |")
+    for name in NETWORKS:
+        ends = spread([end(curves[name, seed]) for seed in seeds])
+        last = spread([dices[name, seed][-1].dice for seed in seeds])
+        print(f"| all | {name} | | {ends} | {last} |")
+
+
+def new_model(name: str) -> UNet:
+    """Weights as He et al. (2015, arXiv:1502.01852): from torch's own, hundreds of steps learn nothing."""
+    model = (FastUNet if name == OURS else UNet).from_config(CONFIG)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.bias is not None:
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            nn.init.zeros_(module.bias)
+    if name == CONTROL:
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return model
+
+
+def end(losses: list[float]) -> float:
+    return statistics.mean(losses[-LAST:])
+
+
+def differences(curves: dict[tuple[str, int], list[float]], name: str, seed: int) -> list[float]:
+    """Of each step's loss from that of plain PyTorch, relative."""
+    return [abs(a - b) / b for a, b in zip(curves[name, seed], curves[PLAIN, seed], strict=True)]
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
+
+
+def draw(
+    path: Path, curves: dict[tuple[str, int], list[float]], dices: dict[tuple[str, int], list[train.Point]]
+) -> None:
+    """Losses, their differences and Dice, over steps; a colour for each seed."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    losses, gaps, scores = figure.subplots(1, 3)
+    for (name, seed), values in curves.items():
+        style = {"color": f"C{seed}", "ls": {OURS: "-", PLAIN: "--", CONTROL: ":"}[name], "label": f"{name}, {seed}"}
+        mean = torch.tensor(values).unfold(0, min(20, len(values)), 1).mean(1)
+        losses.plot(range(len(values) - len(mean) + 1, len(values) + 1), mean, **style)
+        points = dices[name, seed]
+        scores.plot([p.step for p in points], [p.dice for p in points], **style)
+        if name != PLAIN:
+            gaps.semilogy(range(1, len(values) + 1), differences(curves, name, seed), lw=0.7, **style)
+    losses.set(title="loss, mean of 20 steps", xlabel="step")
+    gaps.set(title="relative difference from plain PyTorch's loss", xlabel="step")
+    scores.set(title="validation Dice, all pixels", xlabel="step")
+    for axes in (losses, gaps, scores):
+        axes.grid(alpha=0.3)
+    losses.legend(fontsize=6)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()

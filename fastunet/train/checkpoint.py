@@ -1,0 +1,64 @@
+"""The files of a run: whole at any moment, and enough to continue from. Reading them never runs code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import weights
+from ..files import atomic_write
+from ..reference import UNet
+from . import curves
+from .settings import TrainingError
+
+if TYPE_CHECKING:
+    from .loop import Point
+
+STATE = "last.pt"
+
+
+def open_run(out: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any] | None:
+    """Make the folder ``out`` if it is not there; the state of the run in it, if there is one.
+
+    Raises:
+        TrainingError: see :func:`fastunet.train.fit`.
+    """
+    path = out / STATE
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for left in out.glob(".????????????????.tmp"):  # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
+    except OSError as error:
+        raise TrainingError(f"{out}: cannot be written to ({error.strerror})") from None
+    if not path.exists():
+        return None
+    if not resume:
+        raise TrainingError(f"{out}: holds a run; resume it (--resume) or take another folder")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = {key: state[key] for key in identity}
+    except Exception as error:  # damaged archives raise many types
+        reason = str(error).partition("\n")[0] or repr(error)
+        raise TrainingError(f"{path}: cannot be read ({reason})") from None
+    for name, value in identity["settings"].items():
+        if found["settings"].get(name) != value:
+            raise TrainingError(f"{name}: the run in {out} has {found['settings'].get(name)!r}, got {value!r}")
+    if found["config"] != identity["config"]:
+        raise TrainingError(f"config: the run in {out} has {found['config']}, got {identity['config']}")
+    if found["data"] != identity["data"]:
+        raise TrainingError(f"data: the run in {out} has other images, or other channels or sizes of them")
+    return state
+
+
+def write(out: Path, model: UNet, state: dict[str, Any], points: Sequence[Point]) -> None:
+    """Write all files of a run. A kill between two of them leaves a state from which all are written again."""
+    if points[-1].dice > max((point.dice for point in points[:-1]), default=-1.0):
+        weights.save(model, out / "best.safetensors")
+    weights.save(model, out / "last.safetensors")
+    curves.write_csv(out / "curve.csv", points)
+    curves.write_png(out / "curve.png", points)
+    with atomic_write(out / STATE) as temporary:
+        torch.save(state, temporary)

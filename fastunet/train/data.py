@@ -1,0 +1,177 @@
+"""Folders of images and masks: found, paired, split, and every file checked before training starts."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tifffile
+from PIL import Image
+
+from ..images import ImageError, limits, list_images, read_image
+
+MASKS = ("labels", "masks")  # names of the folder beside images/
+MEMORY = 4 * 2**30  # bytes of pixels that are kept after checking; the files of larger sets are read again
+
+
+class DataError(ValueError):
+    """Data that cannot be trained on; ``problems`` holds a line for each file or folder, with its name."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
+
+
+@dataclass
+class Pair:
+    """An image and its mask."""
+
+    image_path: Path
+    mask_path: Path
+    shape: tuple[int, int]  # (H, W)
+    limits: tuple[float, float]  # grey levels that become 0 and 1
+    kept: tuple[np.ndarray, np.ndarray] | None = None
+
+    def read(self, classes: int) -> tuple[np.ndarray, np.ndarray]:
+        """(image as :func:`fastunet.images.read_image` gives it, (H, W) uint8 class of each pixel)."""
+        return self.kept or (read_image(self.image_path), read_mask(self.mask_path, classes))
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a network is trained and validated on. ``classes`` is its number of output channels."""
+
+    train: list[Pair]
+    val: list[Pair]
+    channels: int
+    classes: int
+
+    def fingerprint(self) -> str:
+        """Names, sizes and exposure of all images as a short hash: the same for the same data, wherever it lies."""
+        parts = [[(p.image_path.name, p.shape, p.limits) for p in pairs] for pairs in (self.train, self.val)]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def find(folder: str | os.PathLike[str], channels: int, classes: int, val_fraction: float = 0.2) -> Data:
+    """Find and check the images of ``folder``, every file of them.
+
+    Two layouts: ``train/`` and ``val/`` with ``images/`` and ``labels/`` (or ``masks/``) in each; or
+    ``images/`` and ``masks/`` (or ``labels/``) alone, of which ``val_fraction`` validates: the images
+    whose names have the smallest hashes, so that the choice is the same everywhere and all but stays
+    when images are added. The mask of ``cell.jpg`` is ``cell.png`` or ``cell_mask.png``, or another format.
+
+    Args:
+        channels: of the network's input, 1 (colour becomes luma) or 3 (grey is repeated).
+        classes: output channels. Up to two: whatever is above 0 in a mask is foreground, so that
+            instance numbers and 255 will do. More: a mask's values are classes, from 0.
+
+    Raises:
+        DataError: anything wrong with any file, all in one go: an image that cannot be read or holds
+            NaN, a mask of another size, an image without mask, a mask without image, an empty set.
+    """
+    folder, problems = Path(folder), []
+    split = [folder / "train", folder / "val"]
+    if any((part / "images").is_dir() for part in split):
+        sets = [_checked(part, channels, classes, problems) for part in split]
+    else:
+        pairs = _checked(folder, channels, classes, problems)
+        by_hash = sorted(pairs, key=lambda pair: hashlib.sha256(pair.image_path.stem.encode()).digest())
+        chosen = {id(pair) for pair in by_hash[: math.ceil(val_fraction * len(pairs))]}
+        sets = [[p for p in pairs if id(p) not in chosen], [p for p in pairs if id(p) in chosen]]
+        if not problems and not (sets[0] and sets[1]):
+            problems.append(f"{folder}: {len(pairs)} images, too few to split into training and validation")
+    if problems:
+        raise DataError(problems)
+    return Data(sets[0], sets[1], channels, classes)
+
+
+def read_mask(path: Path, classes: int) -> np.ndarray:
+    """(H, W) uint8 class of each pixel; for up to two classes, 1 wherever the file is above 0.
+
+    Raises:
+        ImageError: not an image, in colour, or a class that the network does not have.
+    """
+    if not path.is_file():
+        raise ImageError(f"{path}: no such file")
+    try:
+        # As stored: a palette's indices are the classes, and nothing is scaled.
+        mask = tifffile.imread(path) if path.suffix.lower() in (".tif", ".tiff") else np.asarray(Image.open(path))
+    except Exception as error:  # decoders raise many types on corrupt files
+        raise ImageError(f"{path}: cannot be read ({str(error).partition(chr(10))[0] or repr(error)})") from None
+    if mask.ndim == 3 and mask.shape[2] in (3, 4) and (mask[..., 1:3] == mask[..., :1]).all():
+        mask = mask[..., 0]  # grey, stored as colour
+    if mask.ndim != 2 or mask.size == 0:
+        raise ImageError(f"{path}: expected a mask of one plane, got an array of shape {mask.shape}")
+    if classes <= 2:
+        return (mask > 0).astype(np.uint8)
+    if mask.dtype.kind not in "uib" or mask.min() < 0 or mask.max() >= classes:
+        raise ImageError(f"{path}: expected classes 0 to {classes - 1}, got {mask.min()} to {mask.max()}")
+    return mask.astype(np.uint8)
+
+
+def _checked(folder: Path, channels: int, classes: int, problems: list[str]) -> list[Pair]:
+    """The usable pairs of ``folder``; a line for each other file is added to ``problems``."""
+    matched = _matched(folder, problems)
+
+    def check(paths: tuple[Path, Path]) -> Pair | str:
+        try:
+            image, mask = read_image(paths[0]), read_mask(paths[1], classes)
+            if image.shape[:2] != mask.shape:
+                sizes = "expected the {}x{} pixels of its image, got {}x{}".format(*image.shape[:2], *mask.shape)
+                return f"{paths[1]}: {sizes}"
+            try:
+                between = limits(image, channels)
+            except ImageError as error:
+                return f"{paths[0]}: {str(error).removeprefix('image: ')}"
+        except ImageError as error:
+            return str(error)
+        return Pair(*paths, mask.shape, between, (image, mask))
+
+    pairs, size = [], 0
+    with ThreadPoolExecutor() as pool:
+        for result in pool.map(check, matched):
+            if isinstance(result, str):
+                problems.append(result)
+                continue
+            assert result.kept is not None
+            size += sum(array.nbytes for array in result.kept)
+            if size > MEMORY:
+                result.kept = None
+            pairs.append(result)
+    if pairs and not any((pair.read(classes)[1] > 0).any() for pair in pairs):
+        problems.append(f"{folder}: no mask has any foreground")
+    return pairs
+
+
+def _matched(folder: Path, problems: list[str]) -> list[tuple[Path, Path]]:
+    """(image, mask) paths of ``folder``, by stem; a line for each without the other is added to ``problems``."""
+    mask_folder = next((folder / name for name in MASKS if (folder / name).is_dir()), folder / MASKS[0])
+    found: list[dict[str, Path]] = []
+    for part in (folder / "images", mask_folder):
+        found.append({})
+        try:
+            for path in list_images(part):
+                if path.stem in found[-1]:
+                    problems.append(f"{path}: has the same name as {found[-1][path.stem].name}")
+                found[-1].setdefault(path.stem, path)
+        except ImageError as error:
+            problems.append(str(error))
+        except OSError as error:
+            what = "no such folder" if isinstance(error, FileNotFoundError) else f"cannot be listed ({error.strerror})"
+            problems.append(f"{part}: {what}")
+    images, masks = found
+    if not images or not masks:
+        return []  # said once, not for each file
+    names = {stem: next((n for n in (stem, f"{stem}_mask") if n in masks), None) for stem in images}
+    for stem, name in names.items():
+        if name is None:
+            problems.append(f"{images[stem]}: has no mask in {mask_folder}")
+    for stem in masks.keys() - set(names.values()):
+        problems.append(f"{masks[stem]}: has no image in {folder / 'images'}")
+    return [(images[stem], masks[name]) for stem, name in names.items() if name is not None]

@@ -1,0 +1,247 @@
+"""``fastunet train``: what it writes, what it says, killed, resumed, and in two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fastunet
+from fastunet import UNetConfig, weights
+
+from .blobs import write_pairs, write_split
+from .test_train import assert_same, files_of
+
+CONFIG = json.dumps({"features": [4, 8]})
+QUICK = ("--config", CONFIG, "--steps", 4, "--batch", 2, "--size", 16, "--every", 2)
+POINT = (
+    r"step \d+: loss [\d.]+, validation loss [\d.]+, Dice [\d.]+ \(all pixels\), [\d.]+ \(mean of images\), .* images/s"
+)
+
+
+@pytest.fixture
+def rng(seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def folder(rng: np.random.Generator, tmp_path: Path) -> Path:
+    return write_split(tmp_path / "data", rng)
+
+
+def command(*arguments: object) -> list[str]:
+    return ["-m", "fastunet", "train", *map(str, arguments)]
+
+
+def start(*arguments: object, before: Sequence[str] = ()) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(fastunet.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *before, *command(*arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_it_writes_five_files_that_the_other_commands_take(run, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "run"
+    done = run("train", folder, "--out", out, *QUICK)
+    assert (done.code, done.err) == (0, "")
+    first, *points, last = done.out.splitlines()
+    assert first == "4 images to train on, 2 to validate"
+    assert [bool(re.fullmatch(POINT, line)) for line in points] == [True, True]
+    assert re.fullmatch(rf"best Dice [\d.]+, at step [24]: {out}/best.safetensors", last)
+    assert {p.name for p in out.iterdir()} == {
+        "best.safetensors", "last.safetensors", "last.pt", "curve.csv", "curve.png"
+    }  # fmt: skip
+    Image.open(out / "curve.png").verify()
+    assert weights.load(out / "best.safetensors").config == UNetConfig.from_json(CONFIG)
+    assert isinstance(torch.load(out / "last.pt", weights_only=True), dict)
+    image = folder / "val" / "images" / "a.png"
+    assert run("segment", image, "--out", tmp_path / "m", "--weights", out / "best.safetensors").code == 0
+
+
+def test_the_bar_shows_loss_dice_and_throughput(run, folder: Path, tmp_path: Path, monkeypatch) -> None:
+    shown: list[tuple[int, str]] = []
+
+    class Bar:
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def add_task(self, description: str, total: int) -> int:
+            assert total == 30
+            return 0
+
+        def update(self, task: int, completed: int, description: str) -> None:
+            shown.append((completed, description))
+
+    monkeypatch.setattr("fastunet.cli.train.new_progress", lambda console: Bar())
+    options = ("--config", CONFIG, "--batch", 1, "--size", 16, "--steps", 30, "--every", 15)
+    assert run("train", folder, "--out", tmp_path / "out", *options).code == 0
+    assert [step for step, _ in shown] == [10, 20, 30]
+    assert re.fullmatch(r"loss \d\.\d{3}  \d+\.\d images/s", shown[0][1])
+    dice = files_of(tmp_path / "out")["state"]["points"][0]["dice"]
+    assert re.fullmatch(rf"loss \d\.\d{{3}}  Dice {dice:.3f}  \d+\.\d images/s", shown[2][1])
+
+
+def test_plain_pairs_and_weights_to_begin_with(run, rng, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "plain", rng, 4, masks="masks")
+    torch.manual_seed(3)
+    model = fastunet.FastUNet(1, 1, (4, 8), norm="batch")
+    weights.save(model, tmp_path / "w.safetensors")
+    options = ("--weights", tmp_path / "w.safetensors", "--steps", 1, "--size", 16, "--lr", 1e-30, "--weight-decay", 0)
+    done = run("train", tmp_path / "plain", "--out", tmp_path / "out", *options, "--ema", 0, "--val-fraction", 0.5)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith("2 images to train on, 2 to validate\n")
+    tuned = weights.load(tmp_path / "out" / "last.safetensors")
+    assert tuned.config == model.config
+    for p, q in zip(tuned.parameters(), model.parameters(), strict=True):
+        assert (p - q).abs().max() < 1e-29  # of so low a rate nothing shows, so it did begin there
+
+
+def test_bad_files_are_all_named_before_anything_starts(run, folder: Path, tmp_path: Path) -> None:
+    (folder / "train" / "images" / "a.png").write_bytes(b"")
+    (folder / "train" / "labels" / "b.png").unlink()
+    (folder / "val" / "images" / "a.png").unlink()
+    done = run("train", folder, "--out", tmp_path / "out", *QUICK)
+    assert (done.code, done.out) == (2, "")
+    assert len(done.errors) == 3
+    for line, name in zip(done.errors, ("train/images/b.png", "train/images/a.png", "val/labels/a.png"), strict=True):
+        assert line.startswith(f"fastunet: {folder / name}: ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--lr", "0"), "--lr: expected a positive number, got 0.0"),
+        (("--warmup", "1"), "--warmup: expected a number in [0, 1), got 1.0"),
+        (("--weight-decay", "-1"), "--weight-decay: expected a number of at least 0, got -1.0"),
+        (("--size", "15"), "--size: expected at least 16 for this network, got 15"),
+        (("--val-fraction", "1"), "--val-fraction: expected a number in (0, 1), got 1.0"),
+        (("--workers", "-1"), "--workers: expected a number of at least 0, got -1"),
+        (("--config", '{"in_channels": 2}'), "--config: expected 1 or 3 input channels, as images have, got 2"),
+        (("--weights", "no.pt"), "no.pt: no such file"),
+    ],
+)
+def test_wrong_options(run, folder: Path, tmp_path: Path, options: tuple[str, ...], message: str) -> None:
+    base = () if options[0] in ("--config", "--weights") else ("--config", '{"features": [2, 2, 2, 2, 2]}')
+    done = run("train", folder, "--out", tmp_path / "out", *base, *options)
+    assert (done.code, done.err) == (2, f"fastunet: {message}\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_earlier_run_is_neither_overwritten_nor_mixed_up(run, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("train", folder, "--out", out, *QUICK).code == 0
+    done = run("train", folder, "--out", out, *QUICK)
+    assert (done.code, done.err) == (
+        2,
+        f"fastunet: {out}: holds a run; resume it (--resume) or take another folder\n",
+    )
+    done = run("train", folder, "--out", out, *QUICK, "--lr", 1, "--resume")
+    assert (done.code, done.err) == (2, f"fastunet: lr: the run in {out} has 0.002, got 1.0\n")
+    done = run("train", folder, "--out", out, *QUICK, "--resume")  # which is done
+    assert (done.code, done.err) == (0, "")
+    assert len(done.out.splitlines()) == 2
+
+
+def test_divergence_is_exit_code_1(run, folder: Path, tmp_path: Path) -> None:
+    done = run("train", folder, "--out", tmp_path / "out", *QUICK, "--lr", 1e30)
+    assert done.code == 1
+    assert re.fullmatch(r"fastunet: loss or weights are NaN or infinite after \d steps; try a lower lr\n", done.err)
+
+
+def test_a_missing_package_is_named(run, folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torchmetrics" else name)
+    done = run("train", folder, "--out", tmp_path / "out")
+    assert (done.code, done.err) == (2, "fastunet: train: needs torchmetrics (pip install 'fastunet[train]')\n")
+
+
+@pytest.mark.slow
+def test_sigkill_at_any_moment_breaks_no_file_and_loses_no_checkpoint(folder: Path, tmp_path: Path, rng) -> None:
+    """Killed twice, at random, while it does little else than write checkpoints; then it goes on to the end."""
+    options = (folder, "--config", CONFIG, "--batch", 1, "--size", 16, "--steps", 16, "--every", 1)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    uninterrupted = start(*options, "--out", whole)
+    reached = 0
+    for _ in range(2):
+        child = start(*options, "--out", out, "--resume")
+        deadline = time.monotonic() + 300
+        while not ((out / "curve.csv").exists() and len((out / "curve.csv").read_text().splitlines()) > reached + 2):
+            assert child.poll() is None, child.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.5))
+        child.send_signal(signal.SIGKILL)
+        child.communicate(timeout=60)
+        state = torch.load(out / "last.pt", weights_only=True)
+        rows = len((out / "curve.csv").read_text().splitlines()) - 1
+        assert state["step"] > reached
+        assert rows - state["step"] in (0, 1)  # the state is written last
+        reached = state["step"]
+        for name in ("best.safetensors", "last.safetensors"):
+            weights.load(out / name)
+        Image.open(out / "curve.png").verify()
+    last = start(*options, "--out", out, "--resume")
+    for child in (uninterrupted, last):
+        _, err = child.communicate(timeout=600)
+        assert (child.returncode, err) == (0, "")
+    assert_same(files_of(out), files_of(whole))
+    assert len(list(out.iterdir())) == 5
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_the_whole_batch(run, folder: Path, tmp_path: Path) -> None:
+    """Without a norm, whose statistics are each process's own: sums in another order are all that differs."""
+    options = (folder, *QUICK, "--batch", 4, "--lr", 1e-4)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    child = start(*options, "--out", tmp_path / "two", before=torchrun)
+    out, err = child.communicate(timeout=600)
+    assert child.returncode == 0, err
+    assert run("train", *options, "--out", tmp_path / "one").code == 0
+    assert out.count("images to train on") == 1
+    assert out.count("best Dice") == 1
+    assert len(list((tmp_path / "two").iterdir())) == 5
+    one, two = (files_of(tmp_path / name)["state"] for name in ("one", "two"))
+    for a, b in zip(one["points"], two["points"], strict=True):
+        assert b == pytest.approx(a, rel=1e-3)
+    # Adam's first moment is linear in the gradients, so it compares them.
+    start_of = [p.detach() for p in _initial().parameters()]
+    for key, moments in one["optimiser"]["state"].items():
+        ours, theirs = two["optimiser"]["state"][key]["exp_avg"], moments["exp_avg"]
+        assert (ours - theirs).norm() < 1e-3 * theirs.norm()
+    for p, a, b in zip(start_of, one["model"].values(), two["model"].values(), strict=True):
+        assert (a - b).norm() < 0.02 * (a - p).norm()
+        assert not torch.equal(a, p)
+
+
+def _initial() -> fastunet.FastUNet:
+    torch.manual_seed(0)  # the default of --seed
+    return fastunet.FastUNet.from_config(UNetConfig.from_json(CONFIG))
+
+
+@pytest.mark.slow
+def test_two_processes_say_bad_data_once(folder: Path, tmp_path: Path) -> None:
+    (folder / "train" / "labels" / "b.png").unlink()
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    child = start(folder, *QUICK, "--out", tmp_path / "two", before=torchrun)
+    _, err = child.communicate(timeout=600)
+    assert child.returncode != 0
+    assert err.count("fastunet: ") == 1
+    assert not (tmp_path / "two").exists()

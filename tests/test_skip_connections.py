@@ -1,0 +1,80 @@
+"""examples/skip_connections.py: its networks and its boundary score."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastunet.reference import UNet
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    path = Path(__file__).parent.parent / "examples" / "skip_connections.py"
+    spec = importlib.util.spec_from_file_location("skip_connections", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def by_hand(found: Tensor, truth: Tensor, tolerance: int) -> float:
+    """Boundary F1, boundary pixel by boundary pixel."""
+
+    def boundary(mask: Tensor) -> list[tuple[int, int]]:
+        h, w = mask.shape
+        near = ((1, 0), (-1, 0), (0, 1), (0, -1))
+        outside = {(i, j) for i in range(h) for j in range(w) if not mask[i, j]}
+        inside = [(i, j) for i in range(h) for j in range(w) if mask[i, j]]
+        return [(i, j) for i, j in inside if any((i + d, j + e) in outside for d, e in near)]
+
+    def share(of: list[tuple[int, int]], near: list[tuple[int, int]]) -> float:
+        hits = [any(max(abs(i - k), abs(j - m)) <= tolerance for k, m in near) for i, j in of]
+        return sum(hits) / max(1, len(of))
+
+    precision, recall = share(boundary(found), boundary(truth)), share(boundary(truth), boundary(found))
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+@pytest.mark.parametrize("tolerance", [0, 1, 2])
+def test_boundary_f1_is_the_definition(seed: int, example: ModuleType, tolerance: int) -> None:
+    found, truth = torch.rand(19, 23) > 0.95, torch.rand(19, 23) > 0.95
+    found[3:9, 4:12], truth[5:11, 0:7] = True, True  # the second touches the border, which is no boundary
+    expected = by_hand(found, truth, tolerance)
+    assert example.boundary_f1(found, truth, tolerance) == pytest.approx(expected, abs=1e-6)
+
+
+def test_boundary_f1_at_its_ends(example: ModuleType) -> None:
+    nothing, square = torch.zeros(9, 9, dtype=torch.bool), torch.zeros(9, 9, dtype=torch.bool)
+    square[3:6, 3:6] = True
+    assert example.boundary_f1(square, square) == 1
+    assert example.boundary_f1(nothing, square) == 0
+    assert example.boundary_f1(nothing, nothing) != example.boundary_f1(nothing, nothing)  # NaN
+
+
+def test_concat_is_the_reference_and_the_others_are_not(seed: int, example: ModuleType) -> None:
+    reference, x = UNet.from_config(example.CONFIG).eval(), torch.rand(1, 1, 37, 50)
+    concat = example.SkipUNet("concat").eval()
+    concat.load_state_dict(reference.state_dict())
+    assert torch.equal(concat(x), reference(x))
+    counts = {}
+    for skip in example.SKIPS:
+        model = example.SkipUNet(skip)
+        assert model(x).shape == (1, 2, 37, 50)
+        counts[skip] = sum(p.numel() for p in model.parameters())
+    assert counts["concat"] > counts["add"] == counts["none"]
+
+
+@pytest.mark.parametrize(("skip", "read"), [("concat", True), ("add", True), ("none", False)])
+def test_only_with_skips_the_encoder_reaches_the_decoder_directly(
+    seed: int, example: ModuleType, skip: str, read: bool
+) -> None:
+    model, x = example.SkipUNet(skip).eval(), torch.rand(1, 1, 32, 32)
+    before = model(x)
+    model.downs[0].register_forward_hook(lambda module, inputs, output: (output[0], output[1] + 1))
+    assert torch.equal(model(x), before) is not read
