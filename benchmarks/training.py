@@ -48,8 +48,10 @@ def main() -> None:
 
 def small_and_grey(data: train.Data) -> train.Data:
     """Fluorescence images of up to 360 pixels a side: so small a network learns them in minutes, stained tissue not."""
-    sets = ([p for p in pairs if max(p.shape) <= 360 and p.read(2)[0].ndim == 2] for pairs in (data.train, data.val))
-    return train.Data(*sets, data.channels, data.classes)
+    small, val = (
+        [p for p in pairs if max(p.shape) <= 360 and p.read(2)[0].ndim == 2] for pairs in (data.train, data.val)
+    )
+    return train.Data(small, val, data.channels, data.classes)
 
 
 def run(name: str, seed: int, data: train.Data, steps: int, device: str) -> tuple[list[float], list[train.Point]]:
