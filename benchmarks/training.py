@@ -4,8 +4,6 @@
 
 DATA is a folder for ``fastunet train``. Each seed draws initial weights, which both networks get, and
 windows. Without norm layers, since with batch norm that trains FastUNet runs the reference itself on a CPU.
-Training multiplies roundings, so there is a control: plain PyTorch in ``channels_last``, which is the same
-network and rounds otherwise.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from fastunet.files import atomic_write
 from fastunet.reference import UNet
 
 CONFIG = UNetConfig(features=(8, 16, 32, 64), align_corners=False)
-OURS, PLAIN, CONTROL = NETWORKS = "FastUNet", "plain PyTorch", "plain PyTorch, channels_last"
+OURS, PLAIN = NETWORKS = "FastUNet", "plain PyTorch"
 FIRST, LAST = 10, 50  # steps: compared one by one; averaged
 
 
@@ -50,8 +48,10 @@ def main() -> None:
 
 def small_and_grey(data: train.Data) -> train.Data:
     """Fluorescence images of up to 360 pixels a side: so small a network learns them in minutes, stained tissue not."""
-    sets = ([p for p in pairs if max(p.shape) <= 360 and p.read(2)[0].ndim == 2] for pairs in (data.train, data.val))
-    return train.Data(*sets, data.channels, data.classes)
+    small, val = (
+        [p for p in pairs if max(p.shape) <= 360 and p.read(2)[0].ndim == 2] for pairs in (data.train, data.val)
+    )
+    return train.Data(small, val, data.channels, data.classes)
 
 
 def run(name: str, seed: int, data: train.Data, steps: int, device: str) -> tuple[list[float], list[train.Point]]:
@@ -89,8 +89,6 @@ def new_model(name: str) -> UNet:
         if isinstance(module, nn.Conv2d) and module.bias is not None:
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             nn.init.zeros_(module.bias)
-    if name == CONTROL:
-        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return model
 
 
@@ -114,12 +112,12 @@ def draw(
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     losses, gaps, scores = figure.subplots(1, 3)
     for (name, seed), values in curves.items():
-        style = {"color": f"C{seed}", "ls": {OURS: "-", PLAIN: "--", CONTROL: ":"}[name], "label": f"{name}, {seed}"}
+        style = {"color": f"C{seed}", "ls": "-" if name == OURS else "--", "label": f"{name}, {seed}"}
         mean = torch.tensor(values).unfold(0, min(20, len(values)), 1).mean(1)
         losses.plot(range(len(values) - len(mean) + 1, len(values) + 1), mean, **style)
         points = dices[name, seed]
         scores.plot([p.step for p in points], [p.dice for p in points], **style)
-        if name != PLAIN:
+        if name == OURS:
             gaps.semilogy(range(1, len(values) + 1), differences(curves, name, seed), lw=0.7, **style)
     losses.set(title="loss, mean of 20 steps", xlabel="step")
     gaps.set(title="relative difference from plain PyTorch's loss", xlabel="step")
