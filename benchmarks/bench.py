@@ -158,7 +158,7 @@ class Worker:
             return
         self._pipe.close()
         self._process.terminate()
-        self._process.join(5)
+        self._process.join(3)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
