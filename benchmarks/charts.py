@@ -100,7 +100,13 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
     found: dict[str, Any] = {}
     for axes in panels:
         found |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    words = {"loc": "outside upper center", "ncols": 4, "frameon": False, "labelcolor": GREY, "fontsize": 8}
+    words = {
+        "loc": "outside upper center",
+        "ncols": max(2, int(figure.get_figwidth() / 2)),
+        "frameon": False,
+        "labelcolor": GREY,
+        "fontsize": 8,
+    }
     figure.legend(found.values(), found.keys(), **words)
 
 
@@ -119,7 +125,7 @@ def _bars(
     names = [name for name in ORDER if any(row.provider == name for row in rows)]
     lines, columns = -(-len(cases) // 2), min(2, len(cases))
     height = 0.6 + lines * (0.45 + 0.19 * len(names))
-    figure, panels = _figure(9, height, lines, columns, sharey=True, sharex=True)
+    figure, panels = _figure(5 if columns == 1 else 9, height, lines, columns, sharey=True, sharex=True)
     highest = max(value(row) or 0.0 for row in rows)
     for axes, case in zip(panels, cases, strict=False):
         axes.grid(visible=False)  # the bars bear their numbers
@@ -192,7 +198,7 @@ def _latency(rows: Sequence[Row]) -> Figure | None:
     if not points:
         return None
     batches = sorted({row.batch for row in points})
-    figure, panels = _figure(max(4, 2.6 * len(batches) + 1), 3.8, 1, len(batches), sharey=True)
+    figure, panels = _figure(max(5, 2.6 * len(batches) + 1), 3.8, 1, len(batches), sharey=True)
     for axes, batch in zip(panels, batches, strict=True):
         sides = sorted({row.height for row in points if row.batch == batch})
         for provider in ORDER:

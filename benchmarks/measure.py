@@ -217,10 +217,23 @@ def make_row(job: Job, provider: str, state: str, **others: Any) -> Row:
         ("median_ms", "p20_ms", "p80_ms", "peak_mem_mb", "first_ms", "max_err", "baseline_err")
     )
     shape = {name: getattr(case, name) for name in ("batch", "channels", "height", "width", "flops", "bytes")}
-    fields = nothing | {"reason": "", "rounds": 0, "graph": False, "ceiling_tflops": 0.0, "ceiling_gbs": 0.0}
+    fields: dict[str, Any] = nothing | {
+        "reason": "",
+        "rounds": 0,
+        "graph": False,
+        "ceiling_tflops": 0.0,
+        "ceiling_gbs": 0.0,
+    }
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    what = {"case": case.name, "kind": case.kind, "dtype": case.dtype, "provider": provider, "state": state}
-    return Row(**(fields | shape | what | vars(job.machine) | {"date": now} | others))
+    what: dict[str, Any] = {
+        "case": case.name,
+        "kind": case.kind,
+        "dtype": case.dtype,
+        "provider": provider,
+        "state": state,
+    }
+    fields |= shape | what | vars(job.machine) | {"date": now} | others
+    return Row(**fields)
 
 
 def reason_of(error: Exception) -> str:

@@ -93,7 +93,7 @@ th[aria-sort=ascending]::after { content: " \\2191"; } th[aria-sort=descending]:
 th.number, td.number { text-align: right; } td:first-child { white-space: normal; min-width: 7rem; }
 td.reason { max-width: 24rem; white-space: normal; }
 .faster { color: var(--good); } .slower, .wrong, .failed { color: var(--bad); }
-figure { margin: 2rem 0; overflow-x: auto; } figure svg { height: auto; max-width: 100%; min-width: 30rem; }
+figure { margin: 2rem 0; overflow-x: auto; } figure svg { height: auto; max-width: 100%; min-width: 34rem; }
 figcaption { font-weight: 600; }
 """
 
@@ -121,15 +121,19 @@ def page(rows: Sequence[Row]) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>FastUNet: measured</title><style>{STYLE}</style></head>
 <body><h1>FastUNet: measured</h1>
-<p>Every output was checked against float64 before it was timed; what was wrong is listed and has no time. Rounds of all
-providers are interleaved, and each comparison is within one run. "Best" is the fastest competitor of the same case and
-dtype, with or without a CUDA graph; "even" means that the middle 60% of the two timings overlap. Errors are the largest
-distances to float64; of training steps, relative ones of the worst gradient. The first result comes from a process
-where PyTorch has run before, with nothing compiled yet; what cuDNN has tuned for an earlier provider stays tuned.
-"Of ceiling" is the nearer of two: flops of a large matrix product, bytes of a large copy, both measured in the run. (On
-a CPU small maps stay in its caches, which are faster than that copy, and the product is float32's for every dtype.)
-Click a heading to sort.</p>
+<p>Every output was checked against float64 before it was timed. Click a heading to sort.</p>
 {"".join(sections) or "<p>No rows yet.</p>"}
+<h2>How it was measured</h2>
+<p>What was wrong is listed and has no time. Rounds of all providers are interleaved, and each comparison is within one
+run. "Best" is the fastest competitor of the same case and dtype, with or without a CUDA graph; "even" means that the
+middle 60% of the two timings overlap.</p>
+<p>Errors are the largest distances to float64; of training steps, relative ones of the worst gradient. The first result
+comes from a process where PyTorch has run before, with nothing compiled yet; what cuDNN has tuned for an earlier
+provider stays tuned. "Of ceiling" is the nearer of two: flops of a large matrix product, bytes of a large copy, both
+measured in the run. (On a CPU small maps stay in its caches, which are faster than that copy, and the product is
+float32's for every dtype.) Peak memory is that of the provider alone.</p>
+<p>Rows before 2026-11-24 are otherwise in three ways: compiled code came from the caches of earlier runs, ceilings were
+taken too small and cold, and of training steps the loss alone was compared.</p>
 <footer><p>Made by <code>fastunet report</code> from benchmarks/results/.</p></footer>
 <script>{SCRIPT}</script></body></html>
 """

@@ -199,6 +199,6 @@ def ceilings(clock: Clock, dtype: torch.dtype) -> Ceilings:
     a, b = (torch.randn(side, side, device=clock.device).to(dtype if clock.cuda else torch.float32) for _ in range(2))
     source = torch.ones(elements, dtype=torch.float32, device=clock.device)
     target = torch.empty_like(source)
-    calls = {"product": lambda: torch.mm(a, b), "copy": lambda: target.copy_(source)}
+    calls: dict[str, Callable[[], object]] = {"product": lambda: torch.mm(a, b), "copy": lambda: target.copy_(source)}
     best = {name: min(times) for name, times in interleave(clock, calls, seconds=1.0, rounds=(5, 30)).items()}
     return Ceilings(2 * side**3 / best["product"] * 1e-9, 8 * elements / best["copy"] * 1e-6)

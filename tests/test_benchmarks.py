@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -92,7 +92,7 @@ def test_warm_up_ends_when_two_calls_agree(monkeypatch):
 
 
 MACHINE = measure.Machine("a cpu", 2, "2.13.0", "3.7.1", "none", "abc1234", "0123456789ab")
-TIMED = {"median_ms": 2.0, "p20_ms": 1.9, "p80_ms": 2.2, "rounds": 7, "first_ms": 3.0, "max_err": 1e-6}
+TIMED: dict[str, Any] = {"median_ms": 2.0, "p20_ms": 1.9, "p80_ms": 2.2, "rounds": 7, "first_ms": 3.0, "max_err": 1e-6}
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def test_three_significant_digits(value, text):
 
 
 def test_the_share_is_of_the_nearer_ceiling(row):
-    ceilings = {"ceiling_tflops": 10.0, "ceiling_gbs": 100.0, "median_ms": 1.0}
+    ceilings: dict[str, Any] = {"ceiling_tflops": 10.0, "ceiling_gbs": 100.0, "median_ms": 1.0}
     bound = dataclasses.replace(row, flops=10**9, bytes=50 * 10**6, **ceilings)  # 1 TFLOP/s, 50 GB/s
     assert bound.share == pytest.approx(0.5)
     assert dataclasses.replace(bound, flops=9 * 10**9).share == pytest.approx(0.9)
@@ -348,7 +348,7 @@ def test_whoever_takes_the_process_down_is_one_row_and_the_rest_goes_on():
 class HungProcess:
     """A worker's process and its pipe: silent until it is killed."""
 
-    exitcode = 0
+    exitcode, worker = 0, cast(bench.Worker, None)
 
     def send(self, job: measure.Job) -> None:
         worker, provider = self.worker, 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,8 +19,14 @@ MACHINE = measure.Machine("a cpu", 2, "2.13.0", "3.7.1", "none", "abc1234", "012
 
 def row(case: Case, provider: str, ms: float, spread: float = 0.1, graph: bool = False) -> rows.Row:
     """A row that was timed."""
-    timed = {"median_ms": ms, "p20_ms": ms - spread, "p80_ms": ms + spread, "rounds": 9, "first_ms": 5.0}
-    known = {"max_err": 1e-6, "baseline_err": 2e-6, "ceiling_tflops": 1.0, "ceiling_gbs": 10.0}
+    timed: dict[str, Any] = {
+        "median_ms": ms,
+        "p20_ms": ms - spread,
+        "p80_ms": ms + spread,
+        "rounds": 9,
+        "first_ms": 5.0,
+    }
+    known: dict[str, Any] = {"max_err": 1e-6, "baseline_err": 2e-6, "ceiling_tflops": 1.0, "ceiling_gbs": 10.0}
     return measure.make_row(job_of(case), provider, "ok", graph=graph, **timed, **known)
 
 

