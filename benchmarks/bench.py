@@ -147,8 +147,9 @@ class Worker:
                     reason = f"no result within {self.limit:.0f} s"
                     self._process.kill()
         except (EOFError, OSError):
-            self._process.join()
-            code, self._process = self._process.exitcode, None
+            process: Any = self._process
+            process.join()
+            code, self._process = process.exitcode, None
             name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             return reason or f"the process died ({name})"
 
