@@ -50,11 +50,17 @@ bench: $(VENV)/installed ## timings against plain PyTorch, every output checked 
 	-$(RUN) -m fastunet bench
 	$(RUN) -m fastunet report --readme README.md
 
+# Each step has its own limit in seconds and runs whatever came of those before it; together 8 minutes at most.
+GPU_TESTS := tests/kernels tests/test_ops.py tests/test_model.py tests/test_verify.py tests/test_fuzz.py
+STEP = PYTHONPATH=. timeout --signal=INT --kill-after=15
+
 gpu: ## on this machine's GPU, in this checkout, with its own Python: tests, verify, the quick benchmark
 	@$(PYTHON) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'PyTorch sees no CUDA device')"
-	PYTHONPATH=. $(PYTHON) -m pytest -q -n 8 -m "cuda or not slow" tests/kernels tests/test_ops.py tests/test_model.py tests/test_verify.py tests/test_fuzz.py
-	PYTHONPATH=. $(PYTHON) -m fastunet verify --device cuda --dtype bf16
-	PYTHONPATH=. $(PYTHON) -m fastunet bench --quick --budget 180
+	@$(STEP) 150 $(PYTHON) -m pytest -q -n 8 -m "cuda or not slow" $(GPU_TESTS); tests=$$?; \
+	$(STEP) 60 $(PYTHON) -m fastunet verify --device cuda --dtype bf16; verify=$$?; \
+	$(STEP) 220 $(PYTHON) -m fastunet bench --quick --budget 170; bench=$$?; \
+	echo "exit codes: tests $$tests, verify $$verify, benchmark $$bench (124: out of time; 130: cut short)"; \
+	test "$$tests$$verify$$bench" = 000
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

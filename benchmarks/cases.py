@@ -7,6 +7,8 @@ network's image size, batch, dtype.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -110,11 +112,7 @@ class Case:
     @property
     def bytes(self) -> int:
         """Each fused operator's inputs, weights and results once; three times that for a training step."""
-        elements = 0
-        for layer in self.layers:
-            n, c, h, w = layer.out_shape
-            pooled = n * c * (h // 2) * (w // 2) if layer.op == "conv2d_relu_pool" else 0
-            elements += sum(map(math.prod, layer.in_shapes)) + math.prod(layer.out_shape) + pooled + layer.parameters
+        elements = sum(layer.elements for layer in self.layers)
         return elements * DTYPES[self.dtype].itemsize * (3 if self.kind == "train" else 1)
 
 
@@ -126,21 +124,41 @@ def operators(config: UNetConfig, height: int, width: int, batch: int) -> dict[s
     found: dict[str, Layer] = {}
     seen = set()
     for layer in trace(config, height, width, batch):
-        shape = (layer.op, layer.in_shapes, layer.out_shape, layer.name == "head")
-        if shape not in seen:
+        shape = (layer.op, layer.in_shapes, layer.out_shape, layer.activation is None)
+        if shape not in seen and not layer.unserved:
             seen.add(shape)
             found[layer.name] = layer
-        if layer.op == "upsample_concat_conv2d_relu" and config.upsample in ("bilinear", "nearest"):
+        if layer.op == "upsample_concat_conv2d_relu" and layer.mode != "none":
             x, skip = layer.in_shapes
             out = (batch, x[1] + skip[1], *skip[2:])
             name = f"{layer.name.partition('.conv')[0]}.concat"
-            found[name] = Layer(name, "upsample_concat", layer.in_shapes, out, 0, 0)
+            moved = sum(map(math.prod, (x, skip, out)))
+            found[name] = Layer(name, "upsample_concat", layer.in_shapes, out, 0, 0, moved, mode=layer.mode)
     return found
 
 
 def cases(device: str) -> list[Case]:
     """All cases of a device type, the most informative first: networks, then training, then operators."""
     return list(_cuda() if device == "cuda" else _cpu())
+
+
+def quick(device: str) -> list[Case]:
+    """A few of :func:`cases` that tell most, in that order, for the first minutes on a machine."""
+    if device == "cpu":
+        return list(itertools.islice(_cpu(), 6))
+    seed = functools.partial(Case, "infer", "seed", "bf16")
+    operator = functools.partial(Case, "op", "seed", "bf16", 16, 256, 256)
+    names = ("downs.0.conv.net.2", "ups.3.concat", "ups.3.conv.net.0", "downs.0.conv.net.0", "bottleneck.net.2", "head")
+    return [
+        seed(16, 256, 256),
+        *map(operator, names[:3]),
+        seed(1, 256, 256),
+        Case("train", "seed", "bf16", 16, 256, 256),
+        seed(8, 512, 512),
+        *map(operator, names[3:]),
+        Case("infer", "pytorch_unet", "bf16", 1, 640, 959, autocast=True),
+        Case("infer", "milesial-transpose", "bf16", 16, 256, 256),
+    ]
 
 
 def _cuda() -> Iterator[Case]:

@@ -9,129 +9,64 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._dynamo.config
+import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastunet import FastUNet, ops, reference
+from fastunet.config import UNetConfig
 from fastunet.reference import UNet
 
 from .cases import DTYPES, Case
-
-Call = Callable[[], Tensor]
-
-
-@dataclass
-class Work:
-    """A case with its numbers: the plain module (an operator is one too) and its inputs."""
-
-    case: Case
-    module: nn.Module
-    inputs: tuple[Tensor, ...]
-    target: Tensor | None = None  # classes, for training
-
-    @property
-    def device(self) -> torch.device:
-        return self.inputs[0].device
-
-
-class Operator(nn.Module):
-    """One fused operator in plain PyTorch; ``fast`` runs FastUNet's."""
-
-    def __init__(self, case: Case, fast: bool = False) -> None:
-        super().__init__()
-        (layer,) = case.layers
-        self.op, self.fast = layer.op, fast
-        self.mode = {"transpose": "none", "nearest": "nearest"}.get(case.config.upsample, "bilinear")
-        self.corners = self.mode == "bilinear" and case.config.align_corners
-        self.relu = layer.name != "head" and not layer.name.endswith("up.1")
-        c, out = sum(shape[1] for shape in layer.in_shapes), layer.out_shape[1]
-        if self.op == "conv_transpose2x2":
-            self.weight = nn.Parameter(torch.randn(c, out, 2, 2) / c**0.5)
-        elif self.op != "upsample_concat":
-            side = 3 if layer.name != "head" and not layer.name.endswith("up.1") else 1
-            self.weight = nn.Parameter(torch.randn(out, c, side, side) / (side * side * c) ** 0.5)
-        if self.op != "upsample_concat":
-            self.bias = nn.Parameter(torch.randn(out))
-
-    def forward(self, *x: Any) -> Any:
-        slope = 0.0 if self.relu else 1.0
-        options: dict[str, Any] = {"mode": self.mode, "align_corners": self.corners}
-        if self.op == "upsample_concat":
-            return (ops if self.fast else reference).upsample_concat(*x, **options)
-        tensors: Any = (*x, self.weight, self.bias)
-        if self.op == "conv_transpose2x2":
-            return (ops if self.fast else reference).conv_transpose2x2(*tensors)
-        if self.op == "upsample_concat_conv2d_relu":
-            if self.fast:
-                return ops.upsample_concat_conv2d_relu(*tensors, relu=self.relu, **options)
-            return reference.upsample_concat_conv2d_relu(*tensors, slope=slope, **options)
-        pool: Any = self.op == "conv2d_relu_pool"
-        if self.fast:
-            return ops.conv2d_relu(*tensors, relu=self.relu, pool=pool)
-        y = reference.conv2d_relu(*tensors, slope=slope)
-        return (y, F.max_pool2d(y, 2)) if pool else y
-
-
-def make_work(case: Case, device: torch.device, seed: int) -> Work:
-    """Weights and inputs of a case from a seed, in its dtype."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if case.operator is None:
-            module: nn.Module = UNet.from_config(case.config)
-            shapes = [(case.batch, case.config.in_channels, case.height, case.width)]
-        else:
-            module = Operator(case)
-            shapes = list(case.layers[0].in_shapes)
-        inputs = [torch.randn(shape) for shape in shapes]
-        classes = max(case.config.out_channels, 2)
-        target = torch.randint(classes, (case.batch, case.height, case.width))
-    dtype = torch.float32 if case.is_mixed else DTYPES[case.dtype]
-    module = module.to(device, dtype).train(case.kind == "train")
-    return Work(
-        case, module, tuple(x.to(device, dtype) for x in inputs), target.to(device) if case.kind == "train" else None
-    )
-
+from .work import Call, Operator, Results, Work
 
 # --- the calls of a module: forward alone, or a training step --------------------------------
 
 
-def _call(work: Work, module: nn.Module, inputs: tuple[Tensor, ...], compiled: dict[str, Any] | None = None) -> Call:
-    """One forward without gradients, or one training step that returns the loss."""
+def _call(
+    work: Work,
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    compiled: Callable[[Any], Any] = lambda function: function,
+) -> Call:
+    """One forward without gradients, or one training step."""
     case = work.case
     autocast = functools.partial(torch.autocast, work.device.type, DTYPES[case.dtype], enabled=case.is_mixed)
-    if case.kind != "train":
-        run = module if compiled is None else torch.compile(module, **compiled)
+    if work.target is None:
+        run = compiled(module)
 
-        def forward() -> Tensor:
+        def forward() -> Results:
             with torch.no_grad(), autocast():
                 y = run(*inputs)
-            return y[0] if isinstance(y, tuple) else y
+            return y if isinstance(y, tuple) else (y,)
 
-        return forward
-    assert work.target is not None
-    target = work.target
-    optimiser = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
+        return Call(forward)
+    target, parameters = work.target, list(module.parameters())
+    # Capturable: its step count lives on the device, or no graph could hold the step.
+    optimiser = torch.optim.AdamW(parameters, lr=1e-4, fused=True, capturable=work.device.type == "cuda")
 
     def loss_of(*x: Tensor) -> Tensor:
         with autocast():
             return F.cross_entropy(module(*x).float(), target)
 
-    run = loss_of if compiled is None else torch.compile(loss_of, **compiled)
+    run = compiled(loss_of)
 
-    def step() -> Tensor:
+    def step() -> Results:
         optimiser.zero_grad(set_to_none=True)
         loss = run(*inputs)
         loss.backward()
         optimiser.step()
-        return loss.detach()
+        return loss.detach(), *(p.grad for p in parameters)  # pyright: ignore[reportReturnType]
 
-    return step
+    return Call(step, module)
 
 
 def _channels_last(work: Work) -> tuple[Any, tuple[Tensor, ...]]:
@@ -144,7 +79,7 @@ def _channels_last(work: Work) -> tuple[Any, tuple[Tensor, ...]]:
 
 def eager(work: Work) -> Call:
     """Plain PyTorch as it is written: NCHW."""
-    return _call(work, copy.deepcopy(work.module), work.inputs)
+    return _call(work, copy.deepcopy(work.module), tuple(x.clone() for x in work.inputs))
 
 
 def eager_channels_last(work: Work) -> Call:
@@ -154,26 +89,37 @@ def eager_channels_last(work: Work) -> Call:
 
 def compile_default(work: Work) -> Call:
     """torch.compile as it comes, on channels_last."""
-    return _call(work, *_channels_last(work), compiled={"dynamic": False})
+    return _call(work, *_channels_last(work), functools.partial(torch.compile, dynamic=False))
 
 
 def compile_max_autotune(work: Work) -> Call:
     """max-autotune with cuDNN's convolutions."""
-    options = _inductor(work) | {"max_autotune_conv_backends": "ATEN"}
-    return _call(work, *_channels_last(work), compiled={"dynamic": False, "options": options})
+    return _max_autotune(work, "ATEN")
 
 
 def compile_max_autotune_triton(work: Work) -> Call:
     """max-autotune with Inductor's Triton convolutions too."""
-    options = _inductor(work) | {"max_autotune_conv_backends": "ATEN,TRITON"}
-    return _call(work, *_channels_last(work), compiled={"dynamic": False, "options": options})
+    return _max_autotune(work, "ATEN,TRITON")
 
 
-def _inductor(work: Work) -> dict[str, Any]:
-    # Graph replay is measured apart, for every provider alike.
-    options: dict[str, Any] = {"max_autotune": True, "triton.cudagraphs": False, "conv_1x1_as_mm": True}
-    # Inductor leaves the layout of U-Nets alone in training; freezing folds constants in inference.
-    return options | ({"force_layout_optimization": True} if work.case.kind == "train" else {"freezing": True})
+def _max_autotune(work: Work, convolutions: str) -> Call:
+    # Graph replay is measured apart, for every provider alike. Coordinate descent is off: it has corrupted the
+    # timings it tunes by (pytorch issue 159525).
+    options = {
+        "max_autotune": True,
+        "max_autotune_conv_backends": convolutions,
+        "conv_1x1_as_mm": True,
+        "triton.cudagraphs": False,
+        "coordinate_descent_tuning": False,
+    }
+    if work.target is not None:
+        options["force_layout_optimization"] = True  # which Inductor leaves out where a U-Net trains
+    call = _call(work, *_channels_last(work), functools.partial(torch.compile, dynamic=False, options=options))
+    if work.target is None:
+        # Constants are folded where the global configuration says so during tracing: as an option, freezing is lost.
+        with torch._inductor.config.patch(freezing=True):
+            call()
+    return call
 
 
 def cudnn_fused(work: Work) -> Call:
@@ -182,9 +128,11 @@ def cudnn_fused(work: Work) -> Call:
 
     def conv(x: Tensor, weight: Tensor, bias: Tensor, slope: float) -> Tensor:
         pad = [weight.shape[-1] // 2] * 2
-        if slope == 0:
+        if slope == 0 and x.shape[1] >= 8:
             return torch.cudnn_convolution_relu(x, weight, bias, [1, 1], pad, [1, 1], 1)
-        return F.conv2d(x, weight, bias, padding=pad[0])
+        # cuDNN has no fused engine for the stem's one or three channels in NHWC.
+        y = F.conv2d(x, weight, bias, padding=pad[0])
+        return y.relu_() if slope == 0 else y
 
     def operator(*x: Any) -> Any:
         z = x[0] if len(x) == 1 else reference.upsample_concat(x[0], x[1], module.mode, module.corners)
@@ -306,17 +254,22 @@ def _cuda_alone(case: Case, device: str) -> bool:
     return device == "cuda"
 
 
+def _is_plain(config: UNetConfig, *upsamplings: str) -> bool:
+    """Whether ``_unet_of`` can run it: only widths and upsampling differ from the seed's network."""
+    free = {"in_channels": 1, "out_channels": 2, "features": (64, 128), "decoder_features": None}
+    free |= {"upsample": "bilinear", "align_corners": True}
+    return config.upsample in upsamplings and dataclasses.replace(config, **free) == UNetConfig(features=(64, 128))
+
+
 def _cudnn_serves(case: Case, device: str) -> bool:
-    """Plain convolutions of 16-bit dtypes and tf32 on CUDA, no norm, no training."""
-    plain = case.config.norm is None and all(
-        layer.op.startswith(("conv2d", "upsample_concat_c")) for layer in case.layers
-    )
-    return device == "cuda" and plain and case.kind != "train" and case.dtype != "fp32"
+    """Inference by plain convolutions of 16-bit dtypes and tf32, on CUDA."""
+    plain = _is_plain(case.config, "bilinear", "nearest", "bilinear_conv")
+    convolves = case.operator is None or "conv2d" in case.layers[0].op
+    return device == "cuda" and plain and convolves and case.kind != "train" and case.dtype != "fp32"
 
 
 def _is_rung(case: Case, device: str) -> bool:
-    c = case.config
-    return case.kind == "infer" and c.norm is None and c.slope == 0 and c.upsample in ("bilinear", "nearest")
+    return case.kind == "infer" and _is_plain(case.config, "bilinear", "nearest")
 
 
 @dataclass(frozen=True)
@@ -346,11 +299,15 @@ OURS = tuple(provider.name for provider in PROVIDERS if provider.name.startswith
 
 @contextlib.contextmanager
 def settings(dtype: str) -> Iterator[None]:
-    """cudnn.benchmark on, and tf32 on for everything but fp32; as it was, afterwards."""
+    """cudnn.benchmark on, and tf32 on for everything but fp32; as it was, afterwards.
+
+    A compiled function that Dynamo gives up on raises, where it would run eager under its name.
+    """
     before = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = dtype != "fp32"
     try:
-        yield
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            yield
     finally:
         torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before

@@ -5,60 +5,21 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from fastunet.files import atomic_write
 
-from .charts import charts, is_ours, png, svg
-from .rows import Row, latest
+from .charts import charts, png, svg
+from .rows import Row, digits
+from .verdicts import WORDS, Verdict, consistent, range_of, verdicts
 
 BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """One case: FastUNet beside the best competitor, both at their best of with and without a graph."""
-
-    ours: Row
-    best: Row
-
-    @property
-    def speed_up(self) -> float:
-        assert self.ours.median_ms and self.best.median_ms
-        return self.best.median_ms / self.ours.median_ms
-
-    @property
-    def word(self) -> str:
-        """``"faster"``, ``"slower"``, or ``"even"`` where the spreads (p20 to p80) overlap."""
-        ours, best = self.ours, self.best
-        assert ours.p20_ms is not None and ours.p80_ms is not None
-        assert best.p20_ms is not None and best.p80_ms is not None
-        if ours.p80_ms < best.p20_ms:
-            return "faster"
-        return "slower" if ours.p20_ms > best.p80_ms else "even"
-
-
-def verdicts(rows: Iterable[Row]) -> list[Verdict]:
-    """One for each case that both FastUNet and a competitor were timed on."""
-    by_case: dict[str, list[Row]] = {}
-    for row in rows:
-        if row.state == "ok":
-            by_case.setdefault(row.case, []).append(row)
-    found = []
-    for some in by_case.values():
-        ours = [row for row in some if row.provider == "fastunet"]
-        others = [row for row in some if not is_ours(row)]
-        if ours and others:
-            quickest = [min(group, key=lambda row: row.median_ms or 0.0) for group in (ours, others)]
-            found.append(Verdict(*quickest))
-    return found
-
-
 def _devices(rows: Iterable[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
-    for row in latest(rows):
-        where = row.device if row.peak_mem_mb is not None else f"{row.device}, {row.threads} threads"
+    for row in consistent(rows):
+        where = f"{row.device}, {row.threads} threads" if row.cudnn == "none" else row.device
         found.setdefault(where, []).append(row)
     return found
 
@@ -81,21 +42,22 @@ def readme_table(rows: Iterable[Row]) -> str:
         parts += ["|---|---|---|---|---|---|"]
         for v in verdicts(row for row in some if row.kind != "op"):
             plain = eager.get(v.ours.case)
+            timed = v.speed_up is not None
             cells = (
                 v.ours.case,
-                f"{plain.median_ms:.1f} ms" if plain else "-",
-                f"{_label(v.best)}, {v.best.median_ms:.1f} ms",
-                f"{v.ours.median_ms:.1f} ms",
-                f"{v.speed_up:.2f}x, {v.word}",
-                f"{v.ours.max_err:.1e} / {v.ours.baseline_err:.1e}",
+                _ms(plain),
+                f"{v.best.label}, {_ms(v.best)}",
+                _ms(v.ours),
+                f"{v.speed_up:.2f}x, {v.word}" if timed else f"{v.word}: {v.ours.reason}".replace("|", "/"),
+                f"{v.ours.max_err:.1e} / {v.ours.baseline_err:.1e}" if timed else "-",
             )
             parts.append(f"| {' | '.join(cells)} |")
         parts.append("")
     return "\n".join(parts).rstrip()
 
 
-def _label(row: Row) -> str:
-    return row.provider + (" (graph)" if row.graph else "")
+def _ms(row: Row | None) -> str:
+    return "-" if row is None or row.median_ms is None else f"{digits(row.median_ms)} ms"
 
 
 def into_readme(readme: str, table: str) -> str:
@@ -125,25 +87,27 @@ p.soft, caption, footer { color: var(--soft); }
 div.wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align: left; white-space: nowrap; }
-th { cursor: pointer; position: sticky; top: 0; background: var(--ground); user-select: none; }
+th { background: var(--ground); }
+th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2px solid var(--soft); }
 th[aria-sort=ascending]::after { content: " \\2191"; } th[aria-sort=descending]::after { content: " \\2193"; }
-td.number { text-align: right; } .faster { color: var(--good); } .slower, .wrong, .failed { color: var(--bad); }
-figure { margin: 2rem 0; overflow-x: auto; } figure svg { height: auto; max-width: 100%; min-width: 30rem; }
+th.number, td.number { text-align: right; } td:first-child { white-space: normal; min-width: 7rem; }
+td.reason { max-width: 24rem; white-space: normal; }
+.faster { color: var(--good); } .slower, .wrong, .failed { color: var(--bad); }
+figure { margin: 2rem 0; overflow-x: auto; } figure svg { height: auto; max-width: 100%; min-width: 34rem; }
 figcaption { font-weight: 600; }
 """
 
 SCRIPT = """
 for (const table of document.querySelectorAll("table")) {
   const heads = [...table.tHead.rows[0].cells];
-  heads.forEach((head, column) => head.addEventListener("click", () => {
+  heads.forEach((head, column) => head.firstChild.addEventListener("click", () => {
     const up = head.getAttribute("aria-sort") !== "ascending";
     heads.forEach(other => other.removeAttribute("aria-sort"));
     head.setAttribute("aria-sort", up ? "ascending" : "descending");
-    const value = row => row.cells[column].dataset.value ?? row.cells[column].textContent;
-    const order = (a, b) => {
-      const [x, y] = [value(a), value(b)], [p, q] = [parseFloat(x), parseFloat(y)];
-      return (isNaN(p) || isNaN(q) ? x.localeCompare(y) : p - q) * (up ? 1 : -1);
-    };
+    const text = row => row.cells[column].textContent;
+    const number = row => text(row) === "-" ? -Infinity : parseFloat(text(row));
+    const order = (a, b) => (up ? 1 : -1) *
+      (head.className ? number(a) - number(b) || 0 : text(a).localeCompare(text(b), "en", {numeric: true}));
     table.tBodies[0].append(...[...table.tBodies[0].rows].sort(order));
   }));
 }
@@ -157,10 +121,19 @@ def page(rows: Sequence[Row]) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>FastUNet: measured</title><style>{STYLE}</style></head>
 <body><h1>FastUNet: measured</h1>
-<p>Every output was checked against float64 before it was timed; what was wrong is listed and has no time. Rounds of all
-providers are interleaved. "Best" is the fastest competitor of the same case, dtype and run; "even" means that the
-middle 60% of the two timings overlap. Click a heading to sort.</p>
+<p>Every output was checked against float64 before it was timed. Click a heading to sort.</p>
 {"".join(sections) or "<p>No rows yet.</p>"}
+<h2>How it was measured</h2>
+<p>What was wrong is listed and has no time. Rounds of all providers are interleaved, and each comparison is within one
+run. "Best" is the fastest competitor of the same case and dtype, with or without a CUDA graph; "even" means that the
+middle 60% of the two timings overlap.</p>
+<p>Errors are the largest distances to float64; of training steps, relative ones of the worst gradient. The first result
+comes from a process where PyTorch has run before, with nothing compiled yet; what cuDNN has tuned for an earlier
+provider stays tuned. "Of ceiling" is the nearer of two: flops of a large matrix product, bytes of a large copy, both
+measured in the run. (On a CPU small maps stay in its caches, which are faster than that copy, and the product is
+float32's for every dtype.) Peak memory is that of the provider alone.</p>
+<p>Rows before 2026-11-24 are otherwise in three ways: compiled code came from the caches of earlier runs, ceilings were
+taken too small and cold, and of training steps the loss alone was compared.</p>
 <footer><p>Made by <code>fastunet report</code> from benchmarks/results/.</p></footer>
 <script>{SCRIPT}</script></body></html>
 """
@@ -169,13 +142,8 @@ middle 60% of the two timings overlap. Click a heading to sort.</p>
 def _section(device: str, rows: Sequence[Row]) -> str:
     found = verdicts(rows)
     networks = [v for v in found if v.ours.kind != "op"]
-    counts = {word: sum(v.word == word for v in found) for word in ("faster", "even", "slower")}
-    head = f"<h2>{html.escape(device)}</h2><p class=soft>{html.escape(_versions(rows))}</p>"
-    head += (
-        f"<p>Of {len(found)} cases FastUNet is <b class=faster>faster than the best competitor in "
-        f"{counts['faster']}</b>, even in {counts['even']}, <b class=slower>slower in {counts['slower']}</b>.</p>"
-    )
-    heads = ("case", "best competitor", "its ms", "FastUNet ms", "speed-up", "verdict", "error", "eager's error")
+    head = f"<h2>{html.escape(device)}</h2><p class=soft>{html.escape(_versions(rows))}</p>{_sentence(found)}"
+    heads = ("case", "speed-up#", "verdict", "best competitor", "its ms#", "FastUNet ms#", "error#", "eager's error#")
     verdict = _table("Networks", heads, [_verdict_cells(v) for v in networks]) if networks else ""
     figures = "".join(
         f"<figure><figcaption>{html.escape(title)}</figcaption>{svg(figure, title)}</figure>"
@@ -186,17 +154,29 @@ def _section(device: str, rows: Sequence[Row]) -> str:
     return head + verdict + figures + per_layer + _all_rows(rows)
 
 
-Cell = tuple[str, float | None, str]  # text, number to sort by, class
+def _sentence(found: Sequence[Verdict]) -> str:
+    counts = {word: sum(v.word == word for v in found) for word in WORDS}
+    said = [
+        f"<b class={word}>{word} in {count}</b>" if count else f"{word} in none"
+        for word, count in counts.items()
+        if count or word in WORDS[:3]
+    ]
+    spread = range_of(list(found))
+    return f"<p>Of {len(found)} cases FastUNet is {', '.join(said)}{f': {spread}' if spread else ''}.</p>"
+
+
+Cell = tuple[str, str]  # text, class
 
 
 def _verdict_cells(v: Verdict) -> list[Cell]:
+    timed = v.speed_up is not None
     return [
-        (v.ours.case, None, ""),
-        (_label(v.best), None, ""),
+        (v.ours.case, ""),
+        (_text(v.speed_up, "{:.2f}x"), f"number {v.word}"),
+        (v.word if timed else f"{v.word}: {v.ours.reason}", f"reason {v.word}"),
+        (v.best.label, ""),
         _number(v.best.median_ms),
         _number(v.ours.median_ms),
-        (f"{v.speed_up:.2f}x", v.speed_up, v.word),
-        (v.word, None, v.word),
         _number(v.ours.max_err, "{:.1e}"),
         _number(v.ours.baseline_err, "{:.1e}"),
     ]
@@ -204,20 +184,16 @@ def _verdict_cells(v: Verdict) -> list[Cell]:
 
 def _all_rows(rows: Sequence[Row]) -> str:
     heads = (
-        "case", "provider", "state", "median ms", "p20", "p80", "TFLOP/s", "of ceiling", "GB/s", "MiB", "first ms",
-        "error", "eager's error",
+        "case", "provider", "state", "median ms#", "p20#", "p80#", "TFLOP/s#", "GB/s#", "of ceiling#", "MiB#",
+        "first ms#", "error#", "eager's error#",
     )  # fmt: skip
     cells = [
         [
-            (row.case, None, ""),
-            (_label(row), None, ""),
-            (row.state if row.state == "ok" else f"{row.state}: {row.reason}", None, row.state),
-            _number(row.median_ms),
-            _number(row.p20_ms),
-            _number(row.p80_ms),
-            _number(row.tflops),
-            _number(row.tflops and row.ceiling_tflops and row.tflops / row.ceiling_tflops, "{:.0%}"),
-            _number(row.gbs, "{:.1f}"),
+            (row.case, ""),
+            (row.label, ""),
+            ("ok", "") if row.state == "ok" else (f"{row.state}: {row.reason}", f"reason {row.state}"),
+            *map(_number, (row.median_ms, row.p20_ms, row.p80_ms, row.tflops, row.gbs)),
+            _number(row.share, "{:.0%}"),
             _number(row.peak_mem_mb, "{:.0f}"),
             _number(row.first_ms, "{:.0f}"),
             _number(row.max_err, "{:.1e}"),
@@ -225,20 +201,31 @@ def _all_rows(rows: Sequence[Row]) -> str:
         ]
         for row in rows
     ]
-    return _table("Every row", heads, cells)
+    return f"<details><summary>Every row ({len(rows)})</summary>{_table('Every row', heads, cells)}</details>"
 
 
-def _number(value: float | None, text: str = "{:.3f}") -> Cell:
-    return ("-", -1.0, "number") if value is None else (text.format(value), value, "number")
+def _text(value: float | None, text: str | None) -> str:
+    if value is None:
+        return "-"
+    return digits(value) if text is None else text.format(value)
+
+
+def _number(value: float | None, text: str | None = None) -> Cell:
+    return _text(value, text), "number"
 
 
 def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    def cell(text: str, value: float | None, kind: str) -> str:
-        sort = "" if value is None else f' data-value="{value}"'
-        return f'<td class="{kind}"{sort}>{html.escape(text)}</td>'
+    """Headings that end in ``#`` are of numbers."""
+
+    def head(text: str) -> str:
+        kind = " class=number" if text.endswith("#") else ""
+        return f"<th scope=col{kind}><button>{html.escape(text.rstrip('#'))}</button></th>"
+
+    def cell(text: str, kind: str) -> str:
+        return f'<td class="{kind}">{html.escape(text)}</td>' if kind else f"<td>{html.escape(text)}</td>"
 
     body = "".join(f"<tr>{''.join(cell(*c) for c in row)}</tr>" for row in rows)
-    top = "".join(f"<th scope=col>{html.escape(text)}</th>" for text in heads)
+    top = "".join(map(head, heads))
     table = f"<caption>{html.escape(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody>"
     return f"<div class=wide><table>{table}</table></div>"
 

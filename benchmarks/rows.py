@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 import typing
 from collections.abc import Iterable, Iterator
@@ -25,12 +26,15 @@ class Row:
         provider: who computed it. graph: replayed from a captured CUDA graph.
         state, reason: one of ``STATES``; what was seen, where it is not ``"ok"``.
         median_ms, p20_ms, p80_ms, rounds: of the timed calls; None if not timed.
-        peak_mem_mb: MiB that the allocator held at most during a call, inputs and weights included;
-            None on a CPU. first_ms: the first call, compiling and tuning included.
+        peak_mem_mb: MiB of the provider alone: its weights, inputs and optimiser state, and at most
+            during a call what comes on top (of a graph, its pool); None on a CPU.
+        first_ms: from weights to a first result, with compiling and tuning, in a process where
+            PyTorch has run before and no code is compiled yet.
         flops, bytes: of the case, from its shapes: 2 x multiply-adds; each fused operator's inputs,
             weights and results once.
         ceiling_tflops, ceiling_gbs: a large matrix product and a large copy, in the same run.
-        max_err, baseline_err: largest distance to float64, of this provider and of eager PyTorch.
+        max_err, baseline_err: largest distance to float64, of this provider and of eager PyTorch; of a
+            training step the relative L2 one, of the worst of loss and gradients.
         device, threads, torch, triton, cudnn, commit, date, run_id: where and when. ``threads`` counts on a CPU.
     """
 
@@ -72,12 +76,23 @@ class Row:
         return self.case, self.provider, self.graph
 
     @property
+    def label(self) -> str:
+        return self.provider + (" (graph)" if self.graph else "")
+
+    @property
     def tflops(self) -> float | None:
         return None if self.median_ms is None else self.flops / self.median_ms * 1e-9
 
     @property
     def gbs(self) -> float | None:
         return None if self.median_ms is None else self.bytes / self.median_ms * 1e-6
+
+    @property
+    def share(self) -> float | None:
+        """Of the ceiling that is nearer: the matrix product's flops or the copy's bytes."""
+        if self.tflops is None or self.gbs is None or not self.ceiling_tflops or not self.ceiling_gbs:
+            return None
+        return max(self.tflops / self.ceiling_tflops, self.gbs / self.ceiling_gbs)
 
 
 class RowError(ValueError):
@@ -88,8 +103,25 @@ def append(path: Path, row: Row) -> None:
     """Add one row in a single write, so that an interruption leaves whole rows only."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(dataclasses.asdict(row)) + "\n"
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line)
+    with path.open("ab+") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a line that was torn stays apart from this one
+                line = "\n" + line
+        file.write(line.encode())
+
+
+def check_writable(path: Path) -> None:
+    """Whether :func:`append` can write there; what it makes for that is removed again.
+
+    Raises:
+        OSError: it cannot.
+    """
+    there = path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.open("ab").close()
+    if not there:
+        path.unlink()
 
 
 def read(path: Path) -> list[Row]:
@@ -139,7 +171,28 @@ def parse(line: str) -> Row:
         raise ValueError(f"expected a kind of {KINDS} and a state of {STATES}")
     if (values["state"] == "ok") != (values["median_ms"] is not None):
         raise ValueError("median_ms: expected a time for a row that is ok, and none for another")
-    return Row(**values)
+    row = Row(**values)
+    _check_ranges(row)
+    return row
+
+
+def _check_ranges(row: Row) -> None:
+    for name in ("batch", "height", "width", "bytes", "threads"):
+        if getattr(row, name) < 1:
+            raise ValueError(f"{name}: expected at least 1, got {getattr(row, name)}")
+    for name in ("flops", "ceiling_tflops", "ceiling_gbs", "rounds"):
+        if getattr(row, name) < 0:
+            raise ValueError(f"{name}: expected at least 0, got {getattr(row, name)}")
+    if row.state == "ok":
+        for name in ("p20_ms", "p80_ms", "first_ms", "max_err", "baseline_err"):
+            if getattr(row, name) is None:
+                raise ValueError(f"{name}: expected a number for a row that is ok")
+        assert row.median_ms is not None and row.p20_ms is not None and row.p80_ms is not None
+        if not 0 < row.p20_ms <= row.median_ms <= row.p80_ms:
+            raise ValueError(
+                f"median_ms: expected 0 < p20_ms <= median_ms <= p80_ms, "
+                f"got {row.p20_ms}, {row.median_ms}, {row.p80_ms}"
+            )
 
 
 def file_of(device: str) -> Path:
@@ -147,39 +200,43 @@ def file_of(device: str) -> Path:
     return RESULTS / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".jsonl")
 
 
-def latest(rows: Iterable[Row]) -> list[Row]:
-    """Of each case, provider, device and kind of timing the newest row, in the order of the file."""
-    newest: dict[tuple, Row] = {}
-    for row in rows:
-        key = (row.device, row.threads, *row.key)
-        if key not in newest or row.date >= newest[key].date:
-            newest[key] = row
-    return list(newest.values())
+def digits(value: float) -> str:
+    """Three significant ones: ``digits(0.01234)`` is ``"0.0123"``, ``digits(1234)`` is ``"1234"``."""
+    places = 2 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:.{max(places, 0)}f}"
 
 
 @dataclass(frozen=True)
 class Change:
-    """One measurement against an earlier one; ``ratio`` above 1 is faster than before."""
+    """One measurement beside an earlier one; ``ratio`` above 1 is faster than before, None no longer timed."""
 
     row: Row
     before: Row
-    ratio: float
-    real: bool
+    ratio: float | None
+    word: str
 
 
 def changes(rows: Iterable[Row], before: Iterable[Row]) -> list[Change]:
-    """Rows beside earlier ones of the same case, provider, graph, device and threads.
+    """Rows beside the newest timed ones of the same case, provider, graph, device and threads.
 
-    A change is real only where the two spreads (p20 to p80) do not overlap.
+    A change counts only where the two spreads (p20 to p80) do not overlap.
     """
-    earlier = {(row.device, row.threads, *row.key): row for row in latest(before) if row.state == "ok"}
+    earlier: dict[tuple, Row] = {}
+    for row in before:
+        key = (row.device, row.threads, *row.key)
+        if row.state == "ok" and (key not in earlier or row.date >= earlier[key].date):
+            earlier[key] = row
     found = []
     for row in rows:
         old = earlier.get((row.device, row.threads, *row.key))
-        if old is None or row.state != "ok":
+        if old is None:
+            continue
+        if row.state != "ok":
+            found.append(Change(row, old, None, f"now {row.state}: {row.reason}"))
             continue
         assert row.median_ms and row.p20_ms is not None and row.p80_ms is not None
         assert old.median_ms and old.p20_ms is not None and old.p80_ms is not None
         apart = row.p20_ms > old.p80_ms or row.p80_ms < old.p20_ms
-        found.append(Change(row, old, old.median_ms / row.median_ms, apart))
+        ratio = old.median_ms / row.median_ms
+        found.append(Change(row, old, ratio, "within the spread" if not apart else "faster" if ratio > 1 else "SLOWER"))
     return found

@@ -12,9 +12,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .bench import baseline_of, check, truth_of
 from .cases import Case, cases
-from .providers import PROVIDERS, Provider, make_work, settings
+from .measure import check, copied, first_call, truth_of
+from .providers import PROVIDERS, Provider, eager, settings
+from .work import make_work
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -30,10 +31,12 @@ def pairs() -> list:
 
 @pytest.mark.parametrize("case, provider", pairs())
 def test_case(case: Case, provider: Provider, benchmark) -> None:
+    torch._dynamo.reset()  # compiled code has a limited number of versions
     with settings(case.dtype):
         work = make_work(case, torch.device(DEVICE), seed=0)
-        call = provider.prepare(work)
-        parity = check(call(), baseline_of(work), truth_of(work), case)
+        baseline = copied(eager(work)())
+        call, results = first_call(provider, work)
+        parity = check(results, baseline, truth_of(work), case)
         assert parity.ok, str(parity)
 
         def finished() -> None:

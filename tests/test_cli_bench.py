@@ -5,27 +5,38 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import bench, report, rows, timing
-from benchmarks.cases import Case, cases
+from benchmarks import bench, measure, report, rows, timing
+from benchmarks.cases import Case, cases, quick
+from fastunet.cli import bench as bench_command
 
 FIRST, SECOND = cases("cpu")[:2]
-MACHINE = bench.Machine("a cpu", 2, "2.13.0", "3.7.1", "none", "abc1234", "0123456789ab")
+MACHINE = measure.Machine("a cpu", 2, "2.13.0", "3.7.1", "none", "abc1234", "0123456789ab")
 
 
-def row(case: Case, provider: str, ms: float, spread: float = 0.1) -> rows.Row:
+def row(case: Case, provider: str, ms: float, spread: float = 0.1, graph: bool = False) -> rows.Row:
     """A row that was timed."""
-    job = bench.Job(case, (), "cpu", 0.0, 0, MACHINE)
-    found = timing.Stats(ms, ms - spread, ms + spread, 9)
-    return bench._row(job, provider, "ok", "", timing.Ceilings(1, 10), 1e-6, 2e-6, found, None, 5.0)
+    timed: dict[str, Any] = {
+        "median_ms": ms,
+        "p20_ms": ms - spread,
+        "p80_ms": ms + spread,
+        "rounds": 9,
+        "first_ms": 5.0,
+    }
+    known: dict[str, Any] = {"max_err": 1e-6, "baseline_err": 2e-6, "ceiling_tflops": 1.0, "ceiling_gbs": 10.0}
+    return measure.make_row(job_of(case), provider, "ok", graph=graph, **timed, **known)
 
 
 def failed(case: Case, provider: str) -> rows.Row:
     """A row of a provider that ran out of memory."""
-    job = bench.Job(case, (), "cpu", 0.0, 0, MACHINE)
-    return bench._row(job, provider, "failed", "OutOfMemoryError: CUDA out of memory", timing.Ceilings(1, 10))
+    return measure.make_row(job_of(case), provider, "failed", reason="OutOfMemoryError: CUDA out of memory")
+
+
+def job_of(case: Case) -> measure.Job:
+    return measure.Job(case, (), "cpu", 0.0, 0, MACHINE)
 
 
 @pytest.fixture
@@ -47,7 +58,10 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return script
 
 
-def test_a_real_run_from_timing_to_page(run, tmp_path):
+def test_a_real_run_from_timing_to_page(run, tmp_path, monkeypatch):
+    # In this process, which has loaded all there is to load.
+    monkeypatch.setattr(bench, "Worker", InProcess)
+    monkeypatch.setattr(measure, "ceilings", lambda clock, dtype: timing.Ceilings(1.0, 2.0))
     out = tmp_path / "rows.jsonl"
     words = ("bench", "--cases", "op small head", "--quick", "--device", "cpu", "--out", out)
     shown = run(*words, "--providers", "eager", "fastunet")
@@ -64,6 +78,17 @@ def test_a_real_run_from_timing_to_page(run, tmp_path):
     assert "Operators, one by one" in (tmp_path / "page" / "index.html").read_text()
 
 
+class InProcess:
+    def __init__(self, limit: float) -> None:
+        pass
+
+    def do(self, job: measure.Job) -> list[rows.Row]:
+        return measure.measure(job, {}, lambda name, graph: None)
+
+    def stop(self) -> None:
+        pass
+
+
 def test_rows_are_appended_and_printed(run, measured, tmp_path):
     out = tmp_path / "rows.jsonl"
     rows.append(out, row(FIRST, "eager", 9.0))
@@ -71,48 +96,64 @@ def test_rows_are_appended_and_printed(run, measured, tmp_path):
     shown = run("bench", "--cases", FIRST.name, "--device", "cpu", "--out", out)
     assert shown.code == 0
     assert [r.median_ms for r in rows.read(out)] == [9.0, 4.0, 2.0]
-    (line,) = [line for line in shown.out.splitlines() if "fastunet" in line and "2.000" in line]
-    assert "1.900..2.100" in line and "2.00x" in line
+    (line,) = [line for line in shown.out.splitlines() if "fastunet" in line and "1.90..2.10" in line]
+    last = shown.out.strip().splitlines()[-1]  # the verdict comes last
+    assert last.split()[-7:] == ["eager", "4.00", "2.00", "2.00x", "1.0e-06", "2.0e-06", "faster"]
 
 
-def test_what_failed_is_a_row_and_an_exit_code(run, measured, tmp_path):
-    measured(FIRST, failed(FIRST, "compile"), row(FIRST, "fastunet", 2.0))
+@pytest.mark.parametrize("loser, code", [("compile", 0), ("fastunet", 1), ("fastunet conv+relu", 1)])
+def test_what_failed_is_a_row_and_our_own_an_exit_code(run, measured, loser, code, tmp_path):
+    winners = [row(FIRST, name, 2.0) for name in ("eager", "fastunet") if name != loser]
+    measured(FIRST, failed(FIRST, loser), *winners)
     shown = run("bench", "--device", "cpu", "--out", tmp_path / "rows.jsonl", "--cases", FIRST.name)
-    assert shown.code == 1
+    assert shown.code == code
     assert "OutOfMemoryError: CUDA out of memory" in shown.out
-    assert [r.state for r in rows.read(tmp_path / "rows.jsonl")] == ["failed", "ok"]
+    assert [r.state for r in rows.read(tmp_path / "rows.jsonl")] == ["failed", *("ok" for _ in winners)]
+    if loser == "fastunet":
+        assert "failed: OutOfMemoryError" in shown.out.strip().splitlines()[-1]
 
 
 def test_interrupted_with_whole_rows(run, measured, tmp_path):
     measured(FIRST, row(FIRST, "eager", 4.0), SECOND, KeyboardInterrupt)
     shown = run("bench", "--device", "cpu", "--quick", "--out", tmp_path / "rows.jsonl")
     assert shown.code == 130
-    assert shown.out.endswith("interrupted: these are the rows so far\n")
+    assert "interrupted: these are the rows so far\n" in shown.out
+    assert f"left out (5): {SECOND.name}, " in shown.out  # the interrupted one too
     assert [r.median_ms for r in rows.read(tmp_path / "rows.jsonl")] == [4.0]
 
 
 def test_what_a_budget_leaves_out_is_said(run, measured, tmp_path):
-    measured(FIRST, row(FIRST, "eager", 4.0))
+    measured(FIRST, row(FIRST, "fastunet", 4.0))
     shown = run("bench", "--device", "cpu", "--quick", "--budget", "1", "--out", tmp_path / "rows.jsonl")
-    left = [case.name for case in cases("cpu")[1:6]]
+    left = [case.name for case in quick("cpu")[1:]]
     assert f"left out (5): {', '.join(left)}\n" in shown.out
 
 
+def test_nothing_measured_is_not_success(run, measured, tmp_path):
+    measured()
+    assert run("bench", "--device", "cpu", "--out", tmp_path / "rows.jsonl").code == 1
+
+
+def test_the_device_asked_for_is_the_one_measured(run, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(bench_command, "a_device", str)
+    monkeypatch.setattr(bench, "run", lambda cases, providers, device, **options: seen.append(device) or iter(()))
+    run("bench", "--device", "cuda:1", "--out", tmp_path / "rows.jsonl")
+    assert seen == ["cuda:1"]
+
+
 def test_a_budget_starts_no_case_late(monkeypatch):
-    class Worker:
+    class Worker(InProcess):
         def do(self, job):
             clock[0] += 10.0
             return [row(job.case, "eager", 1.0)]
 
-        def stop(self):
-            pass
-
     clock = [0.0]
     monkeypatch.setattr(bench.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(bench, "_Worker", Worker)
+    monkeypatch.setattr(bench, "Worker", Worker)
     started: list[Case] = []
     chosen = cases("cpu")[:5]
-    run = bench.run(chosen, ["eager"], "cpu", seconds=1, budget=15, seed=0, on_case=started.append)
+    run = bench.run(chosen, ["eager"], "cpu", seconds=1, limit=9, budget=15, seed=0, on_case=started.append)
     assert [r.case for r in run] == [case.name for case in chosen[:2]]  # the second began at 10 s
     assert started == chosen[:2]
 
@@ -130,6 +171,17 @@ def test_compare(run, measured, before, verdict, tmp_path):
     assert not any(other in shown.out for other in others)
 
 
+def test_compare_tells_graphs_and_what_is_no_longer_timed(run, measured, tmp_path):
+    earlier = tmp_path / "earlier.jsonl"
+    for old in (row(FIRST, "fastunet", 2.0), row(FIRST, "fastunet", 1.0, graph=True), row(FIRST, "eager", 1.0)):
+        rows.append(earlier, old)
+    measured(FIRST, row(FIRST, "fastunet", 2.0, graph=True), failed(FIRST, "eager"))
+    words = "--device", "cpu", "--cases", FIRST.name, "--out", tmp_path / "rows.jsonl", "--compare", earlier
+    lines = run("bench", *words).out.splitlines()
+    assert [line for line in lines if "fastunet (graph)" in line and "SLOWER" in line and "0.50x" in line]
+    assert [line for line in lines if "eager" in line and "now failed: OutOfMemoryError" in line]
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -138,6 +190,8 @@ def test_compare(run, measured, before, verdict, tmp_path):
         (("bench", "--budget", "0"), "expected a positive integer, got '0'"),
         (("bench", "--compare", "nowhere.jsonl"), "--compare: "),
         (("bench", "--compare", "bad.jsonl"), "bad.jsonl:1: "),
+        (("bench", "--out", "."), "--out: cannot write . (Is a directory)"),
+        (("bench", "--out", "plain.md/rows.jsonl"), "--out: cannot write plain.md/rows.jsonl ("),
         (("report", "--rows", "bad.jsonl"), "bad.jsonl:1: "),
         (("report", "--rows", "empty.jsonl"), "--rows: no rows in empty.jsonl"),
         (
@@ -168,4 +222,4 @@ def test_the_readmes_table_is_written(run, tmp_path):
     assert run("report", "--rows", path, "--out", tmp_path / "page", "--readme", readme).code == 0
     text = readme.read_text()
     assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
-    assert f"| {FIRST.name} | 4.0 ms | eager, 4.0 ms | 2.0 ms | 2.00x, faster |" in text
+    assert f"| {FIRST.name} | 4.00 ms | eager, 4.00 ms | 2.00 ms | 2.00x, faster |" in text

@@ -8,35 +8,32 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
-from benchmarks import bench, report, rows, timing
+from benchmarks import charts, measure, report, rows, verdicts
 from benchmarks.cases import Case
 
-MACHINE = bench.Machine("a <fast> GPU", 2, "2.13.0", "3.7.1", "91000", "abc1234", "0123456789ab")
+ROOT = Path(__file__).parent.parent
+MACHINE = measure.Machine("a <fast> GPU", 2, "2.13.0", "3.7.1", "91000", "abc1234", "0123456789ab")
 INFER, OP = Case("infer", "seed", "bf16", 1, 256, 256), Case("op", "seed", "bf16", 1, 256, 256, "downs.0.conv.net.2")
 
 
 def row(case: Case, provider: str, ms: float | None, spread: float = 0.01, graph: bool = False, **others) -> rows.Row:
-    job = bench.Job(case, (), "cuda", 0.0, 0, MACHINE)
-    found = None if ms is None else timing.Stats(ms, ms * (1 - spread), ms * (1 + spread), 9)
-    state = "ok" if ms is not None else "wrong"
-    made = bench._row(
-        job,
-        provider,
-        state,
-        "" if ms else "NO parity <off>",
-        timing.Ceilings(700, 4000),
-        1e-3,
-        2e-3,
-        found,
-        100,
-        5,
-        graph,
-    )
-    return dataclasses.replace(made, **others)
+    job = measure.Job(case, (), "cuda", 0.0, 0, MACHINE)
+    known: dict[str, Any] = {
+        "graph": graph,
+        "ceiling_tflops": 700.0,
+        "ceiling_gbs": 4000.0,
+        "max_err": 1e-3,
+        "baseline_err": 2e-3,
+    }
+    if ms is None:
+        return measure.make_row(job, provider, "wrong", reason="NO parity <off>", **known | others)
+    known |= {"median_ms": ms, "p20_ms": ms * (1 - spread), "p80_ms": ms * (1 + spread), "rounds": 9}
+    return measure.make_row(job, provider, "ok", peak_mem_mb=100.0, first_ms=5.0, **known | others)
 
 
 ROWS = [
@@ -54,7 +51,7 @@ ROWS = [
 
 
 def test_verdicts_by_hand():
-    found = report.verdicts(ROWS)
+    found = verdicts.verdicts(ROWS)
     assert [(v.best.provider, v.best.graph, v.ours.provider) for v in found] == [
         ("compile", True, "fastunet"), ("eager", False, "fastunet"), ("eager channels_last", False, "fastunet"),
     ]  # fmt: skip
@@ -62,14 +59,64 @@ def test_verdicts_by_hand():
     assert [v.word for v in found] == ["faster", "slower", "even"]
 
 
-def test_the_newest_row_of_a_measurement_counts():
-    later = dataclasses.replace(ROWS[4], median_ms=3.0, p20_ms=2.9, p80_ms=3.1, date="2999-01-01")
-    assert report.verdicts(rows.latest([*ROWS, later]))[0].word == "slower"
+def test_a_comparison_is_within_one_run():
+    days: Any = ({"run_id": day, "date": f"2026-11-2{n}"} for n, day in enumerate("mtw"))
+    monday, tuesday, wednesday = days
+    some = [
+        row(INFER, "eager", 10.0, **monday),
+        row(INFER, "fastunet", 9.0, **monday),
+        row(INFER, "eager", 4.0, **tuesday),
+        row(INFER, "fastunet", 5.0, **tuesday),
+        row(INFER, "fastunet", 1.0, **wednesday),  # alone: there is nothing to compare it with
+        row(OP, "fastunet", 1.0, **wednesday),
+    ]
+    found = verdicts.consistent(some)
+    assert found == [some[2], some[3], some[5]]
+    (verdict,) = verdicts.verdicts(found)
+    assert (verdict.speed_up, verdict.word) == (0.8, "slower")
+
+
+def test_where_fastunet_is_wrong_or_fails_it_is_said():
+    found = [row(INFER, "eager", 4.0), row(INFER, "fastunet", None)]
+    (verdict,) = verdicts.verdicts(found)
+    assert (verdict.speed_up, verdict.word) == (None, "wrong")
+    assert "wrong in 1" in report.page(found) and "faster in none" in report.page(found)
+    assert f"| {INFER.name} | 4.00 ms | eager, 4.00 ms | - | wrong: NO parity <off> | - |" in report.readme_table(found)
+
+
+def test_the_best_of_graph_and_plain_is_drawn():
+    assert [r.median_ms for r in verdicts.best_of(ROWS) if r.provider == "compile"] == [1.6]
+
+
+def test_charts_stay_readable_when_all_cases_are_there():
+    """One figure a dtype, no picture much taller than wide, and a page of a few megabytes at most."""
+    from benchmarks.cases import cases
+
+    names = ("eager", "compile", "fastunet")
+    every = [row(case, name, 1.0, graph=graph) for case in cases("cuda") for name in names for graph in (False, True)]
+    made = charts.charts(every)
+    assert {title.partition(":")[0] for title in made} == {
+        *(f"{chart}, {dtype}" for chart in ("Ladder", "Roofline", "Latency") for dtype in ("bf16", "fp16", "tf32")),
+        "Roofline, fp32", "Peak memory", "Time to first result",
+    }  # fmt: skip
+    for figure in made.values():
+        assert figure.get_figheight() <= 1.6 * figure.get_figwidth()
+
+
+def test_the_readmes_table_and_the_page_are_made_of_the_rows():
+    found = rows.read(rows.RESULTS)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert report.into_readme(readme, report.readme_table(found)) == readme, "run fastunet report --readme README.md"
+    shown = (ROOT / "docs" / "results" / "index.html").read_text(encoding="utf-8")
+    for device, some in report._devices(found).items():
+        assert f"<h2>{device}</h2>" in shown and report._versions(some) in shown
 
 
 def test_the_readmes_table_stands_between_its_markers():
     table = report.readme_table(ROWS)
-    assert f"| {INFER.name} | 4.0 ms | compile (graph), 1.6 ms | 1.0 ms | 1.60x, faster | 1.0e-03 / 2.0e-03 |" in table
+    assert (
+        f"| {INFER.name} | 4.00 ms | compile (graph), 1.60 ms | 1.00 ms | 1.60x, faster | 1.0e-03 / 2.0e-03 |" in table
+    )
     assert OP.name not in table
     before = f"top\n{report.BEGIN}\nold\n{report.END}\nbottom\n"
     assert report.into_readme(before, table) == f"top\n{report.BEGIN}\n{table}\n{report.END}\nbottom\n"
@@ -82,7 +129,8 @@ def test_the_page_needs_nothing_else():
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", text)
     assert "@import" not in text and "url(http" not in text
     assert "a &lt;fast&gt; GPU" in text and "NO parity &lt;off&gt;" in text  # nothing from a row is markup
-    assert "faster than the best competitor in 1" in text and "slower in 1" in text
+    assert "<b class=faster>faster in 1</b>, <b class=even>even in 1</b>, <b class=slower>slower in 1</b>" in text
+    assert "0.33x to 1.60x of the best competitor's speed" in text
 
 
 def test_pictures_and_page_are_written(tmp_path):
@@ -91,7 +139,7 @@ def test_pictures_and_page_are_written(tmp_path):
     for path in written:
         if path.suffix == ".png":
             with Image.open(path) as image:
-                assert image.width > 600
+                assert image.width >= 600
     assert len([path for path in written if path.suffix == ".png"]) == 5
 
 
@@ -106,18 +154,23 @@ PROBE = """
 <script>
 window.onload = () => {
   const table = document.querySelector("table"), heads = [...table.tHead.rows[0].cells];
-  const column = heads.findIndex(head => head.textContent.includes("speed-up"));
   const all = [...document.querySelectorAll("table")].at(-1);
   const median = [...all.tHead.rows[0].cells].findIndex(head => head.textContent === "median ms");
   const read = () => [...all.tBodies[0].rows].map(row => row.cells[median].textContent).join(" ");
-  all.tHead.rows[0].cells[median].click();
+  all.closest("details").open = true;
+  const button = all.tHead.rows[0].cells[median].firstChild;
+  button.focus();
+  const reached = document.activeElement === button;
+  button.click();
   const up = read();
-  all.tHead.rows[0].cells[median].click();
+  button.click();
   const charts = [...document.querySelectorAll("figure svg")].map(svg => {
     const box = svg.getBoundingClientRect();
     return box.width > 200 && box.height > 100 && svg.querySelectorAll("path").length > 5;
   });
-  const result = {up, down: read(), charts, errors: window.errors, wide: document.body.scrollWidth > innerWidth + 1};
+  const verdict = heads[2].getBoundingClientRect().right <= innerWidth;
+  const wide = document.body.scrollWidth > innerWidth + 1;
+  const result = {reached, verdict, up, down: read(), charts, errors: window.errors, wide};
   document.body.innerHTML = "<pre id=result>" + JSON.stringify(result) + "</pre>";
 };
 </script>
@@ -142,6 +195,8 @@ def test_the_page_in_a_browser(width, tmp_path: Path):
     assert result["errors"] == []
     assert "CONSOLE" not in done.stderr, done.stderr
     assert len(result["charts"]) == 5 and all(result["charts"])
-    assert result["up"] == "- 0.100 0.300 0.900 1.000 1.000 1.200 1.600 2.000 4.000"
-    assert result["down"] == "4.000 2.000 1.600 1.200 1.000 1.000 0.900 0.300 0.100 -"
+    assert result["up"] == "- 0.100 0.300 0.900 1.00 1.00 1.20 1.60 2.00 4.00"
+    assert result["down"] == "4.00 2.00 1.60 1.20 1.00 1.00 0.900 0.300 0.100 -"
+    assert result["reached"]  # by keyboard
+    assert result["verdict"]  # case, speed-up and verdict are in the first screen
     assert result["wide"] is False  # only tables and charts scroll sideways

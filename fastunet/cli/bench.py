@@ -15,7 +15,11 @@ import torch
 from ..files import atomic_write
 from .shared import SetupError, a_count, a_device, a_seed, examples, new_console, new_progress, new_table
 
-QUICK = {"cuda": 14, "cpu": 6}  # cases of --quick: the first ones, which tell most
+# Of each case, in seconds: timing, and what a provider may take for its first result or a call.
+SECONDS, QUICK_SECONDS = 5.0, 1.0
+LIMIT, QUICK_LIMIT = 900.0, 120.0
+# Compiles for minutes a case: not for --quick.
+SLOW_TO_COMPILE = "compile max-autotune triton"
 
 
 def add(commands: Any) -> None:
@@ -27,7 +31,8 @@ def add(commands: Any) -> None:
 Time every provider on every case, in interleaved rounds, after its output has been checked against
 float64. Rows are appended to benchmarks/results/<device>.jsonl. Needs a checkout of FastUNet.
 
-Exit code: 0 all was timed, 1 something was wrong or failed (its row says why), 2 nothing started.""",
+Exit code: 0 FastUNet was timed on all cases that ran, 1 it was wrong or failed on some (the row says
+why; what a competitor does changes nothing), 2 nothing started.""",
         **examples(
             "fastunet bench --quick",
             "fastunet bench --cases 'infer seed 256' --providers fastunet compile --budget 300",
@@ -36,13 +41,15 @@ Exit code: 0 all was timed, 1 something was wrong or failed (its row says why), 
     )
     command.add_argument("--cases", nargs="+", metavar="TEXT", help="those whose name holds one of the texts")
     command.add_argument("--providers", nargs="+", metavar="NAME", help="these alone (default: all that serve)")
-    command.add_argument("--quick", action="store_true", help="the most informative cases, 1 second each")
+    command.add_argument("--quick", action="store_true", help=f"a few cases, 1 second each, no {SLOW_TO_COMPILE!r}")
     command.add_argument("--budget", type=a_count, metavar="SECONDS", help="start no case later than that")
     command.add_argument("--compare", type=Path, metavar="FILE", help="show each ratio to the rows of this file")
     command.add_argument("--out", type=Path, metavar="FILE", help="append rows here instead")
     command.add_argument("--seed", type=a_seed, default=0, metavar="S", help="of weights and inputs (default: 0)")
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    command.add_argument("--device", type=a_device, default=default, help="cpu or cuda (default here: %(default)s)")
+    command.add_argument(
+        "--device", type=a_device, default=default, help="cpu, cuda or cuda:N (default here: %(default)s)"
+    )
     command.set_defaults(run=bench)
 
     command = commands.add_parser(
@@ -76,40 +83,46 @@ def bench(arguments: argparse.Namespace) -> int:
     """Run, append rows, print a table."""
     cases_module, providers_module = _benchmarks("cases"), _benchmarks("providers")
     rows_module, bench_module = _benchmarks("rows"), _benchmarks("bench")
-    device = arguments.device.partition(":")[0]
-    cases = cases_module.cases(device)
+    device = arguments.device
+    kind = torch.device(device).type
+    cases = cases_module.quick(kind) if arguments.quick and not arguments.cases else cases_module.cases(kind)
     if arguments.cases:
         chosen = [case for case in cases if any(text in case.name for text in arguments.cases)]
         if not chosen:
             raise SetupError(f"--cases: no case's name holds {' or '.join(map(repr, arguments.cases))}")
         cases = chosen
-    elif arguments.quick:
-        cases = cases[: QUICK[device]]
     names = [provider.name for provider in providers_module.PROVIDERS]
     for name in arguments.providers or ():
         if name not in names:
             raise SetupError(f"--providers: expected some of {', '.join(map(repr, names))}, got {name!r}")
+    if arguments.quick:
+        names.remove(SLOW_TO_COMPILE)
     try:
         before = rows_module.read(arguments.compare) if arguments.compare is not None else None
     except rows_module.RowError as error:
         raise SetupError(f"--compare: {error}") from None
     out = arguments.out or rows_module.file_of(bench_module.device_name(device))
+    try:
+        rows_module.check_writable(out)
+    except OSError as error:
+        raise SetupError(f"--out: cannot write {out} ({error.strerror})") from None
 
-    console, errors, rows, done = new_console(), new_console(stderr=True), [], []
+    console, errors, rows, started = new_console(), new_console(stderr=True), [], []
     interrupted, start = False, time.monotonic()
     with new_progress(errors) as progress:
         task = progress.add_task("", total=len(cases))
 
         def on_case(case: Any) -> None:
-            progress.update(task, completed=len(done), description=case.name)
-            done.append(case)
+            progress.update(task, completed=len(started), description=case.name)
+            started.append(case)
 
         try:
             for row in bench_module.run(
                 cases,
                 arguments.providers or names,
                 device,
-                seconds=1.0 if arguments.quick else 5.0,
+                seconds=QUICK_SECONDS if arguments.quick else SECONDS,
+                limit=QUICK_LIMIT if arguments.quick else LIMIT,
                 budget=arguments.budget,
                 seed=arguments.seed,
                 on_case=on_case,
@@ -118,42 +131,41 @@ def bench(arguments: argparse.Namespace) -> int:
                 rows.append(row)
         except KeyboardInterrupt:
             interrupted = True
-    _print(console, rows, providers_module.OURS)
+    _print(console, rows)
     if before is not None:
         _print_changes(console, rows_module.changes(rows, before))
-    left = cases[len(done) :]
+    measured = {row.case for row in rows}
+    left = [case.name for case in cases if case.name not in measured]
     if left:
-        console.print(f"left out ({len(left)}): {', '.join(case.name for case in left)}", soft_wrap=True)
+        console.print(f"left out ({len(left)}): {', '.join(left)}", soft_wrap=True)
     console.print(f"{len(rows)} rows in {out}, {time.monotonic() - start:.0f} s", soft_wrap=True)
     if interrupted:
         console.print("interrupted: these are the rows so far")
+    _print_verdicts(console, _benchmarks("verdicts").verdicts(rows))
+    if interrupted:
         return 130
-    return 0 if all(row.state == "ok" for row in rows) else 1
+    ours = [row for row in rows if row.provider in providers_module.OURS]
+    return 0 if rows and all(row.state == "ok" for row in ours) else 1
 
 
-def _print(console: Any, rows: list[Any], ours: tuple[str, ...]) -> None:
-    numeric = ("median ms", "p20..p80", "against best", "TFLOP/s", "of ceiling", "error", "eager's", "MiB", "first ms")
+def _print(console: Any, rows: list[Any]) -> None:
+    digits = _benchmarks("rows").digits
+    numeric = ("median ms", "p20..p80", "TFLOP/s", "GB/s", "of ceiling", "error", "eager's", "MiB", "first ms")
     table = new_table("case", "provider", *numeric, numeric=numeric)
-    best: dict[str, float] = {}
-    for row in rows:
-        if row.state == "ok" and row.provider not in ours:
-            best[row.case] = min(best.get(row.case, row.median_ms), row.median_ms)
     last = None
     for row in rows:
-        name = row.provider + (" (graph)" if row.graph else "")
         case, last = (row.case if row.case != last else ""), row.case
         if row.state != "ok":
-            table.add_row(case, name, row.state, row.reason)
+            table.add_row(case, row.label, row.state, row.reason)
             continue
-        share = f"{row.tflops / row.ceiling_tflops:.0%}" if row.ceiling_tflops and row.flops else "-"
         table.add_row(
             case,
-            name,
-            f"{row.median_ms:.3f}",
-            f"{row.p20_ms:.3f}..{row.p80_ms:.3f}",
-            f"{best[row.case] / row.median_ms:.2f}x" if row.case in best else "-",
-            f"{row.tflops:.2f}",
-            share,
+            row.label,
+            digits(row.median_ms),
+            f"{digits(row.p20_ms)}..{digits(row.p80_ms)}",
+            digits(row.tflops),
+            digits(row.gbs),
+            "-" if row.share is None else f"{row.share:.0%}",
             f"{row.max_err:.1e}",
             f"{row.baseline_err:.1e}",
             "-" if row.peak_mem_mb is None else f"{row.peak_mem_mb:.0f}",
@@ -162,14 +174,27 @@ def _print(console: Any, rows: list[Any], ours: tuple[str, ...]) -> None:
     console.print(table)
 
 
+def _print_verdicts(console: Any, verdicts: list[Any]) -> None:
+    digits = _benchmarks("rows").digits
+    numeric = ("its ms", "FastUNet ms", "speed-up", "error", "eager's")
+    table = new_table("case", "best competitor", *numeric, "verdict", numeric=numeric)
+    for v in verdicts:
+        best = v.ours.case, v.best.label, digits(v.best.median_ms)
+        if v.speed_up is None:
+            table.add_row(*best, "-", "-", "-", "-", f"{v.word}: {v.ours.reason}")
+            continue
+        errors = f"{v.ours.max_err:.1e}", f"{v.ours.baseline_err:.1e}"
+        table.add_row(*best, digits(v.ours.median_ms), f"{v.speed_up:.2f}x", *errors, v.word)
+    console.print(table)
+
+
 def _print_changes(console: Any, changes: list[Any]) -> None:
-    table = new_table(
-        "case", "provider", "before ms", "now ms", "speed-up", "", numeric=("before ms", "now ms", "speed-up")
-    )
+    digits = _benchmarks("rows").digits
+    numeric = ("before ms", "now ms", "speed-up")
+    table = new_table("case", "provider", *numeric, "", numeric=numeric)
     for change in changes:
-        verdict = "within the spread" if not change.real else "faster" if change.ratio > 1 else "SLOWER"
-        times = f"{change.before.median_ms:.3f}", f"{change.row.median_ms:.3f}", f"{change.ratio:.2f}x"
-        table.add_row(change.row.case, change.row.provider, *times, verdict)
+        now = ("-", "-") if change.ratio is None else (digits(change.row.median_ms), f"{change.ratio:.2f}x")
+        table.add_row(change.row.case, change.row.label, digits(change.before.median_ms), *now, change.word)
     console.print(table)
     if not changes:
         console.print("nothing to compare: no earlier row is of these cases on this device", soft_wrap=True)

@@ -1,0 +1,108 @@
+"""A case with its numbers: the module and the inputs that every provider gets alike, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastunet import ops, reference
+from fastunet.reference import UNet
+
+from .cases import DTYPES, Case
+
+Results = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is timed. ``run`` returns all results; of a training step the loss and every gradient.
+
+    ``module`` is the one whose weights a training step changes.
+    """
+
+    run: Callable[[], Results]
+    module: nn.Module | None = None
+
+    def __call__(self) -> Results:
+        return self.run()
+
+    def restart(self, work: Work) -> None:
+        """Give a trained module the weights it began with."""
+        if self.module is not None:
+            self.module.load_state_dict(work.module.state_dict())
+
+
+@dataclass
+class Work:
+    """A case with its numbers: the plain module (an operator is one too) and its inputs."""
+
+    case: Case
+    module: nn.Module
+    inputs: tuple[Tensor, ...]
+    target: Tensor | None = None  # classes, for training
+
+    @property
+    def device(self) -> torch.device:
+        return self.inputs[0].device
+
+
+class Operator(nn.Module):
+    """One fused operator in plain PyTorch; ``fast`` runs FastUNet's."""
+
+    def __init__(self, case: Case, fast: bool = False) -> None:
+        super().__init__()
+        (layer,) = case.layers
+        self.op, self.fast, self.mode = layer.op, fast, layer.mode
+        self.corners = self.mode == "bilinear" and case.config.align_corners
+        self.relu = layer.activation is not None
+        c, out = sum(shape[1] for shape in layer.in_shapes), layer.out_shape[1]
+        if self.op == "conv_transpose2x2":
+            self.weight = nn.Parameter(torch.randn(c, out, 2, 2) / c**0.5)
+        elif self.op != "upsample_concat":
+            side = 3 if self.relu else 1  # the 1x1 convolutions are those without an activation
+            self.weight = nn.Parameter(torch.randn(out, c, side, side) / (side * side * c) ** 0.5)
+        if self.op != "upsample_concat":
+            self.bias = nn.Parameter(torch.randn(out))
+
+    def forward(self, *x: Any) -> Any:
+        slope = 0.0 if self.relu else 1.0
+        options: dict[str, Any] = {"mode": self.mode, "align_corners": self.corners}
+        if self.op == "upsample_concat":
+            return (ops if self.fast else reference).upsample_concat(*x, **options)
+        tensors: Any = (*x, self.weight, self.bias)
+        if self.op == "conv_transpose2x2":
+            return (ops if self.fast else reference).conv_transpose2x2(*tensors)
+        if self.op == "upsample_concat_conv2d_relu":
+            if self.fast:
+                return ops.upsample_concat_conv2d_relu(*tensors, relu=self.relu, **options)
+            return reference.upsample_concat_conv2d_relu(*tensors, slope=slope, **options)
+        pool: Any = self.op == "conv2d_relu_pool"
+        if self.fast:
+            return ops.conv2d_relu(*tensors, relu=self.relu, pool=pool)
+        y = reference.conv2d_relu(*tensors, slope=slope)
+        return (y, F.max_pool2d(y, 2)) if pool else y
+
+
+def make_work(case: Case, device: torch.device, seed: int) -> Work:
+    """Weights and inputs of a case from a seed, in its dtype."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if case.operator is None:
+            module: nn.Module = UNet.from_config(case.config)
+            shapes = [(case.batch, case.config.in_channels, case.height, case.width)]
+        else:
+            module = Operator(case)
+            shapes = list(case.layers[0].in_shapes)
+        inputs = [torch.randn(shape) for shape in shapes]
+        classes = max(case.config.out_channels, 2)
+        target = torch.randint(classes, (case.batch, case.height, case.width))
+    dtype = torch.float32 if case.is_mixed else DTYPES[case.dtype]
+    module = module.to(device, dtype).train(case.kind == "train")
+    return Work(
+        case, module, tuple(x.to(device, dtype) for x in inputs), target.to(device) if case.kind == "train" else None
+    )
