@@ -1,5 +1,7 @@
 """Images of any size through networks whose output is smaller than their input, or that take few sizes."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,9 @@ from fastunet import FastUNet
 from fastunet.images import limits, scale
 from fastunet.predict import margins, predict_logits, receptive_radius
 
-VALID = {"upsample": "transpose", "padding": "valid", "match": "center_crop"}
-CROPPED = {"upsample": "nearest", "match": "center_crop"}
-STRIDED = {"upsample": "transpose", "downsample": "stride", "strides": ((2, 2), (2, 1))}
+VALID: dict[str, Any] = {"upsample": "transpose", "padding": "valid", "match": "center_crop"}
+CROPPED: dict[str, Any] = {"upsample": "nearest", "match": "center_crop"}
+STRIDED: dict[str, Any] = {"upsample": "transpose", "downsample": "stride", "strides": ((2, 2), (2, 1))}
 
 
 @pytest.mark.parametrize("options", [VALID, CROPPED, STRIDED], ids=["valid", "cropped", "strided"])
