@@ -52,11 +52,11 @@ bench: $(VENV)/installed ## timings against plain PyTorch, every output checked 
 
 # Each step has its own limit in seconds and runs whatever came of those before it; together 8 minutes at most.
 GPU_TESTS := tests/kernels tests/test_ops.py tests/test_model.py tests/test_verify.py tests/test_fuzz.py
-STEP = PYTHONPATH=. timeout --signal=INT --kill-after=15
+STEP = PYTHONPATH=. timeout --kill-after=15
 
 gpu: ## on this machine's GPU, in this checkout, with its own Python: tests, verify, the quick benchmark
 	@$(PYTHON) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'PyTorch sees no CUDA device')"
-	@$(STEP) 150 $(PYTHON) -m pytest -q -n 8 -m "cuda or not slow" $(GPU_TESTS); tests=$$?; \
+	@$(STEP) --signal=INT 150 $(PYTHON) -m pytest -q -n 8 -m "cuda or not slow" $(GPU_TESTS); tests=$$?; \
 	$(STEP) 60 $(PYTHON) -m fastunet verify --device cuda --dtype bf16; verify=$$?; \
 	$(STEP) 220 $(PYTHON) -m fastunet bench --quick --budget 170; bench=$$?; \
 	echo "exit codes: tests $$tests, verify $$verify, benchmark $$bench (124: out of time; 130: cut short)"; \
