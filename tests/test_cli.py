@@ -32,6 +32,7 @@ FUNCTIONS = {
     "summary": "fastunet.cli.describe.summary",
     "info": "fastunet.cli.describe.info",
     "verify": "fastunet.cli.verify.run",
+    "convert": "fastunet.cli.convert.run",
     "bench": "fastunet.cli.bench.bench",
     "report": "fastunet.cli.bench.report",
 }

@@ -1,8 +1,8 @@
-"""Each layer by itself: the reference's layer on the candidate's own input.
+"""Each operator by itself: the reference's, of the very tensors that the candidate gave its own.
 
 In a network's run the errors of the layers before come to a layer's own, in the baseline as in the
-candidate, and a sum kept in half the precision drowns in them. On the same input only that layer's
-roundings are left, so that such a fault shows, and in its own layer.
+candidate, and a sum kept in half the precision drowns in them. On the same map, weight and bias only
+that operator's roundings are left, so that such a fault shows, and in its own layer.
 """
 
 from __future__ import annotations
@@ -14,29 +14,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference import UNet, activate_, pad_to, upsample
-from ..trace import Layer
+from .. import reference
 from .measures import distance
-from .recording import Step, is_folded, norm_after
+from .recording import Step
 from .report import Alone
 from .rule import Parity
-from .terms import term_roots, through_norm
 
 
 @torch.no_grad()
-def alone(
-    layer: Layer, step: Step, baseline: UNet, truth: UNet, compare: Callable[..., Parity], smallest: float
-) -> Iterator[Alone]:
-    """The layer's result, then its max-pool if it has one, against the reference's; nothing for infinite inputs.
+def alone(step: Step, compare: Callable[..., Parity], smallest: float) -> Iterator[Alone]:
+    """An operator's result, then its max-pool if it has one, against the reference's; nothing for infinite inputs.
 
     Args:
         compare: the rule, its settings made; takes candidate, baseline, truth and ``terms``.
         smallest: the working dtype's smallest normal number.
     """
-    if not all(t.isfinite().all() for t in step.inputs):
-        return  # what made it so is for the layer before to answer
-    theirs, _ = _reference(baseline, layer, step.inputs, smallest)
-    exact, terms = _reference(truth, layer, tuple(t.double() for t in step.inputs), smallest)
+    tensors = [t for t in step.arguments if isinstance(t, Tensor)]
+    if not tensors or not all(t.isfinite().all() for t in tensors):
+        return  # what made them so is for the layer before to answer
+    theirs, _ = _reference(step.arguments, smallest)
+    wide = tuple(t.double() if isinstance(t, Tensor) else t for t in step.arguments)
+    exact, terms = _reference(wide, smallest)
     results = [(step.result, theirs, exact)]
     if step.pooled is not None:
         results.append((step.pooled, F.max_pool2d(theirs, 2), F.max_pool2d(exact, 2)))
@@ -44,19 +42,23 @@ def alone(
         yield Alone(compare(mine, base, true, terms=terms), distance(mine, true), distance(base, true))
 
 
-def _reference(network: UNet, layer: Layer, inputs: tuple[Tensor, ...], smallest: float) -> tuple[Tensor, float]:
-    """What FastUNet's operator must give, from the network's own modules, and the size of its terms."""
-    config, x = network.config, inputs[0]
-    if len(inputs) == 2:
-        skip = inputs[1]
-        x = pad_to(upsample(x, layer.mode, config.align_corners), *skip.shape[2:])
-        x = torch.cat([x, skip] if config.concat == "upsampled_first" else [skip, x], 1)
-    conv: Any = network.get_submodule(layer.name)
-    y, roots = conv(x), term_roots(conv, (x**2).clamp(min=smallest**2))
-    norm: Any = norm_after(network, layer)
-    apart = norm is not None and config.order == "conv_norm_act" and not is_folded(norm, config)
-    if norm is not None and is_folded(norm, config):
-        roots, y = through_norm(roots, norm, y), norm(y)
-    if layer.activation is not None and not apart:
-        y = activate_(y, config.slope)
-    return y, roots.max().item() if roots.numel() else 0.0
+def _reference(arguments: tuple[Any, ...], smallest: float) -> tuple[Tensor, float]:
+    """What an operator of these arguments must give, and the size of its terms."""
+    slope = 1.0
+    if len(arguments) == 7:
+        x, skip, weight, bias, mode, align_corners, slope = arguments
+        x = reference.upsample_concat(x, skip, mode, align_corners)
+    elif len(arguments) == 4:
+        x, weight, bias, slope = arguments
+    else:
+        x, weight, bias = arguments
+
+    def operator(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> Tensor:
+        if len(arguments) == 3:
+            return reference.conv_transpose2x2(x, weight, bias)
+        return reference.conv2d_relu(x, weight, bias, slope)
+
+    y = operator(x, weight, bias, slope)
+    squares = (x**2).clamp(min=smallest**2), weight**2, None if bias is None else bias**2
+    terms = operator(*squares, 1.0)
+    return y, terms.max().sqrt().item() if terms.numel() else 0.0

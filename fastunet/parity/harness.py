@@ -15,7 +15,6 @@ from .. import dispatch, ops
 from ..config import UNetConfig
 from ..model import FastUNet
 from ..reference import UNet
-from ..trace import trace
 from .alone import alone
 from .measures import distance, error_map, segmentation
 from .recording import OtherDecisions, Recorder, Run, gradients, run_with_layers
@@ -51,8 +50,8 @@ def verify(
     Args:
         model: the candidate, usually a :class:`fastunet.FastUNet`; of it, and of a reference with
             the same parameter names, every layer and every parameter's gradient is compared, each
-            layer of a :class:`fastunet.reference.UNet` by itself too, on the candidate's own input;
-            of any other, the output and the gradient of the input.
+            layer's operator by itself too, on the candidate's own map and weights; of any other,
+            the output and the gradient of the input.
         reference: any module of the same function, on the same device.
         inputs: (N, C, H, W), finite, on that device; cast to the working dtype, whose rounded
             values all three networks see.
@@ -134,7 +133,6 @@ def verify(
         errors = distance(mine, exact[name]), distance(theirs[name], exact[name])
         return Comparison(kind, name, implementation, parity, *errors)
 
-    traced = {layer.name: layer for layer in trace(config, *x.shape[-2:], batch=len(x))} if config else {}
     alone_rule = partial(rule, tf32=tf32, stages=truncating_stages(1, dtype, interpreted))
     by_itself: Iterator[Alone] = iter(())
     stage, implementation = 0, overall
@@ -142,9 +140,7 @@ def verify(
         stage = min(stage + (not name.endswith(".pool")), depth)  # the pool comes with its layer
         if name in steps:
             implementation = steps[name].implementation
-            if isinstance(baseline, UNet) and isinstance(truth, UNet):
-                tiny = torch.finfo(dtype).smallest_normal
-                by_itself = alone(traced[name], steps[name], baseline, truth, alone_rule, tiny)
+            by_itself = alone(steps[name], alone_rule, torch.finfo(dtype).smallest_normal)
         if name == _LOGITS:
             keep([comparison("output", name, ours[name], stage, overall)])
         elif name in exact and name in theirs:

@@ -34,9 +34,15 @@ class OtherDecisions(ValueError):
 
 @dataclass(frozen=True)
 class Step:
-    """What a FastUNet did for one layer: the operator's inputs and results, and what computed them."""
+    """What a FastUNet did for one layer.
 
-    inputs: tuple[Tensor, ...]
+    Attributes:
+        arguments: of the fused operator; none of an operator of PyTorch's.
+        result, pooled: what it gave.
+        implementation: what computed it.
+    """
+
+    arguments: tuple[Any, ...]
     result: Tensor
     pooled: Tensor | None
     implementation: str
@@ -72,16 +78,15 @@ class Recorder(TorchFunctionMode):
             self.decisions.append(result.detach() > 0)
         elif func in _CONVOLUTIONS:
             # An activation that follows in place is in it.
-            self.steps.append(Step((args[0].detach(),), result.detach(), None, "torch"))
+            self.steps.append(Step((), result.detach(), None, "torch"))
         elif getattr(func, "namespace", None) == "fastunet":
             y, *pooled = (t.detach() for t in (result if isinstance(result, tuple) else (result,)))
-            sources = 2 if "upsample" in func.name() else 1
-            inputs, weight = tuple(t.detach() for t in args[:sources]), args[sources]
-            mode = args[4] if sources == 2 else "none"
-            shapes = tuple(tuple(t.shape) for t in inputs)
+            arguments = tuple(t.detach() if isinstance(t, Tensor) else t for t in args)
             operator = func.name().removeprefix("fastunet::")
-            choice = ops.choose(operator, shapes, tuple(weight.shape), y.device, y.dtype, mode)
-            self.steps.append(Step(inputs, y, pooled[0] if pooled else None, choice.implementation))
+            sources, mode = (2, args[4]) if operator.startswith("upsample") else (1, "none")
+            *maps, weight = (tuple(t.shape) for t in args[: sources + 1])
+            choice = ops.choose(operator, tuple(maps), weight, y.device, y.dtype, mode)
+            self.steps.append(Step(arguments, y, pooled[0] if pooled else None, choice.implementation))
             if func.name() != "fastunet::conv_transpose2x2" and args[-1] != 1:  # a slope of 1 is no activation
                 self.decisions.append(y > 0)
             if pooled:

@@ -32,7 +32,7 @@ class Errors:
 
 @dataclass(frozen=True)
 class Alone:
-    """A layer by itself: the reference's on the candidate's own input (:mod:`fastunet.parity.alone`)."""
+    """A layer's operator by itself: the reference's on the candidate's own tensors (:mod:`fastunet.parity.alone`)."""
 
     parity: Parity
     candidate: Errors
