@@ -18,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from fastunet import FastUNet, UNetConfig, train
+from fastunet import FastUNet, UNetConfig, dispatch, train
 from fastunet.files import atomic_write
 from fastunet.reference import UNet
 
@@ -60,7 +60,9 @@ def run(name: str, seed: int, data: train.Data, steps: int, device: str) -> tupl
     model, losses, start = new_model(name), [], time.perf_counter()
     settings = train.Settings(steps, size=64, lr=1e-3, every=max(1, steps // 4), seed=seed)
     process = train.Processes(torch.device(device))
-    with tempfile.TemporaryDirectory() as out:
+    # Left alone, a CPU trains with plain PyTorch in either case.
+    operators = dispatch.forced("torch" if device == "cpu" else "triton")
+    with tempfile.TemporaryDirectory() as out, operators:
         keep = lambda _, loss: losses.append(loss.item())
         points = train.fit(model, data, out, settings, process=process, on_step=keep)
     print(f"seed {seed}, {name}: Dice {points[-1].dice:.4f}, {time.perf_counter() - start:.0f} s", flush=True)

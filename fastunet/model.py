@@ -128,11 +128,12 @@ class FastUNet(UNet):
         return self._graphs(self._forward, x, [*self.parameters(), *self.buffers()])
 
     def _forward(self, x: Tensor) -> Tensor:
-        if _plain_torch(x) and (self._takes_statistics() or self.config.padding == "valid"):
+        if _plain_torch(x) and (self._takes_statistics() or self.config.padding == "valid" or self._trains_on_a_cpu(x)):
             # A CPU's norms want NCHW. Instance norm copies channels_last maps there and back, which costs
             # more than the layout gives; group norm, and batch norm where it trains, take them as they are
             # and sum over their pixels one by one, with up to 300 times the error. Without padding no
-            # operator serves, and the crops and copies between layers eat what channels_last gives.
+            # operator serves, and the crops and copies between layers eat what channels_last gives. The
+            # operators' gradients save memory, and time on a GPU alone: a CPU took twice eager's for small maps.
             return super().forward(x).contiguous(memory_format=torch.channels_last)
         skips = []
         for down in self.downs:
@@ -142,6 +143,11 @@ class FastUNet(UNet):
         for up in self.ups:
             x = self._up(up, x, skips.pop())
         return self.finish(ops.conv2d_relu(x, *self._weights(self.head), relu=False))
+
+    def _trains_on_a_cpu(self, x: Tensor) -> bool:
+        """Whether gradients are wanted, and neither the operators were asked for nor somebody looks on."""
+        wanted = _wants_gradient([x, *self.parameters()])
+        return wanted and dispatch.asked_for() is None and not ops.is_watched()
 
     def _takes_statistics(self) -> bool:
         """Whether a norm sums over the map it is given, in its forward pass or for its gradients."""

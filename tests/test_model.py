@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,6 +19,13 @@ FEATURES = (4, 6, 9)
 OPERATORS = 11  # of such a network, one after another
 KINDS = ["bilinear", "bilinear_conv", "nearest", "transpose"]
 NORMS = [None, "batch", "instance"]
+
+
+@pytest.fixture(autouse=True)
+def through_the_operators() -> Iterator[None]:
+    """A CPU trains with the reference itself, unless the operators are asked for."""
+    with contextlib.nullcontext() if torch.cuda.is_available() else dispatch.forced("torch"):
+        yield
 
 
 def pair(**config) -> tuple[UNet, FastUNet]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -16,6 +17,13 @@ from fastunet import FastUNet, dispatch
 from fastunet.reference import UNet
 
 from .test_model import KINDS, assert_close, pair
+
+
+@pytest.fixture(autouse=True)
+def through_the_operators() -> Iterator[None]:
+    """A CPU trains with the reference itself, unless the operators are asked for."""
+    with contextlib.nullcontext() if torch.cuda.is_available() else dispatch.forced("torch"):
+        yield
 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from . import forward
-from .common import at_once, tf32, watched
+from .common import at_once, is_watched, tf32, watched
 from .launchers import choose
 
 __all__ = [
     "choose",
     "conv2d_relu",
     "conv_transpose2x2",
+    "is_watched",
     "tf32",
     "upsample_concat",
     "upsample_concat_conv2d_relu",

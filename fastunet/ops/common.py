@@ -27,9 +27,14 @@ def watched() -> Iterator[None]:
         _watched.reset(token)
 
 
+def is_watched() -> bool:
+    """Whether a block of :func:`watched` is open."""
+    return _watched.get()
+
+
 def at_once(x: Tensor) -> bool:
     """Whether torch's operators serve ``x`` without the dispatcher: on a CPU, without gradients, in eager."""
-    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or _watched.get():
+    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or is_watched():
         return False
     return not takes_triton(x)
 
