@@ -34,7 +34,7 @@ types: $(VENV)/installed ## pyright
 	$(RUN) -m pyright --pythonpath $(RUN)
 
 pytest: $(VENV)/installed ## the tests, kernels in Triton's interpreter
-	$(RUN) -m pytest -q -n $(WORKERS)
+	$(RUN) -m pytest -q -n $(WORKERS) --dist worksteal
 
 triton: sass $(OTHER_TRITONS:%=triton-%) ## the kernels on every Triton we support
 
