@@ -12,6 +12,9 @@ CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is decorated
 
+# That cache knows an operator by its name alone: a changed gradient would be taken for the one of an earlier run.
+os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # a worker a core; their threads would fight for them
 
