@@ -206,6 +206,8 @@ def wgrad_config(
     # 64 pixels of 128 + 128 channels in 16 bits are 32 KB; three stages fit 99 KB.
     pixels = 32 if dtype == torch.float32 else 64
     block_co, block_c = power_of_2(out_channels, 16, 128), power_of_2(columns, 16, 128)
+    if block_co * block_c <= 32 * 32:
+        pixels = 32  # of 64, sm_80 spills their addresses
     warps = 8 if block_co * block_c > 64 * 128 else 4
     return WgradConfig(block_co, block_c, *_tile(pixels, height, width), num_warps=warps, num_stages=3)
 
