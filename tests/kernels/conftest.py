@@ -50,12 +50,18 @@ def far_apart(x: Tensor, axis: int) -> Tensor:
     return memory.as_strided(x.shape, stride).copy_(x)
 
 
-def check(precision: str, got: Tensor, reference: Callable[..., Tensor], *inputs: Any) -> None:
-    """``got`` must be as near the float64 reference as the reference in the working dtype is."""
+def check(
+    precision: str, got: Tensor, reference: Callable[..., Tensor], *inputs: Any, summed: Callable | None = None
+) -> None:
+    """``got`` must be as near the float64 reference as the reference in the working dtype is.
+
+    ``summed``: of results that are sums over pixels, the map that is summed, whose terms may cancel.
+    """
     wide = [t.double().cpu() if isinstance(t, Tensor) else t for t in inputs]
     tf32 = precision == "tf32" and got.is_cuda
     with tf32_convolutions(tf32):
         stages = truncating_stages(1, got.dtype, not got.is_cuda)
-        parity = compare(got, reference(*inputs), reference(*wide), tf32=tf32, stages=stages)
+        terms = 0.0 if summed is None or not got.numel() else summed(*wide).square().sum((0, 2, 3)).sqrt().max().item()
+        parity = compare(got, reference(*inputs), reference(*wide), tf32=tf32, stages=stages, terms=terms)
     assert parity.ok, str(parity)
     assert got.numel() == 0 or got.is_contiguous(memory_format=torch.channels_last)

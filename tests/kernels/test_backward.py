@@ -103,6 +103,7 @@ def test_activation_pool_and_bias(shape, pool, slope, precision, make):
         x,
         grad,
         grad_pooled,
+        summed=truth,
     )
     again = kernels.activation_bwd(grad, grad_pooled, y, slope=slope, bias=True)
     assert torch.equal(g, again[0]) and torch.equal(bias, again[1])  # pyright: ignore[reportArgumentType]
