@@ -37,8 +37,8 @@ from triton.runtime.jit import JITFunction
 from fastunet import kernels, weights
 from fastunet.config import UNetConfig
 from fastunet.kernels import tuning
-from fastunet.parity.configs import Launch
-from fastunet.parity.configs import launches as launches_of_network
+from fastunet.parity.launches import gradients
+from fastunet.parity.launches import launches as launches_of_network
 
 ARCHES = {80: "sm_80", 90: "sm_90a"}
 # Bytes a block. What is compiled for sm_80 also serves sm_86, sm_89 and sm_120, which have less.
@@ -127,7 +127,10 @@ def launches(dtype: torch.dtype, tf32: bool) -> Iterator[Callable[[], Any]]:
             yield launch.run
             # Of the upsamplings those that are launched otherwise, of the sizes one: compiling takes long.
             if config.align_corners and config.upsample in ("bilinear", "transpose") and size[1] % 2 == 0:
-                yield from gradients(launch, t, tf32)
+                for step in gradients(launch, t, tf32=tf32):
+                    # Passes over memory compute in float32 in either case.
+                    if tf32 or "tf32" in step.options:
+                        yield step.run
     yield lambda: kernels.stem_fwd(t(2, 4, 256, 256), t(64, 4, 3, 3), t(64), slope=0.0, tf32=tf32)
     yield lambda: kernels.conv_fwd(t(1, 128, 64, 64), t(128, 128, 3, 3), None, slope=0.01, tf32=tf32)
     yield lambda: kernels.conv_pool_fwd(t(2, 24, 64, 64), t(160, 24, 3, 3), t(160), slope=0.0, tf32=tf32)
@@ -139,30 +142,6 @@ def launches(dtype: torch.dtype, tf32: bool) -> Iterator[Callable[[], Any]]:
             yield lambda mode=mode, corners=corners: kernels.upsample_concat_fwd(
                 t(1, 128, 128, 128), t(1, 64, 256, 256), mode=mode, align_corners=corners
             )
-
-
-def gradients(launch: Launch, t: Callable[..., torch.Tensor], tf32: bool) -> Iterator[Callable[[], Any]]:
-    """A call for each launch of a layer's backward pass."""
-    *sources, weight, _ = launch.tensors
-    grad, slope = t(*launch.layer.out_shape), launch.options.get("slope", 1.0)
-    n, _, h, w = grad.shape
-    pooled = t(n, grad.shape[1], h // 2, w // 2) if launch.layer.op == "conv2d_relu_pool" else None
-    if tf32:  # float32 passes over memory are the same in either case
-        yield lambda: kernels.activation_bwd(grad, pooled, grad, slope=slope, bias=True)
-    if launch.layer.op == "conv_transpose2x2":
-        yield lambda: kernels.conv_transpose2x2_dgrad(grad, weight, tf32=tf32)
-        yield lambda: kernels.conv_transpose2x2_wgrad(grad, sources[0], tf32=tf32)
-        return
-    upsampling = {key: value for key, value in launch.options.items() if key in ("mode", "align_corners")}
-    if upsampling.get("mode", "none") != "none":
-        (_, c, height, width), upsampled = sources[0].shape, t(n, sources[0].shape[1], h, w)
-        sources[0] = upsampled
-        if tf32:
-            yield lambda: kernels.upsample_bwd(upsampled, height, width, **upsampling)
-            yield lambda: kernels.upsample_fwd(t(n, c, height, width), h, w, **upsampling)
-    yield lambda: kernels.conv_wgrad(grad, sources, weight.shape[-1], tf32=tf32)
-    for x in sources:
-        yield lambda x=x: kernels.conv_dgrad(grad, t(grad.shape[1], x.shape[1], *weight.shape[2:]), tf32=tf32)
 
 
 def hopper_launches(dtype: torch.dtype, full: bool) -> Iterator[Callable[[], Any]]:

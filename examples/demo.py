@@ -28,7 +28,7 @@ from fastunet.weights import NUCLEI, load
 
 HERE = Path(__file__).parent
 OUT = Path("demo-output")
-REPEATS = 5
+REPEATS = 3
 
 
 def milliseconds(forward: Callable[[], Tensor]) -> float:

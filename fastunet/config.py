@@ -282,6 +282,11 @@ class UNetConfig:
             up.insert(0, size)
         return down, up
 
+    def changes(self) -> dict[str, Any]:
+        """What is not as by default."""
+        default = vars(type(self)())
+        return {name: value for name, value in vars(self).items() if value != default[name]}
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
 

@@ -24,7 +24,7 @@ from .ops import tf32
 from .parity.rule import compare
 
 if TYPE_CHECKING or dispatch.has_triton():
-    from .parity.configs import Launch, launches
+    from .parity.launches import Launch, launches
 
 Timer = Callable[[Callable[[], Any]], float]
 

@@ -40,7 +40,8 @@ def conv_dgrad(g: Tensor, weight: Tensor, *, tf32: bool = True, config: ConvConf
     return conv_fwd(g, weight.flip(2, 3).transpose(0, 1), None, slope=1.0, tf32=tf32, config=config)
 
 
-@triton.jit
+# A single image, step or row of padding needs no kernel of its own.
+@triton.jit(do_not_specialize=["N", "x_top", "x_left", "steps"])
 def _conv_wgrad_kernel(
     g_ptr, x_ptr, partial_ptr,
     N, H, W, O, C, channel0, channels, x_height, x_width, x_top, x_left, steps,
@@ -62,6 +63,7 @@ def _conv_wgrad_kernel(
     dh, dw = tap // KSIZE - KSIZE // 2, tap % KSIZE - KSIZE // 2
     tiles_w, tiles_h = tl.cdiv(W, BLOCK_W), tl.cdiv(H, BLOCK_H)
     acc = tl.zeros([BLOCK_CO, BLOCK_C], tl.float32)
+    tl.assume(steps > 0)  # a way around the loop makes the ptxas of Triton 3.6 serialise its WGMMAs
     for step in range(0, steps):
         tile = slab * steps + step
         w0 = (tile % tiles_w) * BLOCK_W

@@ -351,15 +351,17 @@ def test_interrupted_in_the_model_with_the_results_so_far(run, monkeypatch, tmp_
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not interpreted where they can run")
 def test_every_launch_configuration(run, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    words = ("verify", "--config", '{"features": [64, 64]}', "--size", "2x2", "--batch", "1", "--dtype", "fp16")
+    words = ("verify", "--config", '{"features": [64]}', "--size", "2x2", "--batch", "1", "--dtype", "fp16")
     shown = run(*words, "--all-configs", "--json", tmp_path / "report.json")
     assert shown.code == 0, shown.out
     configs = json.loads((tmp_path / "report.json").read_text())["configs"]
-    texts = [c["implementation"] for c in configs if c["name"] == "downs.0.conv.net.2"]
-    assert len(texts) == 2 and texts[0].endswith("TMA") and texts[1].endswith("pointers")
+    for name in ("bottleneck.net.2", "bottleneck.net.2, gradient of the input"):
+        texts = [c["implementation"] for c in configs if c["name"] == name]
+        assert len(texts) == 2 and texts[0].endswith("TMA") and texts[1].endswith("pointers")
+    assert {"its sums", "the bias", "the weight"} < {c["name"].rpartition("gradient of ")[2] for c in configs}
     assert f"launch configurations: {len(configs)} of {len(configs)} hold" in shown.out
 
-    right = kernels.conv_fwd
+    right, right_gradient = kernels.conv_fwd, kernels.conv_wgrad
 
     def wrong(*tensors, config, **options):
         """Through TMA nothing is written; through pointers it cannot be launched."""
@@ -369,16 +371,18 @@ def test_every_launch_configuration(run, monkeypatch, tmp_path):
         return torch.empty_like(y)
 
     monkeypatch.setattr(kernels, "conv_fwd", wrong)
+    monkeypatch.setattr(kernels, "conv_wgrad", lambda *tensors, **options: 1.1 * right_gradient(*tensors, **options))
     shown = run(*words, "--all-configs")
     assert shown.code == 1
-    assert run(*words[:3], "--size", "1", "--all-configs").err.endswith(
-        "expected at least 2x2 for this network, got 1x1\n"
-    )
+    error = run("verify", "--config", '{"features": [1, 1]}', "--size", "1", "--all-configs").err
+    assert error.endswith("expected at least 2x2 for this network, got 1x1\n")
     (again,) = [line.removeprefix("again: ") for line in shown.out.splitlines() if line.startswith("again: ")]
     assert again.startswith("TRITON_INTERPRET=1 fastunet verify --config ") and again.endswith(" --all-configs")
-    broken = [line for line in shown.out.splitlines() if line.startswith("BROKEN: bottleneck.net.0 as ")]
+    broken = [line for line in shown.out.splitlines() if line.startswith("BROKEN: bottleneck.net.2 as ")]
     assert len(broken) == 2 and "TMA: NO parity" in broken[0] and "NaN or infinity" in broken[0]
     assert "pointers: NO parity" in broken[1] and "RuntimeError: out of resource" in broken[1]
+    gradients = [line for line in shown.out.splitlines() if "gradient of the weight as " in line]
+    assert len(gradients) == 3 and all("NO parity" in line for line in gradients)
 
 
 def test_the_default_is_the_shipped_model(run):

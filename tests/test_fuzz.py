@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
-from fastunet import dispatch, reference
+from fastunet import UNetConfig, dispatch, reference
 from fastunet.ops import forward
-from fastunet.parity import Report
+from fastunet.parity import Report, verify
 from fastunet.parity.fuzz import DTYPES, LAYOUTS, Case, Fuzzed, fuzz
 
-SIMPLE = Case(
-    1, 1, (1, 1), "bilinear", False, None, "relu", 0.01, None, False, 1, 2, 2, "contiguous", "float32", 0, 0, 0
-)
+SIMPLE = Case(UNetConfig(1, 1, (1, 1), align_corners=False), False, 1, 2, 2, "contiguous", "float32", 0, 0, 0)
 
 
 # Fixed seeds: what is drawn here is repeated by whoever runs the suite; `fastunet verify --fuzz` draws afresh.
@@ -52,15 +51,21 @@ def test_a_fault_is_found_and_made_small(monkeypatch):
         def __getattr__(self, name):
             return fault if name == "upsample_concat_conv2d_relu" else getattr(reference, name)
 
+    def forward_alone(*networks, dtype, on_result, **_):
+        """Hundreds of cases are tried."""
+        return verify(*networks, dtype=dtype, on_result=on_result, gradients=False, deterministic=False)
+
     monkeypatch.setattr(forward, "reference", Faulty())
+    monkeypatch.setattr("fastunet.parity.fuzz.verify", forward_alone)
     seen: list[Fuzzed] = []
     found = fuzz(200, 7, on_progress=seen.append)
     assert isinstance(found.finding, Report) and found.case is not None
     assert found.finding.first_failure is not None and found.finding.first_failure.name.startswith("ups.")
     # All but what the fault needs is as simple as a case can be.
     case = found.case
-    assert (case.upsample, case.features[0]) == ("nearest", 3)
-    assert (len(case.features), case.batch, case.in_channels, case.layout) == (2, 1, 1, "contiguous")
+    assert (case.network.upsample, case.network.features[0]) == ("nearest", 3)
+    assert (case.network.depth, case.batch, case.network.in_channels, case.layout) == (1, 1, 1, "contiguous")
+    assert case.network.changes().keys() <= {"out_channels", "features", "upsample", "align_corners", "encoder_convs"}
     assert not Case.from_json(case.to_json()).check("cpu").ok
     passing = [so_far.passed for so_far in seen if so_far.case is None]
     assert passing == list(range(1, found.passed + 1))
@@ -87,6 +92,16 @@ def test_the_same_seed_draws_the_same_networks(monkeypatch):
 SIMPLE_REPORT = SIMPLE.check("cpu")
 
 
+def test_every_option_of_a_network_is_drawn(monkeypatch):
+    drawn: list[Case] = []
+    monkeypatch.setattr(Case, "check", lambda case, device: drawn.append(case) or SIMPLE_REPORT)
+    fuzz(300, 5)
+    for field in dataclasses.fields(UNetConfig):
+        assert len({getattr(case.network, field.name) for case in drawn}) > 1, field.name
+    for case in drawn:
+        assert Case.from_json(case.to_json()) == case
+
+
 def test_equal_cases_are_equal_to_the_bit():
     ours, theirs = (SIMPLE.networks("cpu")[0].state_dict() for _ in range(2))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -96,8 +111,9 @@ def test_equal_cases_are_equal_to_the_bit():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_inputs_are_alike_in_every_layout(layout, dtype):
-    case = Case(**{**vars(SIMPLE), "in_channels": 3, "batch": 2, "height": 4, "width": 5, "dtype": dtype})
-    x = Case(**{**vars(case), "layout": layout}).inputs("cpu")
+    network = dataclasses.replace(SIMPLE.network, in_channels=3)
+    case = dataclasses.replace(SIMPLE, network=network, batch=2, height=4, width=5, dtype=dtype)
+    x = dataclasses.replace(case, layout=layout).inputs("cpu")
     wanted = case.inputs("cpu")
     assert x.shape == wanted.shape and x.dtype == DTYPES[dtype]
     assert torch.equal(x[0], wanted[0])
@@ -110,13 +126,14 @@ def test_inputs_are_alike_in_every_layout(layout, dtype):
     [
         ({"dtype": "int8"}, "expected a dtype of"),
         ({"layout": "round"}, "a layout of"),
-        ({"features": [0, 1]}, "features"),
-        ({"batch": 0}, "a batch of at least 1"),
-        ({"height": 1}, "maps of at least 2x2"),
+        ({"network": {"features": [0, 1]}}, "features"),
+        ({"batch": 0}, "batch: expected at least 1"),
+        ({"height": 1}, "height: expected at least 2"),
         ({"width": "2"}, "expected integers for"),
+        ({"seed": -1}, "a seed of at least 0"),
         ({"novel": 1}, "expected an object with"),
     ],
 )
 def test_what_is_no_case_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        Case.from_json(json.dumps({**vars(SIMPLE), **change}))
+        Case.from_json(json.dumps({**SIMPLE.to_dict(), **change}))

@@ -234,9 +234,11 @@ def test_compiles_without_a_graph_break(kind, norm, seed):
         reference.train(training)
         fast.train(training)
         torch.compiler.reset()
-        # Who compiles has a compiled reference today: Inductor sums batch norm's statistics in its own order, with
-        # up to three times eager's root mean square of errors. A copy, as running statistics are updated.
-        plain = torch.compile(copy.deepcopy(reference))
+        plain = copy.deepcopy(reference)  # whose running statistics are updated
+        if training and norm == "batch":
+            # Who compiles has a compiled reference today: Inductor sums batch norm's statistics in its own order,
+            # with up to three times eager's root mean square of errors.
+            plain = torch.compile(plain)
         assert_parity(torch.compile(fast, fullgraph=True)(x), plain(x), reference, x)
         fast.load_state_dict(reference.state_dict())
 

@@ -155,14 +155,14 @@ def test_the_fastest_right_one_is_kept(monkeypatch, seed):
         result = self.function(*self.tensors)
         return tuple(2 * t for t in result) if isinstance(result, tuple) else 2 * result
 
-    monkeypatch.setattr("fastunet.parity.configs.Launch.run", wrong)
+    monkeypatch.setattr("fastunet.parity.launches.Launch.run", wrong)
     with pytest.warns(UserWarning, match="left out: NO parity") as warned:
         entries = dict(measure(config, (1, 8, 8), torch.float32, device, timer))
     assert {entry.implementation for entry in entries.values()} == {"torch"}
     assert len(calls) == len(entries) == len(warned)
 
     calls.clear()
-    monkeypatch.setattr("fastunet.parity.configs.Launch.run", lambda self, config=None: self.function(*self.tensors))
+    monkeypatch.setattr("fastunet.parity.launches.Launch.run", lambda self, config=None: self.function(*self.tensors))
     entries = dict(measure(config, (1, 8, 8), torch.float32, device, timer))
     assert all(entry.microseconds == {"triton": 10.0, "torch": 5.0} for entry in entries.values())
 

@@ -167,7 +167,7 @@ class _Findings:
             "fuzz": fuzzed
             and {
                 "passed": fuzzed.passed,
-                "failed": fuzzed.case and vars(fuzzed.case),
+                "failed": fuzzed.case and fuzzed.case.to_dict(),
                 "finding": finding.to_dict() if isinstance(finding, Report) else finding and repr(finding),
             },
         }

@@ -218,8 +218,7 @@ def _described(model: nn.Module) -> str:
     """A network of ours with what is not the default."""
     if not isinstance(model, UNet):
         return type(model).__name__
-    default = vars(UNetConfig())
-    changed = (f"{name}={value!r}" for name, value in vars(model.config).items() if value != default[name])
+    changed = (f"{name}={value!r}" for name, value in model.config.changes().items())
     return f"{type(model).__name__}({', '.join(changed)})"
 
 

@@ -6,6 +6,7 @@ result is. :func:`fastunet.parity.compare` takes that size as ``terms``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -131,19 +132,23 @@ def gradients_and_terms(
                 calls.append((name, module, inputs[0].detach(), caught))
 
             handles.append(module.register_forward_hook(keep))
-    _, found = gradients(network, x, cotangent, Replay(decisions))
+    output, found = gradients(network, x, cotangent, Replay(decisions))
     for handle in handles:
         handle.remove()
     terms: dict[str, tuple[float, int]] = {}
     smallest, backward_lost = forward.smallest, 1.0
     has_norm = any(_is_norm(module) for module in network.modules())
-    arriving = 0.0  # what the layer behind sends, before anything cancels on the way
+    # What the layers behind send, before anything cancels on the way: the next one, and a level's decoder.
+    arriving, through_skips = _terms_of_sigmoid(network, output, cotangent, forward), dict[str, float]()
+    decoders = len({name.split(".")[1] for name, *_ in calls if name.startswith("ups.")})
     for name, module, inputs, caught in reversed(calls):
         if not caught:
             continue
         gradient = caught[0]
         largest = gradient.abs().max().item()
-        backward_lost = max(1.0, backward_lost * arriving / largest if largest else backward_lost)
+        level, _, place = name.partition(".conv.net.")
+        arriving = math.hypot(arriving, through_skips.pop(level, 0.0))
+        backward_lost = max(1.0, arriving / largest if largest else backward_lost)
         # Of the two factors of a term, the worse known; behind a norm, errors of all maps are in the gradient too.
         scale = max(forward.most_lost if has_norm else forward.lost.get(name, 1.0), backward_lost)
         squares = {key: (p.detach() ** 2).requires_grad_() for key, p in module.named_parameters(recurse=False)}
@@ -163,8 +168,18 @@ def gradients_and_terms(
         terms |= {f"{name}.{key}": (scale * root, pixels) for key, root in zip(squares, roots[1:], strict=True)}
         if inputs.shape == x.shape:
             terms["input"] = scale * roots[0], 1
-        arriving = roots[0]
+        arriving = backward_lost * roots[0]
+        if level.startswith("ups.") and place == "0":
+            through_skips[f"downs.{decoders - 1 - int(level.removeprefix('ups.'))}"] = arriving
     return found, terms
+
+
+def _terms_of_sigmoid(network: nn.Module, y: Tensor, cotangent: Tensor, forward: Terms) -> float:
+    """Of the gradient y (1 - y) of a final sigmoid: where y is near 1 its terms cancel, and what y is off counts."""
+    if not isinstance(network, UNet) or network.config.final_activation != "sigmoid" or not y.numel():
+        return 0.0
+    off = forward.of_layers.get("head", 0.0) * (cotangent * y * (1 - y)).abs().max().item()
+    return math.hypot((cotangent * y).abs().max().item(), off)
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -1,0 +1,239 @@
+"""The kernel launches of a network on tensors of its shapes, and what each must equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import kernels, reference
+from ..config import UNetConfig
+from ..kernels import tuning
+from ..trace import Layer, trace
+
+Config = tuning.ConvConfig | kernels.hopper.HopperConfig
+Make = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One layer's kernel on tensors of its shapes, and what it must equal.
+
+    Attributes:
+        launcher: of :mod:`fastunet.kernels`; takes the tensors and, by name, the options.
+        function: of :mod:`fastunet.reference`, or its gradient; takes the same tensors.
+        configs: what the launcher may choose among on a device, by its capability; ``(None,)`` where
+            it has no choice.
+        hopper: the configurations of its Hopper sibling; empty where that cannot serve the layer.
+        gradient: of what, in a backward pass; empty in a forward pass.
+        summed: of a result that is a sum over pixels, the map that is summed, from the same tensors.
+    """
+
+    layer: Layer
+    launcher: Callable[..., Any]
+    function: Callable[..., Tensor | tuple[Tensor, ...]]
+    tensors: tuple[Tensor, ...]
+    options: dict[str, Any]
+    configs: Callable[[tuple[int, int]], tuple[Config | None, ...]]
+    hopper: tuple[kernels.hopper.HopperConfig, ...] = ()
+    gradient: str = ""
+    summed: Callable[..., Tensor] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.layer.name}, gradient of {self.gradient}" if self.gradient else self.layer.name
+
+    def run(self, config: Config | None = None) -> Any:
+        """Launch; without ``config`` the launcher chooses."""
+        if config is None:
+            return self.launcher(*self.tensors, **self.options)
+        launcher = self.launcher
+        if isinstance(config, kernels.hopper.HopperConfig):
+            launcher = getattr(kernels.hopper, launcher.__name__)
+        return launcher(*self.tensors, **self.options, config=config)
+
+
+def launches(config: UNetConfig, size: tuple[int, int, int], make: Make, *, tf32: bool = True) -> Iterator[Launch]:
+    """The launches of a network's forward pass, in order; layers that no kernel serves are left out.
+
+    Args:
+        size: (batch, height, width).
+        make: ``make(*shape, fan_in=1)`` gives a tensor; all are of one dtype and device.
+        tf32: round float32 operands to tf32.
+    """
+    batch, height, width = size
+    for layer in trace(config, height, width, batch):
+        if layer.unserved:
+            continue
+        mode = layer.mode
+        corners = mode == "bilinear" and config.align_corners
+        inputs, out = tuple(make(*shape) for shape in layer.in_shapes), layer.out_shape[1]
+        channels = tuple(x.shape[1] for x in inputs)
+        c, (h, w) = sum(channels), layer.out_shape[2:]
+        precise = inputs[0].dtype == torch.float32 and not tf32
+        slope = 1.0 if layer.activation is None else config.slope
+        options: dict[str, Any] = {"tf32": tf32}
+        source, interpolating = (h, w), False
+        if layer.op == "conv_transpose2x2":
+            weight, bias = make(c, out, 2, 2, fan_in=c), make(out)
+            launcher, function = kernels.conv_transpose2x2_fwd, reference.conv_transpose2x2
+            source = inputs[0].shape[2:]
+        else:
+            side = layer.weight_shape[-1]
+            weight, bias = make(out, c, side, side, fan_in=side * side * c), make(out)
+            options["slope"] = slope
+            if layer.op == "upsample_concat_conv2d_relu":
+                options |= {"mode": mode, "align_corners": corners}
+                launcher, interpolating = kernels.upconcat_conv3x3_fwd, mode != "none"
+                function = partial(reference.upsample_concat_conv2d_relu, mode=mode, align_corners=corners, slope=slope)
+            elif layer.op == "conv2d_relu_pool":
+                launcher = kernels.conv_pool_fwd
+                function = partial(_conv_pool, slope=slope)
+            else:
+                stem = side == 3 and c <= kernels.STEM_CHANNELS
+                launcher = kernels.stem_fwd if stem else kernels.conv_fwd
+                function = partial(reference.conv2d_relu, slope=slope)
+
+        if launcher is kernels.stem_fwd:
+            chooser = partial(_stem_configs, c, out, h, w, precise)
+        else:
+            shape = channels, out, *source, inputs[0].dtype
+            chooser = partial(tuning.conv_configs, *shape, precise=precise, interpolating=interpolating)
+        hopper = ()
+        if launcher is not kernels.stem_fwd:
+            maps = tuple(tuple(x.shape) for x in inputs)
+            hopper = kernels.hopper.layer_configs(
+                layer.op, maps, tuple(weight.shape), weight.dtype, mode=mode, tf32=tf32
+            )
+        yield Launch(layer, launcher, function, (*inputs, weight, bias), options, chooser, hopper)
+
+
+def _stem_configs(
+    channels: int, out: int, height: int, width: int, precise: bool, capability: tuple[int, int]
+) -> tuple[tuning.ConvConfig, ...]:
+    return (tuning.stem_config(channels, out, height, width, precise=precise),)  # the same on every device
+
+
+def _conv_pool(x: Tensor, weight: Tensor, bias: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+    y = reference.conv2d_relu(x, weight, bias, slope)
+    return y, F.max_pool2d(y, 2)
+
+
+# --- the backward pass -----------------------------------------------------------------------
+
+
+def gradients(launch: Launch, make: Make, *, tf32: bool = True) -> Iterator[Launch]:
+    """The launches of the backward pass of one layer, whose forward launch is given.
+
+    Args:
+        make, tf32: as in :func:`launches`.
+    """
+    layer, options = launch.layer, {"tf32": tf32}
+    *sources, weight, _ = launch.tensors
+    grad = make(*layer.out_shape)
+    n, o, h, w = grad.shape
+    precise = grad.dtype == torch.float32 and not tf32
+
+    def through(launcher: Any, function: Any, tensors: tuple[Tensor, ...], of: str, **more: Any) -> Launch:
+        return Launch(layer, launcher, function, tensors, more.pop("options", {}), more.pop("configs", _no_choice),
+                      gradient=of, **more)  # fmt: skip
+
+    def tiles(channels: tuple[int, ...], out: int, height: int, width: int) -> Any:
+        return partial(tuning.conv_configs, channels, out, height, width, grad.dtype, precise=precise)
+
+    # The map before the activation, and the bias.
+    slope = launch.options.get("slope", 1.0)
+    maps = (grad, make(*grad.shape))
+    if layer.op == "conv2d_relu_pool":
+        maps += (make(n, o, h // 2, w // 2),)
+    before, activation = partial(_before_activation, slope=slope), {"slope": slope}
+    if slope != 1 or len(maps) > 2:
+        yield through(_activation_kernel, before, maps, "its sums", options=activation)
+    yield through(
+        _bias_kernel, lambda *t: before(*t).sum((0, 2, 3)), maps, "the bias", options=activation, summed=before
+    )
+
+    if layer.op == "conv_transpose2x2":
+        (x,) = sources
+        yield through(
+            kernels.conv_transpose2x2_dgrad, partial(F.conv2d, stride=2), (grad, weight), "the input",
+            options=options, configs=tiles((2 * o, 2 * o), x.shape[1], *x.shape[2:]),
+        )  # fmt: skip
+        yield through(
+            kernels.conv_transpose2x2_wgrad,
+            lambda grad, x: _vjp(lambda weight: F.conv2d(grad, weight, stride=2), weight.to(x.dtype), x),
+            (grad, x), "the weight", options=options,
+        )  # fmt: skip
+        return
+
+    mode, side = launch.options.get("mode", "none"), weight.shape[-1]
+    if mode != "none":
+        small = sources[0]
+        corners = {"align_corners": launch.options["align_corners"]}
+        sources[0] = make(n, small.shape[1], h, w)
+        upsampling = partial(_upsampled, mode=mode, height=h, width=w, **corners)
+        yield through(
+            partial(kernels.upsample_fwd, height=h, width=w, mode=mode, **corners), upsampling, (small,),
+            "the weight, its input",
+        )  # fmt: skip
+        yield through(
+            partial(kernels.upsample_bwd, height=small.shape[2], width=small.shape[3], mode=mode, **corners),
+            lambda grad: _vjp(upsampling, grad.new_zeros(small.shape), grad), (make(*sources[0].shape),),
+            "the map before upsampling",
+        )  # fmt: skip
+    yield through(
+        partial(_wgrad_kernel, ksize=side), partial(_weight_gradient, weight=weight), (grad, *sources), "the weight",
+        options=options,
+    )  # fmt: skip
+    first = 0
+    for x, of in zip(sources, ("the input",) if len(sources) == 1 else ("the upsampled map", "the skip"), strict=True):
+        c = x.shape[1]
+        yield through(
+            kernels.conv_dgrad, partial(F.conv_transpose2d, padding=side // 2), (grad, weight[:, first : first + c]),
+            of, options=options, configs=tiles((o,), c, h, w),
+        )  # fmt: skip
+        first += c
+
+
+def _no_choice(capability: tuple[int, int]) -> tuple[None]:
+    return (None,)
+
+
+def _activation_kernel(grad: Tensor, y: Tensor, pooled: Tensor | None = None, *, slope: float) -> Tensor:
+    return kernels.activation_bwd(grad, pooled, y, slope=slope, bias=True)[0]
+
+
+def _bias_kernel(grad: Tensor, y: Tensor, pooled: Tensor | None = None, *, slope: float) -> Tensor | None:
+    return kernels.activation_bwd(grad, pooled, y, slope=slope, bias=True)[1]
+
+
+def _before_activation(grad: Tensor, y: Tensor, pooled: Tensor | None = None, *, slope: float) -> Tensor:
+    """The gradient before the activation, at whose sign y is, and a max-pool."""
+    if pooled is not None:
+        grad = grad + _vjp(lambda y: F.max_pool2d(y, 2), y, pooled)
+    return _vjp(lambda y: reference.activate_(y.clone(), slope), y, grad)
+
+
+def _wgrad_kernel(grad: Tensor, *sources: Tensor, ksize: int, tf32: bool) -> Tensor:
+    return kernels.conv_wgrad(grad, sources, ksize, tf32=tf32)
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, skip: Tensor | None = None, *, weight: Tensor) -> Tensor:
+    x = x if skip is None else reference.upsample_concat(x, skip, "none", False)
+    return _vjp(lambda weight: F.conv2d(x, weight, padding=weight.shape[-1] // 2), weight.to(x.dtype), grad)
+
+
+def _upsampled(x: Tensor, *, mode: str, align_corners: bool, height: int, width: int) -> Tensor:
+    return reference.pad_to(reference.upsample(x, mode, align_corners), height, width)
+
+
+def _vjp(function: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of ``x`` through ``function``."""
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        return torch.autograd.grad(function(leaf), leaf, grad)[0]
