@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -91,12 +90,11 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Any]]:
         with warnings.catch_warnings(), _numpy_numbers():
             warnings.simplefilter("ignore")  # about the protocol of pickles that are refused anyway
             entries = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        # torch's own message advises to load the file with code allowed; ours must not.
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error.strerror})") from None
+    except Exception:
+        # Damaged files raise many types. torch's own message advises to load them with code allowed; ours must not.
         raise WeightsError(f"{path}: refused, damaged or more than a checkpoint of plain tensors") from None
-    except Exception as error:  # damaged archives raise many types
-        reason = str(error).partition(".")[0] or repr(error)
-        raise WeightsError(f"{path}: not a checkpoint of plain tensors ({reason})") from None
     if not isinstance(entries, dict):
         raise WeightsError(f"{path}: expected a state_dict of tensors, got {type(entries).__name__}")
     return {}, entries

@@ -191,7 +191,8 @@ class _Findings:
                 else:
                     lines += [f"raised {finding!r}", f"again: {command}"]
         if self.interrupted:
-            lines.append("interrupted: these are the results so far")
+            nothing = not (self.results or self.report or self.configs or self.fuzzed)
+            lines.append("interrupted: " + ("nothing was compared yet" if nothing else "these are the results so far"))
         lines.append("all holds" if self.ok else "NOT all holds")
         return "\n".join(lines)
 

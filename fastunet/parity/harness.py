@@ -111,8 +111,10 @@ def verify(
     depth = max(1, sum(name != _LOGITS and not name.endswith(".pool") for name in ours))
     is_training = any(module.training for module in model.modules())
     y, logits = ours[_LOGITS], exact[_LOGITS]
-    if y.shape != logits.shape:
-        raise ValueError(f"outputs: expected one shape, got {tuple(y.shape)} and the reference's {tuple(logits.shape)}")
+    for name in (_LOGITS, *ours):
+        if name in exact and ours[name].shape != exact[name].shape:
+            what, shapes = "outputs" if name == _LOGITS else f"layer {name!r}", (ours[name].shape, exact[name].shape)
+            raise ValueError("{}: expected one shape, got {} and the reference's {}".format(what, *map(tuple, shapes)))
 
     results: list[Comparison | Check] = []
 

@@ -16,7 +16,7 @@ from PIL import Image
 from benchmarks import charts, measure, report, rows, verdicts
 from benchmarks.cases import Case
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MACHINE = measure.Machine("a <fast> GPU", 2, "2.13.0", "3.7.1", "91000", "abc1234", "0123456789ab")
 INFER, OP = Case("infer", "seed", "bf16", 1, 256, 256), Case("op", "seed", "bf16", 1, 256, 256, "downs.0.conv.net.2")
 

@@ -1,8 +1,7 @@
-"""``fastunet.verify`` passes what is right, and catches and locates deliberate faults."""
+"""``fastunet.verify`` catches deliberate faults, and says where they are."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -17,100 +16,7 @@ from fastunet.ops import backward, common, forward
 from fastunet.parity.fuzz import randomise
 from fastunet.reference import UNet
 
-NETWORKS = [
-    {},
-    {"align_corners": False, "activation": "leaky_relu"},
-    {"norm": "batch"},
-    {"upsample": "transpose"},
-    {"upsample": "bilinear_conv", "norm": "batch"},
-    {"upsample": "nearest", "norm": "instance"},
-    {"decoder_features": ((5, 7), (9, 6)), "norm": "batch"},
-]
-
-
-def pair(**options) -> tuple[FastUNet, UNet]:
-    """A model and a reference of the same weights, batch norm with statistics of its own."""
-    model = FastUNet(2, 3, (4, 6, 8), **options)
-    if options.get("norm") == "batch":
-        with torch.no_grad():
-            model(3 * torch.randn(2, 2, 16, 16) + 1)
-    plain = UNet(2, 3, (4, 6, 8), **options)
-    plain.load_state_dict(model.state_dict())
-    return model.eval(), plain.eval()
-
-
-@pytest.fixture
-def x(seed: int) -> Tensor:
-    return torch.randn(2, 2, 19, 22)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("options", NETWORKS, ids=str)
-def test_the_model_as_it_is_passes(options, dtype, x):
-    model, plain = pair(**options)
-    report = fastunet.verify(model, plain, x, dtype=dtype)
-    assert report.ok, str(report)
-    assert str(report).endswith("\nparity")
-    kinds = [c.kind for c in report.comparisons]
-    assert kinds.count("gradient") == len(list(model.parameters())) + 1
-    operators = len(fastunet.explain(model, (2, 2, 19, 22)).rows)
-    assert kinds.count("layer") == (0 if options.get("norm") == "instance" else operators + model.config.depth)
-    assert next(model.parameters()).dtype == torch.float32  # copies were cast
-
-
-def test_results_are_told_as_they_are_found(x):
-    found = []
-    report = fastunet.verify(*pair(), x, on_result=found.append)
-    assert len(found) == len(report.comparisons) + len(report.checks)
-    assert set(map(id, found)) == set(map(id, (*report.comparisons, *report.checks)))
-
-
-def test_a_reference_in_the_working_dtype_is_of_the_same_weights(x):
-    model, plain = pair()
-    assert fastunet.verify(model, plain.half(), x, dtype=torch.float16).ok
-    with pytest.raises(ValueError, match="holds other values"):
-        fastunet.verify(model, plain, x, dtype=torch.float32)
-
-
-def test_a_report_is_json(x):
-    report = fastunet.verify(*pair(), x)
-    data = json.loads(json.dumps(report.to_dict()))
-    assert data["ok"] is True
-    assert data["comparisons"][0]["name"] == "downs.0.conv.net.0"
-    assert data["comparisons"][0]["ratio"] == vars(report.comparisons[0].ratio)
-
-
-def test_a_train_mode_network_is_compared_in_train_mode_and_left_as_it_was(x):
-    model, plain = pair(norm="batch")
-    before = {name: t.clone() for name, t in model.state_dict().items()}
-    report = fastunet.verify(model.train(), plain.train(), x, deterministic=False)
-    assert report.ok, str(report)
-    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-
-
-def test_the_kernels_pass(x):
-    model, plain = pair(norm="batch")
-    with dispatch.forced("triton"):
-        report = fastunet.verify(model, plain, x[..., :4, :6], dtype=torch.float16)
-    assert report.ok, str(report)
-    norms = {"1", "4"}  # of a double convolution with norms
-    for c in report.comparisons:
-        theirs = c.kind == "gradient" and c.name.rpartition(".")[0].rpartition(".")[2] in norms
-        assert c.implementation == ("torch" if theirs else "triton"), c.name
-    assert all(c.alone is not None and c.alone.parity.ok for c in report.comparisons if c.kind == "layer")
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("options", NETWORKS, ids=str)
-def test_the_kernels_pass_on_a_gpu(options, dtype, x):
-    model, plain = pair(**options)
-    report = fastunet.verify(model.cuda(), plain.cuda(), x.cuda(), dtype=dtype)
-    assert report.ok, str(report)
-    assert {"another stream", "another batch position"} <= {check.name for check in report.checks}
-
-
-# --- mutants: (function of ops, its faulty double, first layer to break) ------------------------
+from .networks import Faulty, pair
 
 
 def shifted_tap(x, weight, bias, slope):
@@ -467,20 +373,6 @@ def test_a_model_that_overflows_does_not_hold(x):
         fastunet.verify(model, plain, x, dtype=torch.float16)
 
 
-@pytest.mark.parametrize("frozen", [slice(1), slice(1, None)], ids=["first", "others"])
-def test_the_kernels_with_some_norms_frozen(frozen, x, device):
-    """What is folded and pooled in one operator differs from level to level."""
-    model, plain = (network.to(device).train() for network in pair(norm="batch"))
-    for network in (model, plain):
-        for down in list(network.downs)[frozen]:  # pyright: ignore[reportArgumentType]
-            down.eval()
-    with dispatch.forced("triton"):
-        # float16: in float32 torch's own batch norm of a CPU loses more in channels_last than the rule allows.
-        options = {"dtype": torch.float16, "deterministic": False, "gradients": False}
-        report = fastunet.verify(model, plain, x[..., :8, :10].to(device), **options)
-    assert report.ok, str(report)
-
-
 def test_a_map_that_almost_died_hides_no_fault_elsewhere(x, monkeypatch):
     """Its own errors are large beside it; those of what is made of its skip are not."""
     model, plain = pair()
@@ -505,27 +397,6 @@ def _before_bottleneck(plain: UNet, x: Tensor) -> Tensor:
     return x
 
 
-def test_a_network_that_trains_behind_norms_that_do_not(x):
-    model, plain = pair(norm="batch")
-    for network in (model, plain):
-        network.train()
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
-    report = fastunet.verify(model, plain, x)
-    assert report.ok, str(report)
-
-
-def test_frozen_parameters_have_no_gradient_to_compare(x):
-    model, plain = pair(norm="batch")
-    for network in (model, plain):
-        network.downs.requires_grad_(False)
-    report = fastunet.verify(model, plain, x)
-    assert report.ok, str(report)
-    names = {c.name for c in report.comparisons if c.kind == "gradient"}
-    assert "bottleneck.net.0.weight" in names and not any(name.startswith("downs") for name in names)
-
-
 @pytest.mark.parametrize(
     "name, forward",
     [
@@ -548,114 +419,9 @@ def test_a_result_that_does_not_repeat_is_caught(name, forward, x):
     assert name in {check.name for check in report.checks if not check.ok}, str(report)
 
 
-class Faulty:
-    """A module's functions, some replaced, for one importer alone."""
-
-    def __init__(self, module: Any, **faults: Callable) -> None:
-        self.__dict__.update(vars(module) | faults)
-
-
 class FreshNorm:
     """A batch norm's attributes, some replaced."""
 
     def __init__(self, norm: nn.BatchNorm2d, **others: Tensor) -> None:
         for name in ("weight", "bias", "running_mean", "running_var", "eps"):
             setattr(self, name, others.get(name, getattr(norm, name)))
-
-
-# --- a reference of one's own, and refusals ----------------------------------------------------
-
-
-class Own(nn.Module):
-    """The same function under other parameter names."""
-
-    def __init__(self, plain: UNet) -> None:
-        super().__init__()
-        self.network = plain
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network(x)
-
-
-def test_a_reference_with_its_own_names_is_compared_in_its_output(x):
-    model, plain = pair()
-    report = fastunet.verify(model, Own(plain), x)
-    assert report.ok
-    assert [(c.kind, c.name) for c in report.comparisons] == [
-        ("output", "logits"),
-        ("output", "logits with gradients"),
-        ("gradient", "input"),
-    ]
-
-
-class SameNames(nn.Module):
-    """A user's own assembly of the blocks, under the same names."""
-
-    def __init__(self, plain: UNet) -> None:
-        super().__init__()
-        self.downs, self.bottleneck, self.ups, self.head = plain.downs, plain.bottleneck, plain.ups, plain.head
-
-    def forward(self, x: Tensor) -> Tensor:
-        skips: list[Tensor] = []
-        for down in self.downs:
-            x, skip = down(x)
-            skips.append(skip)
-        x = self.bottleneck(x)
-        for up in self.ups:
-            x = up(x, skips.pop())
-        return self.head(x)
-
-
-def test_a_reference_with_the_same_names_is_compared_layer_by_layer(x, monkeypatch):
-    model, plain = pair()
-    ours, theirs = (
-        [c.name for c in fastunet.verify(model, network, x).comparisons] for network in (SameNames(plain), plain)
-    )
-    assert ours == theirs
-    monkeypatch.setattr(forward, "reference", Faulty(reference, upsample_concat_conv2d_relu=swapped_concat))
-    report = fastunet.verify(model, SameNames(plain), x)
-    assert report.first_failure is not None and report.first_failure.name == "ups.0.conv.net.0", str(report)
-
-
-class Smooth(Own):
-    """Shows no ReLU or max-pool, as a network compiled elsewhere."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch._C.DisableTorchFunction():
-            return self.network(x)
-
-
-def test_a_reference_of_other_decisions_is_named(x):
-    model, plain = pair()
-    with pytest.raises(ValueError, match="gradients: cannot be compared, .* more ReLUs and max-pools in the model"):
-        fastunet.verify(model, Smooth(plain), x)
-    assert fastunet.verify(model, Smooth(plain), x, gradients=False).ok
-
-
-def test_clear_errors(x):
-    model, plain = pair()
-    with pytest.raises(ValueError, match=r"inputs: expected finite values, found NaN or infinity"):
-        fastunet.verify(model, plain, x / 0)
-    with pytest.raises(ValueError, match=r"inputs: expected floating \(N, C, H, W\), got list"):
-        fastunet.verify(model, plain, [x])  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"inputs: expected floating \(N, C, H, W\), got torch.float32 \(2, 19, 22\)"):
-        fastunet.verify(model, plain, x[:, 0])
-    with pytest.raises(ValueError, match=r"reference: expected 'downs.0.conv.net.0.weight' of shape"):
-        fastunet.verify(model, UNet(2, 3, (5, 6, 8)), x)
-    with pytest.raises(ValueError, match=r"reference: expected the model's parameters, lacks 'downs.1"):
-        fastunet.verify(model, UNet(2, 3, (4, 8)), x)
-    with pytest.raises(ValueError, match="outputs: expected one shape"):
-        fastunet.verify(model, Own(UNet(2, 2, (4, 6, 8))), x)
-    normed, plain_normed = pair(norm="batch")
-    with pytest.raises(
-        ValueError, match="reference: expected its batch norms in the train or eval mode of the model's"
-    ):
-        fastunet.verify(normed, plain_normed.train(), x)
-    with torch.no_grad():
-        plain.head.weight[1] += 1
-    with pytest.raises(ValueError, match="reference: expected plain PyTorch, got a FastUNet"):
-        fastunet.verify(model, model, x)
-    with pytest.raises(ValueError, match="reference: expected plain PyTorch, got a FastUNet"):
-        fastunet.verify(model, Own(model), x)
-    with pytest.raises(ValueError, match=r"reference: expected the model's weights, 'head.weight' holds other values"):
-        fastunet.verify(model, plain, x)

@@ -1,0 +1,52 @@
+"""The cases of the suite, their work by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.cases import NETWORKS, Case, cases, operators, quick
+
+
+def test_the_cases_of_the_suite():
+    names = [case.name for case in cases("cuda")]
+    assert len(set(names)) == len(names)
+    for size, batch in ((256, 1), (256, 16), (512, 1), (512, 8), (1024, 1)):
+        for dtype in ("fp16", "bf16", "tf32"):
+            assert f"infer seed {size}x{size} b{batch} {dtype}" in names
+    for network in ("milesial-bilinear", "milesial-transpose"):
+        assert f"infer {network} 256x256 b16 bf16" in names
+    assert "infer pytorch_unet 640x959 b1 fp16 autocast" in names
+    assert "train seed 256x256 b16 bf16" in names and "train seed 512x512 b4 bf16" in names
+    for operator in ("downs.0.conv.net.0", "head", "ups.3.concat", "ups.3.conv.net.0"):
+        assert f"op seed {operator} 512x512 b16 fp32" in names
+    assert "op seed-transpose ups.0.up 256x256 b1 fp16" in names
+
+
+def test_flops_and_bytes_by_hand():
+    case = Case("op", "seed", "bf16", 2, 256, 256, "downs.0.conv.net.2")
+    assert case.flops == 2 * 9 * 64 * 64 * 2 * 256 * 256
+    maps = 2 * 64 * 256 * 256 * (1 + 1 + 1 / 4)
+    assert case.bytes == 2 * (maps + 9 * 64 * 64 + 64)
+    assert Case("train", "seed", "bf16", 2, 256, 256).flops == 3 * Case("infer", "seed", "bf16", 2, 256, 256).flops
+    # The tutorial's network at 256x256, from the table of floors: 111 GFLOP.
+    assert Case("infer", "seed", "bf16", 1, 256, 256).flops / 1e9 == pytest.approx(111, abs=1)
+
+
+def test_every_operator_counts_its_bytes():
+    concat = Case("op", "seed", "bf16", 2, 256, 256, "ups.3.concat")
+    x, skip = 2 * 128 * 128 * 128, 2 * 64 * 256 * 256
+    assert (concat.flops, concat.bytes) == (0, 2 * (x + skip + 4 * x + skip))
+    assert all(case.bytes > 0 for case in cases("cuda"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_quick_is_a_few_of_all(device):
+    chosen, everything = quick(device), cases(device)
+    assert all(case in everything for case in chosen) and len(set(chosen)) == len(chosen) <= 12
+    assert {case.kind for case in chosen} == ({"op", "infer", "train"} if device == "cuda" else {"infer"})
+
+
+def test_layers_of_one_shape_are_one_operator():
+    found = operators(NETWORKS["seed"], 256, 256, 1)
+    shapes = [(layer.op, layer.in_shapes, layer.out_shape) for layer in found.values()]
+    assert len(set(shapes)) == len(shapes)
