@@ -20,9 +20,8 @@ from fastunet.parity.fuzz import Fuzzed
 
 SMALL = '{"in_channels": 1, "features": [3, 4], "align_corners": false}'
 CASE = (
-    '{"in_channels":1,"out_channels":1,"features":[1,1],"upsample":"bilinear","align_corners":false,"norm":null,'
-    '"activation":"relu","negative_slope":0.01,"decoder_features":null,"training":false,"batch":1,"height":2,"width":2,"layout":"contiguous","dtype":"float32",'
-    '"weight_scale":0,"input_scale":0,"seed":0}'
+    '{"network":{"out_channels":1,"features":[1,1],"align_corners":false},"training":false,"batch":1,"height":2,'
+    '"width":2,"layout":"contiguous","dtype":"float32","weight_scale":0,"input_scale":0,"seed":0}'
 )
 NO_BATCH = CASE.replace('"batch":1', '"batch":0')
 QUICK = ("--config", SMALL, "--size", "8x10", "--batch", "1")
@@ -242,7 +241,7 @@ def test_outputs_of_another_shape(run, factory):
         ("--json out --plot out", "--plot: expected another file than --json, got out"),
         ("--json /dev/null", "--json: expected a file to write a report to, got /dev/null"),
         (f"--case '{CASE}' --images plate", "--images: cannot be given with --case"),
-        (f"--case '{NO_BATCH}'", "expected a batch of at least 1"),
+        (f"--case '{NO_BATCH}'", "batch: expected at least 1, got 0"),
         ("--weights nowhere.pt", "nowhere.pt: no such file"),
         ("--all-configs", "--all-configs: the device is a CPU; TRITON_INTERPRET=1 runs the kernels"),
         ("--dtype tf32", "--dtype: tf32 is of tensor cores, expected fp32, fp16 or bf16 on a CPU"),

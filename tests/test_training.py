@@ -114,7 +114,7 @@ def test_channels_last_parameters(double_pair, x):
 
 
 def steps(model: nn.Module, x: Tensor, scaler: torch.amp.GradScaler, broken: float, dtype: torch.dtype) -> list:
-    """Three steps, a number of the second's loss broken: scale and first parameter after each."""
+    """Three steps, a number of the second's loss broken: scale and parameters after each."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     seen = []
     for step in range(3):
@@ -124,7 +124,7 @@ def steps(model: nn.Module, x: Tensor, scaler: torch.amp.GradScaler, broken: flo
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        seen.append((scaler.get_scale(), next(model.parameters()).detach().clone()))
+        seen.append((scaler.get_scale(), nn.utils.parameters_to_vector(model.parameters()).detach()))
     return seen
 
 

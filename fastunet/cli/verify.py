@@ -10,25 +10,20 @@ import importlib
 import importlib.util
 import json
 import os
-import shlex
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .. import dispatch, weights
-from ..config import UNetConfig
+from .. import dispatch
 from ..files import atomic_write
-from ..images import ImageError, list_images, normalise, read_image
-from ..model import FastUNet
 from ..parity import Report, verify
-from ..parity.fuzz import Case, Fuzzed, fuzz, randomise
+from ..parity.fuzz import Case, Fuzzed, fuzz
 from ..parity.picture import draw
-from ..parity.report import Check, Comparison, lines_of
+from ..parity.report import Check, Comparison
 from ..parity.rule import tf32_convolutions
 from ..reference import UNet
 from .shared import (
@@ -43,6 +38,8 @@ from .shared import (
     new_console,
     new_progress,
 )
+from .verify_findings import Findings, case_command, command_of
+from .verify_subject import call_factory, check_size, inputs_of, model_of, one_line
 
 
 def add(commands: Any) -> None:
@@ -113,7 +110,7 @@ Exit code: 0 all holds, 1 something does not, 2 nothing could be started.""",
 def run(arguments: argparse.Namespace) -> int:
     """Check, print, write; interrupted, what is known so far."""
     _check_setup(arguments)
-    console, found = new_console(), _Findings()
+    console, found = new_console(), Findings()
     with _kernels(arguments.device), tf32_convolutions(arguments.dtype == "tf32"):
         try:
             if _names_a_model(arguments):
@@ -137,64 +134,6 @@ def run(arguments: argparse.Namespace) -> int:
     if found.interrupted:
         return 130
     return 0 if found.ok else 1
-
-
-class _Findings:
-    """All that one call of the command has found so far."""
-
-    def __init__(self) -> None:
-        self.results: list[Comparison | Check] = []  # of the model, while there is no report
-        self.report: Report | None = None
-        self.configs: list[Comparison] | None = None
-        self.fuzzed: Fuzzed | None = None
-        self.interrupted = False
-
-    @property
-    def ok(self) -> bool:
-        configs = all(c.ok for c in self.configs or ())
-        fuzzed = self.fuzzed is None or self.fuzzed.case is None
-        return (self.report is None or self.report.ok) and configs and fuzzed and not self.interrupted
-
-    def to_dict(self) -> dict[str, Any]:
-        fuzzed = self.fuzzed
-        finding = fuzzed and fuzzed.finding
-        return {
-            "ok": self.ok,
-            "interrupted": self.interrupted,
-            "report": self.report and self.report.to_dict(),
-            "results": [r.to_dict() if isinstance(r, Comparison) else vars(r) for r in self.results],
-            "configs": self.configs and [c.to_dict() for c in self.configs],
-            "fuzz": fuzzed
-            and {
-                "passed": fuzzed.passed,
-                "failed": fuzzed.case and fuzzed.case.to_dict(),
-                "finding": finding.to_dict() if isinstance(finding, Report) else finding and repr(finding),
-            },
-        }
-
-    def summary(self, arguments: argparse.Namespace) -> str:
-        lines = lines_of([c for c in self.results if isinstance(c, Comparison)]) if self.results else []
-        lines += [str(c) for c in self.results if isinstance(c, Check)]
-        if self.configs is not None:
-            broken = [c for c in self.configs if not c.ok]
-            lines += [f"BROKEN: {c.name} as {c.implementation}: {c.parity}" for c in broken]
-            lines.append(f"launch configurations: {len(self.configs) - len(broken)} of {len(self.configs)} hold")
-            if broken:
-                lines.append(f"again: {_command(arguments)} --all-configs")
-        if self.fuzzed is not None:
-            lines.append(f"random networks: {self.fuzzed.passed} hold")
-            if self.fuzzed.case is not None:
-                finding, command = self.fuzzed.finding, _case_command(self.fuzzed.case, arguments.device)
-                lines.append("the simplest that does not:")
-                if isinstance(finding, Report):
-                    lines.append(str(dataclasses.replace(finding, command=command)))
-                else:
-                    lines += [f"raised {finding!r}", f"again: {command}"]
-        if self.interrupted:
-            nothing = not (self.results or self.report or self.configs or self.fuzzed)
-            lines.append("interrupted: " + ("nothing was compared yet" if nothing else "these are the results so far"))
-        lines.append("all holds" if self.ok else "NOT all holds")
-        return "\n".join(lines)
 
 
 def _check_setup(arguments: argparse.Namespace) -> None:
@@ -256,7 +195,7 @@ def _names_a_model(arguments: argparse.Namespace) -> bool:
     return alone or any(getattr(arguments, name) is not None for name in named)
 
 
-def _check_model(arguments: argparse.Namespace, found: _Findings) -> None:
+def _check_model(arguments: argparse.Namespace, found: Findings) -> None:
     """Fill in ``found.report``; until it is there, ``found.results``."""
     with new_progress(new_console(stderr=True)) as progress:
         task = progress.add_task("three networks", total=None)
@@ -271,18 +210,18 @@ def _check_model(arguments: argparse.Namespace, found: _Findings) -> None:
             except Exception as error:  # which may be what --fuzz found
                 found.fuzzed = Fuzzed(0, arguments.case, error)
                 return
-            found.report = dataclasses.replace(report, command=_case_command(arguments.case, arguments.device))
+            found.report = dataclasses.replace(report, command=case_command(arguments.case, arguments.device))
         else:
             found.report = _verify(arguments, on_result)
     found.results.clear()
 
 
 def _verify(arguments: argparse.Namespace, on_result: Callable[[Comparison | Check], None]) -> Report:
-    model = _model(arguments)
+    model = model_of(arguments)
     reference: nn.Module = UNet.from_config(model.config)
     origin = "plain PyTorch"
     if arguments.factory is not None:
-        reference = _call_factory(arguments.factory)
+        reference = call_factory(arguments.factory)
         origin = f"{arguments.factory}, with its own weights"
     ours, theirs = model.state_dict(), reference.state_dict()
     if arguments.factory is None or ours.keys() == theirs.keys():
@@ -292,7 +231,7 @@ def _verify(arguments: argparse.Namespace, on_result: Callable[[Comparison | Che
             raise SetupError(f"--factory: {str(error).splitlines()[-1].strip()}") from None
         origin = origin.replace("its own weights", "the model's weights, as its parameters have their names")
     reference = reference.to(arguments.device).eval()
-    x, shown = _inputs(arguments, model.config)
+    x, shown = inputs_of(arguments, model.config)
     try:
         report = verify(
             model.to(arguments.device),
@@ -305,118 +244,18 @@ def _verify(arguments: argparse.Namespace, on_result: Callable[[Comparison | Che
     except ValueError as error:
         raise SetupError(str(error).replace("gradients=False", "--no-gradients")) from None
     except (Exception, SystemExit) as error:  # the user's module, or memory
-        raise SetupError(f"the networks could not be run ({_one_line(error)})") from None
+        raise SetupError(f"the networks could not be run ({one_line(error)})") from None
     shipped = "the shipped nuclei model" if arguments.config is None else f"random, seed {arguments.seed}"
     about = (*report.about, f"weights: {arguments.weights or shipped}", f"reference: {origin}", f"inputs: {shown}")
-    return dataclasses.replace(report, about=about, command=_command(arguments))
+    return dataclasses.replace(report, about=about, command=command_of(arguments))
 
 
-def _model(arguments: argparse.Namespace) -> FastUNet:
-    if arguments.weights is None and arguments.config is not None:
-        model = FastUNet.from_config(arguments.config)
-        randomise(model, arguments.seed)
-        return model.eval()
-    path = arguments.weights or weights.NUCLEI
-    if arguments.config is None:
-        return weights.load(path)
-    model = FastUNet.from_config(arguments.config)
-    weights.load_into(model, weights.read(path)[1], str(path))
-    return model.eval()
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
-def _call_factory(name: str) -> nn.Module:
-    module_name, colon, function = name.partition(":")
-    if not colon or not function:
-        raise SetupError(f"--factory: expected PACKAGE.MODULE:FUNCTION, got {name!r}")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # a module in this folder, as with python -m
-    try:
-        made = getattr(importlib.import_module(module_name), function)()
-    except (Exception, SystemExit) as error:  # whatever the user's code raises
-        raise SetupError(f"--factory: {name} failed ({_one_line(error)})") from None
-    if not isinstance(made, nn.Module):
-        raise SetupError(f"--factory: expected {name} to return an nn.Module, got {type(made).__name__}")
-    return made
-
-
-def _inputs(arguments: argparse.Namespace, config: UNetConfig) -> tuple[Tensor, str]:
-    """(N, C, H, W), from the images or at random, and which they are."""
-    channels = config.in_channels
-    if arguments.images is None:
-        paths, images = [], []
-        height, width = arguments.size or (256, 256)
-        shown = f"normal random numbers, seed {arguments.seed}"
-    else:
-        if channels not in (1, 3):
-            raise SetupError(f"--images: expected a model of 1 or 3 channels, got {channels}")
-        try:
-            there = list_images(arguments.images)
-            paths = there[: arguments.batch]
-            images = [normalise(read_image(path), channels) for path in paths]
-        except ImageError as error:
-            raise SetupError(f"--images: {error}") from None
-        except OSError as error:
-            raise SetupError(f"--images: {arguments.images} cannot be listed ({error.strerror})") from None
-        smallest = [min(256, *(image.shape[axis] for image in images)) for axis in (1, 2)]
-        height, width = arguments.size or smallest
-        for path, image in zip(paths, images, strict=True):
-            if image.shape[1] < height or image.shape[2] < width:
-                raise SetupError(
-                    f"--size: {path} has {image.shape[1]}x{image.shape[2]} pixels, expected at least {height}x{width}"
-                )
-        names = ", ".join(path.name for path in paths)
-        shown = f"{names}; {len(paths)} of {len(there)} in {arguments.images}, the middle {height}x{width} of each"
-    _check_size(height, width, config)
-    if not images:
-        generator = torch.Generator().manual_seed(arguments.seed)
-        return torch.randn(arguments.batch, channels, height, width, generator=generator), shown
-    tops = [((image.shape[1] - height) // 2, (image.shape[2] - width) // 2) for image in images]
-    crops = [image[:, top : top + height, left : left + width] for image, (top, left) in zip(images, tops, strict=True)]
-    return torch.stack(crops), shown
-
-
-def _check_size(height: int, width: int, config: UNetConfig) -> None:
-    least = config.minimum_size
-    if min(height, width) < least:
-        raise SetupError(f"--size: expected at least {least}x{least} for this network, got {height}x{width}")
-
-
-def _command(arguments: argparse.Namespace) -> str:
-    """The command line that repeats the check of the model, defaults that vary by machine included."""
-    words = _command_words()
-    if arguments.weights is not None:
-        words += ["--weights", str(arguments.weights)]
-    if arguments.config is not None:
-        words += ["--config", arguments.config.to_json()]
-    if arguments.size is not None:
-        words += ["--size", "{}x{}".format(*arguments.size)]
-    for option in ("factory", "images", "batch", "seed", "device", "dtype"):
-        value = getattr(arguments, option)
-        if value is not None:
-            words += [f"--{option}", str(value)]
-    if not arguments.gradients:
-        words.append("--no-gradients")
-    return shlex.join(words)
-
-
-def _case_command(case: Case, device: str) -> str:
-    return shlex.join([*_command_words(), "--case", case.to_json(), "--device", device])
-
-
-def _command_words() -> list[str]:
-    return [*(["TRITON_INTERPRET=1"] if dispatch.interpreting() else []), "fastunet", "verify"]
-
-
-def _check_configs(arguments: argparse.Namespace, found: _Findings) -> None:
+def _check_configs(arguments: argparse.Namespace, found: Findings) -> None:
     from ..parity.configs import check_configs  # needs Triton
 
-    config = _model(arguments).config
+    config = model_of(arguments).config
     height, width = arguments.size or (256, 256)
-    _check_size(height, width, config)
+    check_size(height, width, config)
     found.configs = []
     with new_progress(new_console(stderr=True)) as progress:
         task = progress.add_task("launch configurations", total=None)
@@ -426,7 +265,7 @@ def _check_configs(arguments: argparse.Namespace, found: _Findings) -> None:
             progress.update(task, advance=1, description=comparison.name)
 
 
-def _fuzz(arguments: argparse.Namespace, found: _Findings) -> None:
+def _fuzz(arguments: argparse.Namespace, found: Findings) -> None:
     found.fuzzed = Fuzzed(0)
     with new_progress(new_console(stderr=True)) as progress:
         task = progress.add_task("random networks", total=arguments.fuzz)

@@ -187,8 +187,11 @@ def _interpreted(device: str) -> bool:
     return device == "cpu" and dispatch.choose(torch.device(device), torch.float32).implementation == "triton"
 
 
-def _draw_network(draw: Callable, widths: Any, deepest: int) -> UNetConfig:
-    """Any network, of 2 to ``deepest`` levels; ``widths``, Hypothesis's strategy, are those of the encoder."""
+def _draw_network(draw: Callable, widths: Any, deepest: int, most_convs: int) -> UNetConfig:
+    """Any network, of 2 to ``deepest`` levels and 1 to ``most_convs`` convolutions in each.
+
+    ``widths``, one of Hypothesis's strategies, are those of the encoder.
+    """
     from hypothesis import strategies as st
 
     features = tuple(draw(st.lists(widths, min_size=2, max_size=deepest)))
@@ -201,7 +204,7 @@ def _draw_network(draw: Callable, widths: Any, deepest: int) -> UNetConfig:
     def levels(each: Any, count: int = depth) -> Any:
         return draw(st.none() | st.tuples(*[each] * count))
 
-    narrow, convs, step = st.integers(1, _NARROW), st.integers(1, 3), st.integers(1, 3 if depth < 3 else 2)
+    narrow, convs, step = st.integers(1, _NARROW), st.integers(1, most_convs), st.integers(1, 3 if depth < 3 else 2)
     learned = {"bilinear_conv": st.none() | narrow, "nearest_conv": narrow, "transpose": narrow}
     return UNetConfig(
         in_channels=draw(st.integers(1, 5)),
@@ -251,7 +254,7 @@ def fuzz(
     from hypothesis import strategies as st
     from hypothesis.errors import Flaky
 
-    deepest, largest, most = (2, 2, 2) if _interpreted(device) else (4, 3, 3)
+    levels, largest, most = (2, 2, 2) if _interpreted(device) else (3, 4, 3)
 
     @st.composite
     def cases(draw: Callable) -> Case:
@@ -261,7 +264,7 @@ def fuzz(
             # Several steps of a kernel's loop, whole ones and not: they take their time, and are not for every case.
             widths = st.integers(1, _NARROW)
             widths = st.sampled_from((48, 65)) | widths if draw(st.integers(0, 15)) == 15 else widths
-        config = _draw_network(draw, widths, deepest)
+        config = _draw_network(draw, widths, levels, most)
         norm = config.norm
         dtype = draw(st.sampled_from(list(DTYPES)))
         training = norm == "batch" and draw(st.booleans())

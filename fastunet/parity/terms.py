@@ -136,10 +136,10 @@ def gradients_and_terms(
     for handle in handles:
         handle.remove()
     terms: dict[str, tuple[float, int]] = {}
-    smallest, backward_lost = forward.smallest, 1.0
+    smallest, least_lost = forward.smallest, _lost_in_sigmoid(network, output, cotangent, forward)
     has_norm = any(_is_norm(module) for module in network.modules())
     # What the layers behind send, before anything cancels on the way: the next one, and a level's decoder.
-    arriving, through_skips = _terms_of_sigmoid(network, output, cotangent, forward), dict[str, float]()
+    arriving, backward_lost, through_skips = 0.0, least_lost, dict[str, float]()
     decoders = len({name.split(".")[1] for name, *_ in calls if name.startswith("ups.")})
     for name, module, inputs, caught in reversed(calls):
         if not caught:
@@ -148,7 +148,7 @@ def gradients_and_terms(
         largest = gradient.abs().max().item()
         level, _, place = name.partition(".conv.net.")
         arriving = math.hypot(arriving, through_skips.pop(level, 0.0))
-        backward_lost = max(1.0, arriving / largest if largest else backward_lost)
+        backward_lost = max(least_lost, arriving / largest if largest else backward_lost)
         # Of the two factors of a term, the worse known; behind a norm, errors of all maps are in the gradient too.
         scale = max(forward.most_lost if has_norm else forward.lost.get(name, 1.0), backward_lost)
         squares = {key: (p.detach() ** 2).requires_grad_() for key, p in module.named_parameters(recurse=False)}
@@ -174,12 +174,18 @@ def gradients_and_terms(
     return found, terms
 
 
-def _terms_of_sigmoid(network: nn.Module, y: Tensor, cotangent: Tensor, forward: Terms) -> float:
-    """Of the gradient y (1 - y) of a final sigmoid: where y is near 1 its terms cancel, and what y is off counts."""
-    if not isinstance(network, UNet) or network.config.final_activation != "sigmoid" or not y.numel():
-        return 0.0
-    off = forward.of_layers.get("head", 0.0) * (cotangent * y * (1 - y)).abs().max().item()
-    return math.hypot((cotangent * y).abs().max().item(), off)
+def _lost_in_sigmoid(network: nn.Module, y: Tensor, cotangent: Tensor, forward: Terms) -> float:
+    """How many times larger the terms of the gradient of a final sigmoid were than it is; 1 without one.
+
+    It is y (1 - y), which cancels where y is near 1, and is off by as large a part of it as the logits are off. All
+    gradients before it share that error, so that it never averages out.
+    """
+    if not isinstance(network, UNet) or network.config.final_activation != "sigmoid":
+        return 1.0
+    largest = (cotangent * y * (1 - y)).abs().max().item() if y.numel() else 0.0
+    if not largest:
+        return 1.0
+    return max(1.0, math.hypot((cotangent * y).abs().max().item() / largest, forward.of_layers.get("head", 0.0)))
 
 
 def _is_norm(module: nn.Module) -> bool:
