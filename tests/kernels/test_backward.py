@@ -46,7 +46,7 @@ SHAPES = [
     pytest.param((3, 130, 4, 4, 129), id="two-channel-tiles-several-images-a-step"),
 ]
 # Of plain multiply-adds, whose tiles are smaller and many.
-SMALLER = {("ieee", (3, 130, 4, 4, 129)): (3, 34, 4, 4, 33)}
+SMALLER: dict[tuple[str, Any], Any] = {("ieee", (3, 130, 4, 4, 129)): (3, 34, 4, 4, 33)}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
