@@ -241,6 +241,8 @@ def test_outputs_of_another_shape(run, factory):
         ("--json out --plot out", "--plot: expected another file than --json, got out"),
         ("--json /dev/null", "--json: expected a file to write a report to, got /dev/null"),
         (f"--case '{CASE}' --images plate", "--images: cannot be given with --case"),
+        (f"--case '{CASE}' --no-gradients", "--no-gradients: cannot be given with --case"),
+        ('--config \'{"downsample": "stride"}\' --size 40', "--size: height: expected a multiple of 16, got 40"),
         (f"--case '{NO_BATCH}'", "batch: expected at least 1, got 0"),
         ("--weights nowhere.pt", "nowhere.pt: no such file"),
         ("--all-configs", "--all-configs: the device is a CPU; TRITON_INTERPRET=1 runs the kernels"),
@@ -345,6 +347,19 @@ def test_interrupted_in_the_model_with_the_results_so_far(run, monkeypatch, tmp_
     found = json.loads((tmp_path / "report.json").read_text())
     assert [result["name"] for result in found["results"]] == ["downs.0.conv.net.0", "as it is called, unwatched"]
     assert found["report"] is None and found["ok"] is False
+
+
+def test_what_ends_in_the_middle_loses_nothing(run, monkeypatch, tmp_path):
+    def verify(*networks, on_result, **options):
+        on_result(fastunet.verify(*networks, **options).comparisons[0])
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("fastunet.cli.verify.verify", verify)
+    shown = run("verify", *QUICK, "--json", tmp_path / "report.json")
+    assert shown.code == 1 and "layer downs.0.conv.net.0 " in shown.out
+    assert "ended early: the networks could not be run (RuntimeError: out of memory)" in shown.out
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert len(found["results"]) == 1 and not found["ok"] and "out of memory" in found["failure"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not interpreted where they can run")

@@ -123,7 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
                 _fuzz(arguments, found)
         except KeyboardInterrupt:
             found.interrupted = True
-    if found.configs is not None or found.fuzzed is not None or found.interrupted:
+    if found.configs is not None or found.fuzzed is not None or found.failure or found.interrupted:
         console.print(found.summary(arguments), soft_wrap=True)
     if arguments.json is not None:
         with atomic_write(arguments.json) as temporary:
@@ -155,8 +155,10 @@ def _check_setup(arguments: argparse.Namespace) -> None:
     if arguments.json is not None and arguments.plot is not None and arguments.json == arguments.plot:
         raise SetupError(f"--plot: expected another file than --json, got {arguments.plot}")
     if arguments.case is not None:
-        others = ("config", "factory", "images", "size", "fuzz", "all_configs")
-        given = next((name for name in others if getattr(arguments, name)), None)
+        others = ("config", "factory", "images", "size", "fuzz", "all_configs", "seed")
+        given = next(
+            (name for name in others if getattr(arguments, name)), None if arguments.gradients else "no-gradients"
+        )
         if given is not None:
             raise SetupError(
                 f"--{given.replace('_', '-')}: cannot be given with --case, which holds a network and inputs"
@@ -210,9 +212,15 @@ def _check_model(arguments: argparse.Namespace, found: Findings) -> None:
             except Exception as error:  # which may be what --fuzz found
                 found.fuzzed = Fuzzed(0, arguments.case, error)
                 return
-            found.report = dataclasses.replace(report, command=case_command(arguments.case, arguments.device))
+            found.report = dataclasses.replace(report, command=case_command(arguments.case, arguments))
         else:
-            found.report = _verify(arguments, on_result)
+            try:
+                found.report = _verify(arguments, on_result)
+            except SetupError as error:
+                if not found.results:
+                    raise
+                found.failure = str(error)  # in the middle: what is known stays known
+                return
     found.results.clear()
 
 

@@ -21,13 +21,15 @@ class Findings:
         self.report: Report | None = None
         self.configs: list[Comparison] | None = None
         self.fuzzed: Fuzzed | None = None
+        self.failure: str | None = None  # why a check of the model ended early
         self.interrupted = False
 
     @property
     def ok(self) -> bool:
         configs = all(c.ok for c in self.configs or ())
         fuzzed = self.fuzzed is None or self.fuzzed.case is None
-        return (self.report is None or self.report.ok) and configs and fuzzed and not self.interrupted
+        ended = self.failure is None and not self.interrupted
+        return (self.report is None or self.report.ok) and configs and fuzzed and ended
 
     def to_dict(self) -> dict[str, Any]:
         fuzzed = self.fuzzed
@@ -35,6 +37,7 @@ class Findings:
         return {
             "ok": self.ok,
             "interrupted": self.interrupted,
+            "failure": self.failure,
             "report": self.report and self.report.to_dict(),
             "results": [r.to_dict() if isinstance(r, Comparison) else vars(r) for r in self.results],
             "configs": self.configs and [c.to_dict() for c in self.configs],
@@ -53,17 +56,21 @@ class Findings:
             broken = [c for c in self.configs if not c.ok]
             lines += [f"BROKEN: {c.name} as {c.implementation}: {c.parity}" for c in broken]
             lines.append(f"launch configurations: {len(self.configs) - len(broken)} of {len(self.configs)} hold")
+            lines.append("(those that may be chosen on this device; layers that run on PyTorch's operators have none)")
             if broken:
                 lines.append(f"again: {command_of(arguments)} --all-configs")
         if self.fuzzed is not None:
-            lines.append(f"random networks: {self.fuzzed.passed} hold")
+            in_part = ", in the forward pass (the interpreter is too slow for more)" if dispatch.interpreting() else ""
+            lines.append(f"random networks: {self.fuzzed.passed} hold{in_part}")
             if self.fuzzed.case is not None:
-                finding, command = self.fuzzed.finding, case_command(self.fuzzed.case, arguments.device)
+                finding, command = self.fuzzed.finding, case_command(self.fuzzed.case, arguments)
                 lines.append("the simplest that does not:")
                 if isinstance(finding, Report):
                     lines.append(str(dataclasses.replace(finding, command=command)))
                 else:
                     lines += [f"raised {finding!r}", f"again: {command}"]
+        if self.failure is not None:
+            lines.append(f"ended early: {self.failure}; these are the results so far")
         if self.interrupted:
             nothing = not (self.results or self.report or self.configs or self.fuzzed)
             lines.append("interrupted: " + ("nothing was compared yet" if nothing else "these are the results so far"))
@@ -89,8 +96,9 @@ def command_of(arguments: argparse.Namespace) -> str:
     return shlex.join(words)
 
 
-def case_command(case: Case, device: str) -> str:
-    return shlex.join([*_command_words(), "--case", case.to_json(), "--device", device])
+def case_command(case: Case, arguments: argparse.Namespace) -> str:
+    words = [*_command_words(), "--case", case.to_json(), "--device", arguments.device]
+    return shlex.join([*words, "--dtype", "tf32"] if arguments.dtype == "tf32" else words)
 
 
 def _command_words() -> list[str]:

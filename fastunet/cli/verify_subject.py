@@ -14,6 +14,7 @@ from ..config import UNetConfig
 from ..images import ImageError, list_images, normalise, read_image
 from ..model import FastUNet
 from ..parity.fuzz import randomise
+from ..trace import trace
 from .shared import SetupError
 
 
@@ -89,3 +90,7 @@ def check_size(height: int, width: int, config: UNetConfig) -> None:
     least = config.minimum_size
     if min(height, width) < least:
         raise SetupError(f"--size: expected at least {least}x{least} for this network, got {height}x{width}")
+    try:
+        trace(config, height, width)
+    except ValueError as error:
+        raise SetupError(f"--size: {error}") from None

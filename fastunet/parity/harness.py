@@ -148,7 +148,8 @@ def verify(
         elif name in exact and name in theirs:
             found = comparison("layer", name, ours[name], stage, implementation)
             keep([dataclasses.replace(found, alone=next(by_itself, None))])
-    skipped = list(_not_compared(model, ours, exact, x, gradients, deterministic))
+    asked = {"gradients": gradients, "deterministic": deterministic}
+    skipped = list(_not_compared(model, ours, exact, x, **asked, training=is_training, kernels="triton" in used))
     if isinstance(model, FastUNet):
         with torch.no_grad():  # nobody looks on, so this may be other code
             keep([same("as it is called, unwatched", {_LOGITS: run.output}, {_LOGITS: candidate(x)})])
@@ -225,7 +226,15 @@ def _described(model: nn.Module) -> str:
 
 
 def _not_compared(
-    model: nn.Module, ours: Tensors, exact: Tensors, x: Tensor, gradients: bool, deterministic: bool
+    model: nn.Module,
+    ours: Tensors,
+    exact: Tensors,
+    x: Tensor,
+    *,
+    gradients: bool,
+    deterministic: bool,
+    training: bool,
+    kernels: bool,
 ) -> Iterator[str]:
     missing = [name for name in ours if name not in exact]
     if not isinstance(model, FastUNet):
@@ -246,6 +255,12 @@ def _not_compared(
         yield "other streams and places in the batch (a CPU)"
     elif len(x) == 1:
         yield "places in the batch (there is one image)"
+    elif not kernels:
+        yield "places in the batch (PyTorch's operators do not promise that)"
+    elif training:
+        yield "places in the batch (its statistics are of all of it)"
+    if deterministic and training and isinstance(model, FastUNet):
+        yield "whether prepared weights are those of now (in train mode)"
 
 
 def _versions(x: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,7 @@ class Launch:
         configs: what the launcher may choose among on a device, by its capability; ``(None,)`` where
             it has no choice.
         hopper: the configurations of its Hopper sibling; empty where that cannot serve the layer.
+        training: whether it is of a training step.
         gradient: of what, in a backward pass; empty in a forward pass.
         summed: of a result that is a sum over pixels, the map that is summed, from the same tensors.
     """
@@ -41,12 +43,14 @@ class Launch:
     options: dict[str, Any]
     configs: Callable[[tuple[int, int]], tuple[Config | None, ...]]
     hopper: tuple[kernels.hopper.HopperConfig, ...] = ()
+    training: bool = False
     gradient: str = ""
     summed: Callable[..., Tensor] | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.layer.name}, gradient of {self.gradient}" if self.gradient else self.layer.name
+        what = f", gradient of {self.gradient}" if self.gradient else ", in training" if self.training else ""
+        return self.layer.name + what
 
     def run(self, config: Config | None = None) -> Any:
         """Launch; without ``config`` the launcher chooses."""
@@ -58,13 +62,16 @@ class Launch:
         return launcher(*self.tensors, **self.options, config=config)
 
 
-def launches(config: UNetConfig, size: tuple[int, int, int], make: Make, *, tf32: bool = True) -> Iterator[Launch]:
+def launches(
+    config: UNetConfig, size: tuple[int, int, int], make: Make, *, tf32: bool = True, training: bool = False
+) -> Iterator[Launch]:
     """The launches of a network's forward pass, in order; layers that no kernel serves are left out.
 
     Args:
         size: (batch, height, width).
         make: ``make(*shape, fan_in=1)`` gives a tensor; all are of one dtype and device.
         tf32: round float32 operands to tf32.
+        training: where gradients are wanted no batch norm is folded into its convolution.
     """
     batch, height, width = size
     for layer in trace(config, height, width, batch):
@@ -76,7 +83,11 @@ def launches(config: UNetConfig, size: tuple[int, int, int], make: Make, *, tf32
         channels = tuple(x.shape[1] for x in inputs)
         c, (h, w) = sum(channels), layer.out_shape[2:]
         precise = inputs[0].dtype == torch.float32 and not tf32
-        slope = 1.0 if layer.activation is None else config.slope
+        folds = config.norm == "batch" and not training
+        norm_follows = layer.norm is not None and config.order == "conv_norm_act" and not folds
+        if norm_follows:  # a pass of its own, and the pool behind it
+            layer = dataclasses.replace(layer, op=layer.op.removesuffix("_pool"))
+        slope = 1.0 if norm_follows or layer.activation is None else config.slope
         options: dict[str, Any] = {"tf32": tf32}
         source, interpolating = (h, w), False
         if layer.op == "conv_transpose2x2":
@@ -110,7 +121,8 @@ def launches(config: UNetConfig, size: tuple[int, int, int], make: Make, *, tf32
             hopper = kernels.hopper.layer_configs(
                 layer.op, maps, tuple(weight.shape), weight.dtype, mode=mode, tf32=tf32
             )
-        yield Launch(layer, launcher, function, (*inputs, weight, bias), options, chooser, hopper)
+        tensors = (*inputs, weight, bias)
+        yield Launch(layer, launcher, function, tensors, options, chooser, hopper, training=training)
 
 
 def _stem_configs(
@@ -128,7 +140,7 @@ def _conv_pool(x: Tensor, weight: Tensor, bias: Tensor, slope: float) -> tuple[T
 
 
 def gradients(launch: Launch, make: Make, *, tf32: bool = True) -> Iterator[Launch]:
-    """The launches of the backward pass of one layer, whose forward launch is given.
+    """The launches of the backward pass of one layer, whose forward launch in training is given.
 
     Args:
         make, tf32: as in :func:`launches`.
@@ -153,7 +165,7 @@ def gradients(launch: Launch, make: Make, *, tf32: bool = True) -> Iterator[Laun
         maps += (make(n, o, h // 2, w // 2),)
     before, activation = partial(_before_activation, slope=slope), {"slope": slope}
     if slope != 1 or len(maps) > 2:
-        yield through(_activation_kernel, before, maps, "its sums", options=activation)
+        yield through(_activation_kernel, before, maps, "the sums before its activation", options=activation)
     yield through(
         _bias_kernel, lambda *t: before(*t).sum((0, 2, 3)), maps, "the bias", options=activation, summed=before
     )
@@ -179,7 +191,7 @@ def gradients(launch: Launch, make: Make, *, tf32: bool = True) -> Iterator[Laun
         upsampling = partial(_upsampled, mode=mode, height=h, width=w, **corners)
         yield through(
             partial(kernels.upsample_fwd, height=h, width=w, mode=mode, **corners), upsampling, (small,),
-            "the weight, its input",
+            "the weight: its input upsampled again",
         )  # fmt: skip
         yield through(
             partial(kernels.upsample_bwd, height=small.shape[2], width=small.shape[3], mode=mode, **corners),

@@ -73,7 +73,9 @@ def compare(
         tf32: float32 operands were rounded to tf32, so its eps counts.
         stages: how many fused operators, one after another, lead to this tensor. Each rounds its
             result anew; independent roundings add as their squares do, so the floor is that of one
-            times ``sqrt(stages)``.
+            times ``sqrt(stages)``. :func:`fastunet.verify` gives a gradient eight times its layers:
+            the backward pass has as many again, and twice the floor of both is what runs of small
+            float16 networks without a fault took (benchmarks/NOTES.md).
         terms: for a sum whose terms cancel, the root of the sum of their squares, as that is what
             their independent relative errors add up to. Counts where it exceeds ``max |truth|``.
         summands: of a gradient, the pixels it sums over. One by one in float32, as torch does on a
