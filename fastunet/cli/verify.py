@@ -216,12 +216,16 @@ def _check_model(arguments: argparse.Namespace, found: Findings) -> None:
         else:
             try:
                 found.report = _verify(arguments, on_result)
-            except SetupError as error:
+            except _Failed as error:
                 if not found.results:
                     raise
                 found.failure = str(error)  # in the middle: what is known stays known
                 return
     found.results.clear()
+
+
+class _Failed(SetupError):
+    """The networks raised where nothing was wrong with what they were given."""
 
 
 def _verify(arguments: argparse.Namespace, on_result: Callable[[Comparison | Check], None]) -> Report:
@@ -252,7 +256,7 @@ def _verify(arguments: argparse.Namespace, on_result: Callable[[Comparison | Che
     except ValueError as error:
         raise SetupError(str(error).replace("gradients=False", "--no-gradients")) from None
     except (Exception, SystemExit) as error:  # the user's module, or memory
-        raise SetupError(f"the networks could not be run ({one_line(error)})") from None
+        raise _Failed(f"the networks could not be run ({one_line(error)})") from None
     shipped = "the shipped nuclei model" if arguments.config is None else f"random, seed {arguments.seed}"
     about = (*report.about, f"weights: {arguments.weights or shipped}", f"reference: {origin}", f"inputs: {shown}")
     return dataclasses.replace(report, about=about, command=command_of(arguments))
