@@ -372,7 +372,8 @@ def test_every_launch_configuration(run, monkeypatch, tmp_path):
     for name in ("bottleneck.net.2", "bottleneck.net.2, gradient of the input"):
         texts = [c["implementation"] for c in configs if c["name"] == name]
         assert len(texts) == 2 and texts[0].endswith("TMA") and texts[1].endswith("pointers")
-    assert {"the sums before its activation", "the bias", "the weight"} < {c["name"].rpartition("gradient of ")[2] for c in configs}
+    gradients = {c["name"].rpartition("gradient of ")[2] for c in configs}
+    assert {"the sums before its activation", "the bias", "the weight"} < gradients
     assert f"launch configurations: {len(configs)} of {len(configs)} hold" in shown.out
 
     right, right_gradient = kernels.conv_fwd, kernels.conv_wgrad
