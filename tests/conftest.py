@@ -27,6 +27,8 @@ DEVICE = "cuda" if CUDA else "cpu"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # First, so that of several processes none is left alone with a long test.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if not CUDA:
         skip = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:
