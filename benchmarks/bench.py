@@ -31,13 +31,6 @@ from .timing import Ceilings
 
 def this_machine(device: str) -> Machine:
     """Of ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; the run gets an id of its own."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -47,10 +40,20 @@ def this_machine(device: str) -> Machine:
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         triton=triton,
-        cudnn=str(torch.backends.cudnn.version() or "none"),
-        commit=git.stdout.strip() or "unknown",
+        cudnn=str(torch.backends.cudnn.version() or "none") if device != "cpu" else "none",
+        commit=this_commit(),
         run_id=uuid.uuid4().hex[:12],
     )
+
+
+def this_commit() -> str:
+    """What git says of this checkout; ``"unknown"`` without git, or in a copy that is none."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return git.stdout.strip() or "unknown"
 
 
 def device_name(device: str) -> str:

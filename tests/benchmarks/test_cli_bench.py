@@ -142,6 +142,17 @@ def test_the_device_asked_for_is_the_one_measured(run, monkeypatch, tmp_path):
     assert seen == ["cuda:1"]
 
 
+def test_without_git_the_commit_is_unknown(monkeypatch, tmp_path):
+    assert bench.this_machine("cpu").commit == bench.this_commit() != "unknown"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert bench.this_machine("cpu").commit == "unknown"
+
+
+def test_a_cpu_has_no_cudnn(monkeypatch):
+    monkeypatch.setattr(bench.torch.backends.cudnn, "version", lambda: 91000)  # of a PyTorch built for CUDA
+    assert bench.this_machine("cpu").cudnn == "none"
+
+
 def test_a_budget_starts_no_case_late(monkeypatch):
     class Worker(InProcess):
         def do(self, job):
