@@ -123,7 +123,8 @@ class Worker:
             if isinstance(answer, list):
                 return [*answer, *dead]
             if self._place.value < 0:
-                return [make_row(job, provider.name, "failed", reason=answer) for provider in job.providers]
+                reason = f"{answer}, before any provider: at inputs, or the results to check against"
+                return [make_row(job, provider.name, "failed", reason=reason) for provider in job.providers]
             culprit = job.providers[self._place.value].name, bool(self._graph.value)
             dead.append(make_row(job, culprit[0], "failed", reason=answer, graph=culprit[1]))
             job = dataclasses.replace(job, without=job.without | {culprit})

@@ -49,7 +49,7 @@ def _call(
             return y if isinstance(y, tuple) else (y,)
 
         return Call(forward)
-    target, parameters = work.target, list(module.parameters())
+    target, parameters, scale = work.target, list(module.parameters()), work.loss_scale()
     # Capturable: its step count lives on the device, or no graph could hold the step.
     optimiser = torch.optim.AdamW(parameters, lr=1e-4, fused=True, capturable=work.device.type == "cuda")
 
@@ -62,7 +62,7 @@ def _call(
     def step() -> Results:
         optimiser.zero_grad(set_to_none=True)
         loss = run(*inputs)
-        loss.backward()
+        loss.backward(scale)
         optimiser.step()
         return loss.detach(), *(p.grad for p in parameters)  # pyright: ignore[reportReturnType]
 
