@@ -31,13 +31,6 @@ from .timing import Ceilings
 
 def this_machine(device: str) -> Machine:
     """Of ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; the run gets an id of its own."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -47,10 +40,20 @@ def this_machine(device: str) -> Machine:
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         triton=triton,
-        cudnn=str(torch.backends.cudnn.version() or "none"),
-        commit=git.stdout.strip() or "unknown",
+        cudnn=str(torch.backends.cudnn.version() or "none") if device != "cpu" else "none",
+        commit=this_commit(),
         run_id=uuid.uuid4().hex[:12],
     )
+
+
+def this_commit() -> str:
+    """What git says of this checkout; ``"unknown"`` without git, or in a copy that is none."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return git.stdout.strip() or "unknown"
 
 
 def device_name(device: str) -> str:
@@ -120,7 +123,8 @@ class Worker:
             if isinstance(answer, list):
                 return [*answer, *dead]
             if self._place.value < 0:
-                return [make_row(job, provider.name, "failed", reason=answer) for provider in job.providers]
+                reason = f"{answer}, before any provider: at inputs, or the results to check against"
+                return [make_row(job, provider.name, "failed", reason=reason) for provider in job.providers]
             culprit = job.providers[self._place.value].name, bool(self._graph.value)
             dead.append(make_row(job, culprit[0], "failed", reason=answer, graph=culprit[1]))
             job = dataclasses.replace(job, without=job.without | {culprit})

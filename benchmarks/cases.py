@@ -39,6 +39,7 @@ SMALL_MILESIAL = UNetConfig(
     decoder_features=((16, 16), (32, 16), (64, 32), (128, 64)),
     norm="batch",
 )
+SMALL_TRANSPOSE = UNetConfig(in_channels=3, features=SMALL.features, upsample="transpose", norm="batch")
 NETWORKS = {
     "seed": SEED,
     "seed-transpose": dataclasses.replace(SEED, upsample="transpose"),
@@ -47,6 +48,7 @@ NETWORKS = {
     "pytorch_unet": MILESIAL_BILINEAR,  # the name it has in torchbench
     "small": SMALL,
     "small-milesial": SMALL_MILESIAL,
+    "small-transpose": SMALL_TRANSPOSE,
 }
 
 
@@ -190,6 +192,10 @@ def _cpu() -> Iterator[Case]:
     yield Case("infer", "seed", "fp32", 1, 256, 256)
     yield Case("infer", "small-milesial", "fp32", 1, 128, 128)
     yield Case("infer", "small-milesial", "bf16", 1, 80, 120, autocast=True)
+    yield Case("infer", "small-transpose", "fp32", 1, 128, 128)
     yield Case("train", "small", "fp32", 4, 64, 64)
     for name in operators(SMALL, 64, 64, 1):
         yield Case("op", "small", "fp32", 1, 64, 64, name)
+    for name, layer in operators(SMALL_TRANSPOSE, 64, 64, 1).items():
+        if layer.op == "conv_transpose2x2":
+            yield Case("op", "small-transpose", "fp32", 1, 64, 64, name)

@@ -20,10 +20,11 @@ import torch._dynamo.config
 import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from fastunet import FastUNet, ops, reference
 from fastunet.config import UNetConfig
-from fastunet.reference import UNet
+from fastunet.reference import DoubleConv, UNet
 
 from .cases import DTYPES, Case
 from .work import Call, Operator, Results, Work
@@ -49,7 +50,7 @@ def _call(
             return y if isinstance(y, tuple) else (y,)
 
         return Call(forward)
-    target, parameters = work.target, list(module.parameters())
+    target, parameters, scale = work.target, list(module.parameters()), work.loss_scale()
     # Capturable: its step count lives on the device, or no graph could hold the step.
     optimiser = torch.optim.AdamW(parameters, lr=1e-4, fused=True, capturable=work.device.type == "cuda")
 
@@ -62,7 +63,7 @@ def _call(
     def step() -> Results:
         optimiser.zero_grad(set_to_none=True)
         loss = run(*inputs)
-        loss.backward()
+        loss.backward(scale)
         optimiser.step()
         return loss.detach(), *(p.grad for p in parameters)  # pyright: ignore[reportReturnType]
 
@@ -88,8 +89,9 @@ def eager_channels_last(work: Work) -> Call:
 
 
 def compile_default(work: Work) -> Call:
-    """torch.compile as it comes, on channels_last."""
-    return _call(work, *_channels_last(work), functools.partial(torch.compile, dynamic=False))
+    """torch.compile as it comes, on channels_last; on a CPU, where max-autotune has nothing to tune, frozen too."""
+    call = _call(work, *_channels_last(work), functools.partial(torch.compile, dynamic=False))
+    return _frozen(call) if work.target is None and work.device.type == "cpu" else call
 
 
 def compile_max_autotune(work: Work) -> Call:
@@ -115,16 +117,23 @@ def _max_autotune(work: Work, convolutions: str) -> Call:
     if work.target is not None:
         options["force_layout_optimization"] = True  # which Inductor leaves out where a U-Net trains
     call = _call(work, *_channels_last(work), functools.partial(torch.compile, dynamic=False, options=options))
-    if work.target is None:
-        # Constants are folded where the global configuration says so during tracing: as an option, freezing is lost.
-        with torch._inductor.config.patch(freezing=True):
-            call()
+    return _frozen(call) if work.target is None else call
+
+
+def _frozen(call: Call) -> Call:
+    """Weights become constants of the compiled code, which may fold and pack them: norms, layouts."""
+    # Constants are folded where the global configuration says so during tracing: as an option, freezing is lost.
+    with torch._inductor.config.patch(freezing=True):
+        call()
     return call
 
 
 def cudnn_fused(work: Work) -> Call:
-    """cuDNN's own convolution with bias and ReLU, channels_last; CUDA inference only."""
+    """cuDNN's own convolution with bias and ReLU, batch norms folded into it, channels_last; CUDA inference only."""
     module, inputs = _channels_last(work)
+    dtype = DTYPES[work.case.dtype]
+    if isinstance(module, UNet):
+        module = _without_norms(module.float()).to(dtype, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def conv(x: Tensor, weight: Tensor, bias: Tensor, slope: float) -> Tensor:
         pad = [weight.shape[-1] // 2] * 2
@@ -140,9 +149,23 @@ def cudnn_fused(work: Work) -> Call:
         return (y, F.max_pool2d(y, 2)) if module.op == "conv2d_relu_pool" else y
 
     def network(*x: Any) -> Any:
-        return _unet_of(module, conv, x[0])
+        return _unet_of(module, conv, x[0].to(dtype))  # which autocast would do at each convolution
 
     return _call(work, _Function(operator if isinstance(module, Operator) else network), inputs)
+
+
+def _without_norms(unet: UNet) -> UNet:
+    """Fold each batch norm, as in eval mode, into the convolution before it; in place."""
+    for block in unet.modules():
+        if isinstance(block, DoubleConv):
+            layers: list[Any] = []
+            for layer in block.net:
+                if isinstance(layer, nn.BatchNorm2d):
+                    layers[-1] = fuse_conv_bn_eval(layers[-1], layer)
+                else:
+                    layers.append(layer)
+            block.net = nn.Sequential(*layers)
+    return unet
 
 
 def _unet_of(
@@ -153,7 +176,7 @@ def _unet_of(
     conv_pool: Callable[..., tuple[Tensor, Tensor]] | None = None,
     upsample_concat: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """A U-Net without norm or learned upsampling, of parts.
+    """A U-Net without norm, of parts.
 
     Args:
         conv: ``conv(x, weight, bias, slope)``.
@@ -255,7 +278,7 @@ def _cuda_alone(case: Case, device: str) -> bool:
 
 
 def _is_plain(config: UNetConfig, *upsamplings: str) -> bool:
-    """Whether ``_unet_of`` can run it: only widths and upsampling differ from the seed's network."""
+    """Whether only widths and upsampling differ from the seed's network, so that ``_unet_of`` can run it."""
     free = {"in_channels": 1, "out_channels": 2, "features": (64, 128), "decoder_features": None}
     free |= {"upsample": "bilinear", "align_corners": True}
     return config.upsample in upsamplings and dataclasses.replace(config, **free) == UNetConfig(features=(64, 128))
@@ -263,7 +286,8 @@ def _is_plain(config: UNetConfig, *upsamplings: str) -> bool:
 
 def _cudnn_serves(case: Case, device: str) -> bool:
     """Inference by plain convolutions of 16-bit dtypes and tf32, on CUDA."""
-    plain = _is_plain(case.config, "bilinear", "nearest", "bilinear_conv")
+    config = dataclasses.replace(case.config, norm=None) if case.config.norm == "batch" else case.config
+    plain = _is_plain(config, "bilinear", "nearest", "bilinear_conv", "transpose")
     convolves = case.operator is None or "conv2d" in case.layers[0].op
     return device == "cuda" and plain and convolves and case.kind != "train" and case.dtype != "fp32"
 

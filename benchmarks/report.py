@@ -17,15 +17,23 @@ BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
 
 
 def _devices(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """:func:`consistent` rows by place, GPUs first."""
     found: dict[str, list[Row]] = {}
-    for row in consistent(rows):
-        where = f"{row.device}, {row.threads} threads" if row.cudnn == "none" else row.device
-        found.setdefault(where, []).append(row)
+    for row in sorted(consistent(rows), key=lambda row: row.is_cpu):
+        found.setdefault(row.place, []).append(row)
     return found
 
 
-def _versions(rows: Sequence[Row]) -> str:
-    newest = max(rows, key=lambda row: row.date)
+def _runs(rows: Iterable[Row]) -> list[list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.run_id, []).append(row)
+    return list(found.values())
+
+
+def _versions(run: Sequence[Row]) -> str:
+    """Of the rows of one run."""
+    newest = max(run, key=lambda row: row.date)
     return f"PyTorch {newest.torch}, Triton {newest.triton}, commit {newest.commit}, {newest.date[:10]}"
 
 
@@ -33,14 +41,15 @@ def _versions(rows: Sequence[Row]) -> str:
 
 
 def readme_table(rows: Iterable[Row]) -> str:
-    """Markdown: for each device and each network, FastUNet beside the best competitor and eager."""
+    """Markdown: for each device, run and network, FastUNet beside the best competitor and eager."""
     parts = []
-    for device, some in _devices(rows).items():
+    devices = _devices(row for row in rows if row.kind != "op")
+    for device, some in ((device, run) for device, found in devices.items() for run in _runs(found)):
         eager = {row.case: row for row in some if row.provider == "eager" and not row.graph and row.state == "ok"}
         parts += [f"{device}; {_versions(some)}; medians of interleaved rounds in one run:", ""]
         parts += ["| case | eager | best competitor | FastUNet | against the best | error, ours / eager's |"]
         parts += ["|---|---|---|---|---|---|"]
-        for v in verdicts(row for row in some if row.kind != "op"):
+        for v in verdicts(some):
             plain = eager.get(v.ours.case)
             timed = v.speed_up is not None
             cells = (
@@ -142,8 +151,12 @@ taken too small and cold, and of training steps the loss alone was compared.</p>
 def _section(device: str, rows: Sequence[Row]) -> str:
     found = verdicts(rows)
     networks = [v for v in found if v.ours.kind != "op"]
-    head = f"<h2>{html.escape(device)}</h2><p class=soft>{html.escape(_versions(rows))}</p>{_sentence(found)}"
-    heads = ("case", "speed-up#", "verdict", "best competitor", "its ms#", "FastUNet ms#", "error#", "eager's error#")
+    versions = "<br>".join(html.escape(_versions(run)) for run in _runs(rows))
+    head = f"<h2>{html.escape(device)}</h2><p class=soft>{versions}</p>{_sentence(found)}"
+    heads = (
+        "case", "speed-up#", "verdict", "best competitor", "its ms#", "FastUNet ms#", "error#", "eager's error#",
+        "commit",
+    )  # fmt: skip
     verdict = _table("Networks", heads, [_verdict_cells(v) for v in networks]) if networks else ""
     figures = "".join(
         f"<figure><figcaption>{html.escape(title)}</figcaption>{svg(figure, title)}</figure>"
@@ -179,6 +192,7 @@ def _verdict_cells(v: Verdict) -> list[Cell]:
         _number(v.ours.median_ms),
         _number(v.ours.max_err, "{:.1e}"),
         _number(v.ours.baseline_err, "{:.1e}"),
+        (v.ours.commit, ""),
     ]
 
 

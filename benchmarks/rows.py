@@ -35,7 +35,8 @@ class Row:
         ceiling_tflops, ceiling_gbs: a large matrix product and a large copy, in the same run.
         max_err, baseline_err: largest distance to float64, of this provider and of eager PyTorch; of a
             training step the relative L2 one, of the worst of loss and gradients.
-        device, threads, torch, triton, cudnn, commit, date, run_id: where and when. ``threads`` counts on a CPU.
+        device, threads, torch, triton, cudnn, commit, date, run_id: where and when. On a CPU ``cudnn`` is
+            ``"none"``, and ``threads`` counts.
     """
 
     case: str
@@ -76,6 +77,15 @@ class Row:
         return self.case, self.provider, self.graph
 
     @property
+    def place(self) -> str:
+        """The device; of a CPU its threads too. Those of a GPU's host make no other measurement."""
+        return f"{self.device}, {self.threads} threads" if self.is_cpu else self.device
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.cudnn == "none"
+
+    @property
     def label(self) -> str:
         return self.provider + (" (graph)" if self.graph else "")
 
@@ -102,7 +112,7 @@ class RowError(ValueError):
 def append(path: Path, row: Row) -> None:
     """Add one row in a single write, so that an interruption leaves whole rows only."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(dataclasses.asdict(row)) + "\n"
+    line = json.dumps(dataclasses.asdict(row), allow_nan=False) + "\n"
     with path.open("ab+") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
@@ -164,9 +174,11 @@ def parse(line: str) -> Row:
         if name not in _TYPES:
             raise ValueError(f"{name}: not a field of a row")
         kinds = typing.get_args(_TYPES[name]) or (_TYPES[name],)
-        number = float in kinds and type(value) in (int, float) and math.isfinite(value)
-        if type(value) not in kinds and not number:
+        number = type(value) in (int, float)
+        if type(value) not in kinds and not (float in kinds and number):
             raise ValueError(f"{name}: expected {' or '.join(k.__name__ for k in kinds)}, got {value!r}")
+        if number and not abs(value) < math.inf:  # json reads NaN, Infinity, and 1e999 as infinite
+            raise ValueError(f"{name}: expected a finite number, got {value!r}")
     if values["kind"] not in KINDS or values["state"] not in STATES:
         raise ValueError(f"expected a kind of {KINDS} and a state of {STATES}")
     if (values["state"] == "ok") != (values["median_ms"] is not None):
@@ -217,18 +229,18 @@ class Change:
 
 
 def changes(rows: Iterable[Row], before: Iterable[Row]) -> list[Change]:
-    """Rows beside the newest timed ones of the same case, provider, graph, device and threads.
+    """Rows beside the newest timed ones of the same case, provider, graph and place.
 
     A change counts only where the two spreads (p20 to p80) do not overlap.
     """
     earlier: dict[tuple, Row] = {}
     for row in before:
-        key = (row.device, row.threads, *row.key)
+        key = (row.place, *row.key)
         if row.state == "ok" and (key not in earlier or row.date >= earlier[key].date):
             earlier[key] = row
     found = []
     for row in rows:
-        old = earlier.get((row.device, row.threads, *row.key))
+        old = earlier.get((row.place, *row.key))
         if old is None:
             continue
         if row.state != "ok":

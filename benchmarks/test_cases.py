@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from .cases import Case, cases
-from .measure import check, copied, first_call, truth_of
-from .providers import PROVIDERS, Provider, eager, settings
+from .measure import baseline_of, check, first_call, truth_of
+from .providers import PROVIDERS, Provider, settings
 from .work import make_work
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,7 +34,7 @@ def test_case(case: Case, provider: Provider, benchmark) -> None:
     torch._dynamo.reset()  # compiled code has a limited number of versions
     with settings(case.dtype):
         work = make_work(case, torch.device(DEVICE), seed=0)
-        baseline = copied(eager(work)())
+        baseline = baseline_of(work)
         call, results = first_call(provider, work)
         parity = check(results, baseline, truth_of(work), case)
         assert parity.ok, str(parity)

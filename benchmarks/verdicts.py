@@ -42,19 +42,19 @@ def is_ours(row: Row) -> bool:
 
 
 def consistent(rows: Iterable[Row]) -> list[Row]:
-    """Of each case, device and number of threads the rows of one run.
+    """Of each place and case the rows of one run.
 
-    The newest that holds both FastUNet and a competitor; the newest of all if none does.
+    With FastUNet in it, of those the one with most competitors timed, of those the newest: a short run
+    with a few competitors does not hide the strong ones that a longer run has met.
     """
     runs: dict[tuple, dict[str, list[Row]]] = {}
     for row in rows:
-        runs.setdefault((row.device, row.threads, row.case), {}).setdefault(row.run_id, []).append(row)
+        runs.setdefault((row.place, row.case), {}).setdefault(row.run_id, []).append(row)
 
-    def rank(run: list[Row]) -> tuple[bool, str]:
-        both = any(row.provider == "fastunet" for row in run) and any(
-            row.state == "ok" and not is_ours(row) for row in run
-        )
-        return both, max(row.date for row in run)
+    def rank(run: list[Row]) -> tuple[int, str]:
+        competitors = {row.provider for row in run if row.state == "ok" and not is_ours(row)}
+        met = any(row.provider == "fastunet" for row in run)
+        return len(competitors) if met else 0, max(row.date for row in run)
 
     return [row for by_run in runs.values() for row in max(by_run.values(), key=rank)]
 

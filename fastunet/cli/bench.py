@@ -31,8 +31,8 @@ def add(commands: Any) -> None:
 Time every provider on every case, in interleaved rounds, after its output has been checked against
 float64. Rows are appended to benchmarks/results/<device>.jsonl. Needs a checkout of FastUNet.
 
-Exit code: 0 FastUNet was timed on all cases that ran, 1 it was wrong or failed on some (the row says
-why; what a competitor does changes nothing), 2 nothing started.""",
+Exit code: 0 FastUNet was timed on all cases that ran (or --providers left it out), 1 it was wrong or
+failed on some (the row says why; what a competitor does changes nothing), 2 nothing started.""",
         **examples(
             "fastunet bench --quick",
             "fastunet bench --cases 'infer seed 256' --providers fastunet compile --budget 300",
@@ -97,6 +97,10 @@ def bench(arguments: argparse.Namespace) -> int:
             raise SetupError(f"--providers: expected some of {', '.join(map(repr, names))}, got {name!r}")
     if arguments.quick:
         names.remove(SLOW_TO_COMPILE)
+    names = arguments.providers or names
+    serving = [provider for provider in providers_module.PROVIDERS if provider.name in names]
+    if not any(provider.serves(case, kind) for provider in serving for case in cases):
+        raise SetupError(f"--providers: {', '.join(map(repr, names))} serve none of the {len(cases)} cases on {kind}")
     try:
         before = rows_module.read(arguments.compare) if arguments.compare is not None else None
     except rows_module.RowError as error:
@@ -119,7 +123,7 @@ def bench(arguments: argparse.Namespace) -> int:
         try:
             for row in bench_module.run(
                 cases,
-                arguments.providers or names,
+                names,
                 device,
                 seconds=QUICK_SECONDS if arguments.quick else SECONDS,
                 limit=QUICK_LIMIT if arguments.quick else LIMIT,
@@ -141,6 +145,8 @@ def bench(arguments: argparse.Namespace) -> int:
     console.print(f"{len(rows)} rows in {out}, {time.monotonic() - start:.0f} s", soft_wrap=True)
     if interrupted:
         console.print("interrupted: these are the rows so far")
+    if "fastunet" not in names:
+        console.print("no verdicts: 'fastunet' is not among the --providers")
     _print_verdicts(console, _benchmarks("verdicts").verdicts(rows))
     if interrupted:
         return 130

@@ -46,6 +46,15 @@ def test_quick_is_a_few_of_all(device):
     assert {case.kind for case in chosen} == ({"op", "infer", "train"} if device == "cuda" else {"infer"})
 
 
+def test_the_cpu_has_each_operator_and_layout_in_small():
+    def kinds(device: str) -> set[str]:
+        return {layer.op for case in cases(device) if case.kind == "op" for layer in case.layers}
+
+    assert kinds("cpu") == kinds("cuda") >= {"conv_transpose2x2"}
+    layouts = {(case.config.upsample, case.config.norm) for case in cases("cpu") if case.kind == "infer"}
+    assert layouts >= {("bilinear", None), ("bilinear", "batch"), ("transpose", "batch")}
+
+
 def test_layers_of_one_shape_are_one_operator():
     found = operators(NETWORKS["seed"], 256, 256, 1)
     shapes = [(layer.op, layer.in_shapes, layer.out_shape) for layer in found.values()]

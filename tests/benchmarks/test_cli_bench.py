@@ -134,12 +134,33 @@ def test_nothing_measured_is_not_success(run, measured, tmp_path):
     assert run("bench", "--device", "cpu", "--out", tmp_path / "rows.jsonl").code == 1
 
 
+def test_without_fastunet_it_says_so(run, measured, tmp_path):
+    words = "bench", "--device", "cpu", "--cases", FIRST.name, "--out", tmp_path / "rows.jsonl"
+    said = "no verdicts: 'fastunet' is not among the --providers"
+    measured(FIRST, row(FIRST, "eager", 4.0))
+    shown = run(*words, "--providers", "eager")
+    assert shown.code == 0 and said in shown.out
+    measured(FIRST, row(FIRST, "fastunet", 4.0))
+    assert said not in run(*words, "--providers", "fastunet").out
+
+
 def test_the_device_asked_for_is_the_one_measured(run, monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(bench_command, "a_device", str)
     monkeypatch.setattr(bench, "run", lambda cases, providers, device, **options: seen.append(device) or iter(()))
     run("bench", "--device", "cuda:1", "--out", tmp_path / "rows.jsonl")
     assert seen == ["cuda:1"]
+
+
+def test_without_git_the_commit_is_unknown(monkeypatch, tmp_path):
+    assert bench.this_machine("cpu").commit == bench.this_commit() != "unknown"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert bench.this_machine("cpu").commit == "unknown"
+
+
+def test_a_cpu_has_no_cudnn(monkeypatch):
+    monkeypatch.setattr(bench.torch.backends.cudnn, "version", lambda: 91000)  # of a PyTorch built for CUDA
+    assert bench.this_machine("cpu").cudnn == "none"
 
 
 def test_a_budget_starts_no_case_late(monkeypatch):
@@ -187,6 +208,10 @@ def test_compare_tells_graphs_and_what_is_no_longer_timed(run, measured, tmp_pat
     [
         (("bench", "--cases", "no such"), "--cases: no case's name holds 'no such'"),
         (("bench", "--providers", "magic"), "--providers: expected some of 'eager'"),
+        (
+            ("bench", "--device", "cpu", "--quick", "--providers", "cudnn fused", "compile max-autotune"),
+            "--providers: 'cudnn fused', 'compile max-autotune' serve none of the 6 cases on cpu",
+        ),
         (("bench", "--budget", "0"), "expected a positive integer, got '0'"),
         (("bench", "--compare", "nowhere.jsonl"), "--compare: "),
         (("bench", "--compare", "bad.jsonl"), "bad.jsonl:1: "),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import measure
-from benchmarks.cases import DTYPES, NETWORKS, operators
+from benchmarks.cases import DTYPES, NETWORKS, Case, operators
 from benchmarks.providers import OURS, PROVIDERS, Provider, fastunet, settings
 from benchmarks.work import Call, Work, make_work
 from fastunet import kernels, ops
@@ -61,7 +61,7 @@ def test_every_case_compiles_anew(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["infer", "train"])
 @pytest.mark.parametrize("name", COMPILE)
-def test_max_autotune_freezes_weights_in_inference(kind, name, monkeypatch):
+def test_compiled_code_freezes_weights_in_inference(kind, name, monkeypatch):
     torch._dynamo.reset()
     frozen = traced(monkeypatch)
     work = make_work(dataclasses.replace(TINY, kind=kind), torch.device("cpu"), 0)
@@ -69,7 +69,16 @@ def test_max_autotune_freezes_weights_in_inference(kind, name, monkeypatch):
         call = COMPILE[name].prepare(work)
         call()
         call()
-    assert frozen == [kind == "infer" and name != "compile"]  # and the second call compiled nothing
+    assert frozen == [kind == "infer"]  # and the second call compiled nothing
+
+
+def test_compile_as_it_comes_is_frozen_on_a_cpu_alone(monkeypatch):
+    torch._dynamo.reset()
+    frozen = traced(monkeypatch)
+    work = make_work(TINY, torch.device("cpu"), 0)
+    monkeypatch.setattr(Work, "device", torch.device("cuda"))
+    COMPILE["compile"].prepare(work)()
+    assert frozen == [False]
 
 
 # --- the providers -----------------------------------------------------------------------------
@@ -146,6 +155,9 @@ def test_every_provider_compiles_for_itself(monkeypatch, tmp_path):
     assert os.environ["TRITON_CACHE_DIR"] == "theirs" and Kernel.device_caches == {}
 
 
+(CUDNN,) = (provider for provider in PROVIDERS if provider.name == "cudnn fused")
+
+
 def test_cudnn_fused_takes_a_stem_of_few_channels(monkeypatch):
     """cuDNN has no engine for it; the CPU, which has no such operator, shows who is asked."""
     asked = []
@@ -156,9 +168,33 @@ def test_cudnn_fused_takes_a_stem_of_few_channels(monkeypatch):
 
     monkeypatch.setattr(torch, "cudnn_convolution_relu", fused)
     monkeypatch.setitem(NETWORKS, "tiny", UNetConfig(features=(8, 9)))
-    (provider,) = (provider for provider in PROVIDERS if provider.name == "cudnn fused")
-    assert measured(TINY, GOOD[0], provider)["cudnn fused"].state == "ok"
+    assert measured(TINY, GOOD[0], CUDNN)["cudnn fused"].state == "ok"
     assert set(asked) == {8, 9, 17}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("network", ["small-milesial", "small-transpose"])
+def test_cudnn_fused_folds_batch_norms(network, autocast, monkeypatch):
+    asked = []
+
+    def fused(x, weight, bias, *_):
+        asked.append((x.dtype, weight.dtype))
+        return torch.relu_(torch.nn.functional.conv2d(x, weight, bias, padding=weight.shape[-1] // 2))
+
+    def no_norm(*_, **__):
+        raise AssertionError("a batch norm that is not folded")
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", fused)
+    case = Case("infer", network, "bf16", 1, 32, 48, autocast=autocast)
+    assert CUDNN.serves(case, "cuda")
+    work = make_work(case, torch.device("cpu"), 0)
+    with settings("bf16"):
+        baseline, truth = measure.baseline_of(work), measure.truth_of(work)
+        monkeypatch.setattr(torch.nn.functional, "batch_norm", no_norm)
+        results = CUDNN.prepare(work)()
+    parity = measure.check(results, baseline, truth, case)
+    assert parity.ok, parity
+    assert set(asked) == {(torch.bfloat16, torch.bfloat16)} and len(asked) == 17  # all but the stem
 
 
 def test_work_is_the_same_for_the_same_seed():

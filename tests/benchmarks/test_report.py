@@ -59,6 +59,46 @@ def test_verdicts_by_hand():
     assert [v.word for v in found] == ["faster", "slower", "even"]
 
 
+def test_a_later_run_with_fewer_competitors_does_not_hide_the_strong_ones():
+    full = [row(INFER, name, ms) for name, ms in (("eager", 4.0), ("compile", 2.0), ("fastunet", 3.0))]
+    later: Any = {"run_id": "quick", "date": "2999-01-01"}
+    short = [row(INFER, "eager", 4.0, **later), row(INFER, "fastunet", 3.0, **later)]
+    graphs = [row(INFER, "eager", 4.0, graph=True, **later)]  # no other competitor
+    assert verdicts.consistent([*full, *short, *graphs]) == full
+    again = [dataclasses.replace(r, **later) for r in full]
+    assert verdicts.consistent([*full, *again]) == again
+
+
+def test_threads_part_the_runs_of_a_cpu_and_not_those_of_a_gpu():
+    old = [row(INFER, "eager", 4.0), row(INFER, "fastunet", 3.0)]
+    new = [dataclasses.replace(r, threads=9, run_id="new", date="2999-01-01") for r in old]
+    assert verdicts.consistent([*old, *new]) == new
+    assert [change.before for change in rows.changes(new, old)] == old
+    old, new = ([dataclasses.replace(r, cudnn="none") for r in some] for some in (old, new))
+    assert verdicts.consistent([*old, *new]) == [*old, *new]
+    assert rows.changes(new, old) == []
+    assert list(report._devices([*old, *new])) == ["a <fast> GPU, 2 threads", "a <fast> GPU, 9 threads"]
+
+
+def test_each_verdict_says_the_commit_of_its_run():
+    other = Case("infer", "seed", "bf16", 16, 256, 256)
+    second: Any = {"run_id": "second", "commit": "def5678"}
+    some = [row(INFER, "eager", 4.0), row(INFER, "fastunet", 2.0)]
+    some += [row(other, "eager", 8.0, **second), row(other, "fastunet", 4.0, **second)]
+    one, two = report.readme_table(some).split("a <fast> GPU; ")[1:]
+    assert "commit abc1234" in one and INFER.name in one and other.name not in one
+    assert "commit def5678" in two and other.name in two and INFER.name not in two
+    text = report.page(some)
+    assert "commit abc1234" in text and "commit def5678" in text
+    lines = re.findall(r"<tr>.*?</tr>", text)
+    assert [line for line in lines if other.name in line and line.endswith("<td>def5678</td></tr>")]
+
+
+def test_gpus_come_before_the_cpu():
+    cpu = [dataclasses.replace(r, device="a CPU", cudnn="none", run_id="cpu") for r in ROWS]
+    assert list(report._devices([*cpu, *ROWS])) == ["a <fast> GPU", "a CPU, 2 threads"]
+
+
 def test_a_comparison_is_within_one_run():
     days: Any = ({"run_id": day, "date": f"2026-11-2{n}"} for n, day in enumerate("mtw"))
     monday, tuesday, wednesday = days
@@ -109,7 +149,8 @@ def test_the_readmes_table_and_the_page_are_made_of_the_rows():
     assert report.into_readme(readme, report.readme_table(found)) == readme, "run fastunet report --readme README.md"
     shown = (ROOT / "docs" / "results" / "index.html").read_text(encoding="utf-8")
     for device, some in report._devices(found).items():
-        assert f"<h2>{device}</h2>" in shown and report._versions(some) in shown
+        assert f"<h2>{device}</h2>" in shown
+        assert all(report._versions(run) in shown for run in report._runs(some))
 
 
 def test_the_readmes_table_stands_between_its_markers():

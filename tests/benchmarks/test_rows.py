@@ -42,6 +42,9 @@ def test_rows_come_back_as_they_went(row, tmp_path):
         ({"flops": -1}, "flops: expected at least 0, got -1"),
         ({"median_ms": 0.0}, "expected 0 < p20_ms <= median_ms <= p80_ms"),
         ({"p20_ms": 2.1}, "expected 0 < p20_ms <= median_ms <= p80_ms, got 2.1, 2.0, 2.2"),
+        ({"median_ms": float("inf")}, "median_ms: expected a finite number, got inf"),
+        ({"max_err": float("nan")}, "max_err: expected a finite number, got nan"),
+        ({"peak_mem_mb": float("-inf")}, "peak_mem_mb: expected a finite number, got -inf"),
         ({"first_ms": None}, "first_ms: expected a number for a row that is ok"),
     ],
 )
@@ -61,6 +64,19 @@ def test_what_is_no_row_is_refused_with_its_line(line, tmp_path):
     path.write_text(line + "\n")
     with pytest.raises(rows.RowError, match=r"a\.jsonl:1: "):
         rows.read(path)
+
+
+def test_a_number_beyond_floats_is_refused(row):
+    line = json.dumps(dataclasses.asdict(row) | {"max_err": 0}).replace('"max_err": 0', '"max_err": 1e999')
+    with pytest.raises(ValueError, match="max_err: expected a finite number, got inf"):
+        rows.parse(line)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_row_is_written_that_would_be_refused(row, value, tmp_path):
+    with pytest.raises(ValueError, match="JSON compliant"):
+        rows.append(tmp_path / "a.jsonl", dataclasses.replace(row, max_err=value))
+    assert not (tmp_path / "a.jsonl").exists()
 
 
 def test_a_torn_line_does_not_take_the_next_row_with_it(row, tmp_path):
