@@ -165,6 +165,8 @@ def _recognise(
     config = configure(layout, shapes, options)
     check_shapes(config, key_map(config, layout), shapes)
     untold = set(documented) | ({"align_corners"} & set(family.always))
+    if config.norm == "instance" or (config.norm is None and not family.shows_no_norm):
+        untold.add("norm")
     for name in told:
         if name not in untold or module is not None:
             may = ", ".join(sorted(untold)) if module is None else "none of a module, which tells them itself"
@@ -189,6 +191,7 @@ def _other_in_all(config: UNetConfig, names: set[str]) -> UNetConfig:
         "norm_momentum": config.norm_momentum + 1,
         "activation": "relu" if config.activation == "leaky_relu" else "leaky_relu",
         "negative_slope": config.negative_slope / 2 + 0.1,
+        "norm": "batch" if config.norm == "instance" else "instance",
         "padding": "same" if config.padding == "valid" else "valid",
         "upsample": "nearest" if config.upsample == "bilinear" else config.upsample,
     }

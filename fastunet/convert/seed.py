@@ -94,5 +94,6 @@ SEED = Family(
     layout=_layout,
     always={"norm": None},
     assumed={"upsample": "bilinear", "align_corners": True},
+    shows_no_norm=True,
     find=_find,
 )

@@ -144,6 +144,40 @@ def test_a_state_dict_says_what_was_assumed(caplog):
     assert "padding='valid'" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("make", "norm"),
+    [
+        (basic_unet, "instance"),
+        (partial(basic_unet, norm=("group", {"num_groups": 1})), "instance"),
+        (partial(basic_unet, norm=("batch", {"track_running_stats": False})), "instance"),
+        (partial(basic_unet, norm="instance"), None),
+        (partial(plain_conv_unet, norm_op=None), None),
+    ],
+    ids=["instance", "group", "batch without statistics", "no weights", "none"],
+)
+def test_a_norm_that_keys_do_not_tell_is_assumed(make, norm):
+    """All of the first three have the same keys and shapes, and so have the other two."""
+    model = fastunet.convert(make().state_dict())
+    assert model.config.norm == norm and model.origin is not None and model.origin.assumed["norm"] == norm
+    told = fastunet.convert(make().state_dict(), norm=norm)
+    assert told.origin is not None and "norm" not in told.origin.assumed
+    assert "nearest" in refusal(make().state_dict(), norm="batch")
+
+
+@pytest.mark.parametrize("name", ["milesial", "jvanvugt same bilinear", "seed two levels", "monai batch norm"])
+def test_a_norm_that_keys_tell_is_not_assumed(name):
+    state = make(name).state_dict()
+    model = fastunet.convert(state)
+    assert model.origin is not None and "norm" not in model.origin.assumed
+    assert "option 'norm' is not for the caller to tell" in refusal(state, norm="instance")
+
+
+def test_a_loss_beside_the_layers_is_nothing_of_the_function(seed):
+    network = make("milesial")
+    network.criterion = nn.CrossEntropyLoss()
+    assert fastunet.convert(network).config == fastunet.convert(make("milesial")).config
+
+
 def test_a_module_leaves_nothing_to_assume(caplog):
     with caplog.at_level(logging.WARNING, "fastunet.convert"):
         for name in CASES:
@@ -214,8 +248,25 @@ def changed(network: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.
             "module 'conv_0.conv_0.adn.N': expected BatchNorm2d or InstanceNorm2d, with the usual statistics",
         ),
         (partial(plain_conv_unet, ((1, 1), (3, 3), (2, 2))), ""),
+        (partial(basic_unet, norm="instance"), "module 'conv_0.conv_0.adn.N': expected a norm with weights"),
+        (partial(plain_conv_unet, norm_op_kwargs={}), "module 'encoder.stages.0.0.convs.0.norm': expected a norm with"),
+        (
+            lambda: changed(make("milesial"), nn.BatchNorm2d, lambda old: nn.InstanceNorm2d(old.num_features)),
+            "module 'inc.double_conv.1': expected a norm with weights",
+        ),
+        (
+            partial(basic_unet, norm=("group", {"num_groups": 1})),
+            "module 'conv_0.conv_0.adn.N': expected BatchNorm2d or InstanceNorm2d, with the usual statistics",
+        ),
+        (partial(basic_unet, norm=("localresponse", {"size": 3})), "module 'conv_0.conv_0.adn.N': expected a conv"),
+        (partial(basic_unet, act="swish"), "module 'conv_0.conv_0.adn.A': expected a convolution"),
+        (partial(basic_unet, act="mish"), "module 'conv_0.conv_0.adn.A': expected a convolution"),
+        (partial(basic_unet, act=None), "activations: expected submodules that are ReLU or LeakyReLU, found none"),
     ],
-    ids=["activation", "activations", "eps", "pool", "upsample", "padding mode", "padding", "statistics", "stride 3"],
+    ids=[
+        *("activation", "activations", "eps", "pool", "upsample", "padding mode", "padding", "statistics", "stride 3"),
+        *("bare instance norm", "nnunet's", "one bare norm", "group norm", "other norm", "swish", "mish", "none"),
+    ],
 )
 def test_submodules_that_do_something_else_are_named(network, named):
     if not named:  # not a refusal: a stride of 3 can be said
