@@ -35,7 +35,7 @@ def load(
 
     Args:
         path: a file that :func:`save` wrote; one without a configuration, which is taken for
-            ``NUCLEI_CONFIG`` where it has FastUNet's keys; or one that :func:`fastunet.convert`
+            ``NUCLEI_CONFIG`` where it has FastUNet's keys and batch norm; or one that :func:`fastunet.convert`
             recognises.
         device: where to put the model.
         dtype: of its floating-point weights; float32 by default, whatever the file holds.
@@ -44,7 +44,7 @@ def load(
         WeightsError: as :func:`read`, :func:`load_into` and :func:`fastunet.convert`.
     """
     metadata, entries = read_file(path)
-    if CONFIG_KEY not in metadata and not _has_our_keys(entries):
+    if CONFIG_KEY not in metadata and not _like_nuclei(entries):
         return convert(path).to(device=device, dtype=dtype or torch.float32).eval()
     config, state, origin = ours(metadata, entries, str(path))
     model = FastUNet.from_config(config or NUCLEI_CONFIG)
@@ -57,8 +57,9 @@ def load(
     return model.to(device=device, dtype=dtype).eval()
 
 
-def _has_our_keys(entries: dict[str, Any]) -> bool:
-    return "bottleneck.net.0.weight" in entries and "head.weight" in entries
+def _like_nuclei(entries: dict[str, Any]) -> bool:
+    """Not by the convolutions' names, which are the tutorial's, so that any network of its blocks may have them."""
+    return "bottleneck.net.1.running_mean" in entries and "head.weight" in entries
 
 
 def read(path: str | os.PathLike[str]) -> tuple[UNetConfig | None, dict[str, Tensor]]:

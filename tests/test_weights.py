@@ -12,11 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import fastunet
 from fastunet import weights
 from fastunet.config import UNetConfig
 from fastunet.model import FastUNet
 from fastunet.reference import UNet
 from fastunet.weights import WeightsError
+
+from .convert.networks import Tutorial
 
 SMALL = UNetConfig(3, 2, (2, 4, 8), upsample="transpose", norm="batch", activation="leaky_relu")
 
@@ -79,6 +82,20 @@ def test_files_without_a_configuration_are_taken_for_the_nuclei_model(tmp_path: 
     loaded = weights.load(path)
     assert loaded.config == weights.NUCLEI_CONFIG
     assert all(torch.equal(state[key], value) for key, value in loaded.state_dict().items())
+
+
+def test_the_tutorials_blocks_are_not_taken_for_the_nuclei_model(tmp_path: Path, seed: int) -> None:
+    """Under the names that the nuclei model has as well, which has batch norm besides."""
+    original = Tutorial()
+    for path in (tmp_path / "a.safetensors", tmp_path / "a.pth"):
+        save_file(original.state_dict(), path) if path.suffix == ".safetensors" else torch.save(
+            original.state_dict(), path
+        )
+        loaded = weights.load(path)
+        assert loaded.config.features == (4, 8, 16) and loaded.config == fastunet.convert(path).config
+        x = torch.randn(1, 1, 16, 24)
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(x), original(x))
 
 
 def test_a_failure_while_writing_leaves_the_old_file(

@@ -24,7 +24,7 @@ from fastunet.checkpoint import WeightsError
 from fastunet.convert import FAMILIES, export
 
 from .cases import CASES, basic_unet, image, make, plain_conv_unet
-from .networks import Jvanvugt, Milesial
+from .networks import Assembled, DoubleConv, Down, Jvanvugt, Listed, Milesial, Tutorial, Up
 
 State = dict[str, Any]
 
@@ -106,14 +106,56 @@ def test_a_fastunet_of_ours(seed):
     assert all(torch.equal(value, reference.state_dict()[key]) for key, value in model.state_dict().items())
 
 
-def test_equal_widths_do_not_confuse_the_order(seed):
-    """Every permutation of the tutorial's blocks would fit; the order of their names is the network's."""
-    from .networks import Listed
+@pytest.mark.parametrize("shuffle", [sorted, lambda keys: sorted(keys, reverse=True)], ids=["sorted", "reversed"])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.family == "seed"])
+def test_the_tutorials_levels_are_told_by_channels_in_any_order_of_keys(name, shuffle, seed):
+    original = make(name).double()
+    state = original.state_dict()
+    model = fastunet.convert({key: state[key] for key in shuffle(state)})
+    x = image(original, CASES[name].size)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), original(x))
 
-    original = Listed((4, 4, 4, 4)).double()
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.family == "seed"])
+def test_the_tutorials_blocks_in_safetensors_which_sort_names(name, seed, tmp_path):
+    original = make(name)
+    save_file(original.state_dict(), tmp_path / "theirs.safetensors")
+    model = fastunet.convert(tmp_path / "theirs.safetensors")
+    assert model.origin == fastunet.convert(original.state_dict()).origin
+    back = export(model, "seed")
+    assert back.keys() == original.state_dict().keys()
+    assert all(torch.equal(back[key], value) for key, value in original.state_dict().items())
+
+
+@pytest.mark.parametrize("bottleneck", ["mid_conv", "middle"])
+def test_a_bottleneck_of_any_name(bottleneck, seed):
+    original = Tutorial(bottleneck).double()
     x = torch.randn(1, 1, 16, 24, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(fastunet.convert(original)(x), original(x))
+
+
+@pytest.mark.parametrize(
+    ("network", "named"),
+    [
+        (lambda: Assembled(4, widths=(4, 4, 4, 4, 4)), "of 'enc1.conv' from that of 'enc2.conv'"),
+        (lambda: Assembled(2, widths=(4, 4, 4, 4, 4)), "of 'dec1.conv' from that of 'dec2.conv'"),
+        (lambda: Listed((4, 4, 4, 4)), "of 'contract.1.conv' from that of 'contract.2.conv'"),
+    ],
+    ids=["encoder", "decoder", "list"],
+)
+def test_the_tutorials_levels_that_channels_do_not_tell_apart_are_refused(network, named):
+    """A guess by the order of keys would compute something else, and nobody would see."""
+    assert named in refusal(network())
+
+
+def test_blocks_that_fit_in_two_orders_are_refused():
+    """Though all of them differ: a, b, c or b, c, a lead down to the bottleneck, and both come back to the head."""
+    blocks = {"a": Down(3, 3), "b": Down(3, 4), "c": Down(4, 3), "d": Up(5, 1), "e": Up(5, 4), "f": Up(7, 1)}
+    network = nn.ModuleDict({**blocks, "middle": DoubleConv(3, 2), "head": nn.Conv2d(1, 2, 1)})
+    message = refusal(network)
+    assert "channels do not tell the place of 'a.conv' from that of 'b.conv'" in message
 
 
 # --- what keys do not tell -------------------------------------------------------------------
