@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import pickle
 from collections.abc import Callable
@@ -191,6 +193,40 @@ def test_a_bad_configuration_inside(tmp_path: Path, config: str) -> None:
     with pytest.raises(WeightsError) as error:
         weights.load(path)
     one_line(error, path)
+
+
+@pytest.mark.parametrize(
+    ("claimed", "named"),
+    [
+        (
+            {"features": (2, 4, 2**28)},
+            "key 'bottleneck.net.0.weight' has shape (8, 4, 3, 3), expected (268435456, 4, 3",
+        ),
+        ({"features": (2, 4, 2**62)}, "not a usable configuration"),
+        ({"encoder_convs": (10**12, 2, 2)}, "expected weights of 1000000000008 3x3 convolutions"),
+        ({"features": (2,) * 10**5}, "expected weights of 399998 3x3 convolutions"),
+    ],
+    ids=["channels", "overflow", "convolutions", "levels"],
+)
+@pytest.mark.parametrize("load", [weights.load, fastunet.convert, FastUNet.from_pretrained])
+def test_a_configuration_that_claims_more_than_the_file_holds(model, load, claimed, named, tmp_path, monkeypatch):
+    """Nothing is allocated for it: networks are built on the meta device alone, and not of more layers than tensors."""
+    path = tmp_path / "model.safetensors"
+    config = {**dataclasses.asdict(SMALL), **claimed}
+    save_file(model.state_dict(), path, metadata={"fastunet_config": json.dumps(config)})
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", only_on_meta)
+    source = path
+    if load == FastUNet.from_pretrained:
+        pytest.importorskip("huggingface_hub")
+        source = tmp_path
+    with pytest.raises(WeightsError) as error:
+        load(source)
+    assert named in one_line(error, path)
+
+
+def only_on_meta(tensor: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    assert tensor.is_meta
+    return tensor
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:

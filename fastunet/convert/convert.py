@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..checkpoint import CONFIG_KEY, WeightsError, ours, read
 from ..config import UNetConfig
-from ..model import FastUNet
+from ..model import FastUNet, check
 from ..origin import Layout, Origin
 from ..reference import UNet
-from .family import Family, Misfit, Shapes, check_shapes, configure, differences, empty, key_map, to_theirs
+from .family import Family, Misfit, Shapes, check_shapes, configure, differences, key_map, to_theirs
 from .jvanvugt import JVANVUGT
 from .leejunhyun import LEEJUNHYUN
 from .mateuszbuda import MATEUSZBUDA
@@ -44,7 +44,7 @@ class _Convert:
 
     FAMILIES = FAMILIES
 
-    def __call__(self, x: nn.Module | Mapping[str, Any] | str | os.PathLike[str], **told: Any) -> FastUNet:
+    def __call__(self, x: nn.Module | Mapping[str, Any] | str | os.PathLike[str], /, **told: Any) -> FastUNet:
         """Take a U-Net that is there already: a FastUNet of the same function and weights.
 
         The network is recognised by its keys, shapes and submodules; nothing is run. What was
@@ -55,7 +55,8 @@ class _Convert:
                 .pth, which are read with ``weights_only=True``). ``module.`` and ``_orig_mod.``
                 before keys are taken off; a checkpoint's entry with the weights is found.
             told: options of :class:`fastunet.UNetConfig` that a state_dict does not tell, in place
-                of those that the family documents as its defaults, e.g. ``padding="same"``.
+                of those that the family documents as its defaults, e.g. ``padding="same"``. A module
+                and a FastUNet's file tell theirs; then none may be given.
 
         Returns:
             A model with copies of the weights, of their dtype and device. Of a module it has the
@@ -63,7 +64,8 @@ class _Convert:
 
         Raises:
             WeightsError: (a ValueError) not recognised: lists the families, the nearest one, and
-                the first key, shape or submodule that does not fit. Or a file that cannot be read.
+                the first key, shape or submodule that does not fit. Or a file that cannot be read,
+                or an option that is not to be told.
         """
         if isinstance(x, nn.Module):
             return _from_module(x, told)
@@ -73,6 +75,7 @@ class _Convert:
             raise WeightsError(f"x: expected an nn.Module, a state_dict or a path, got {type(x).__name__}")
         metadata, entries = read(x)
         if CONFIG_KEY in metadata:
+            _nothing_told(told, f"{x}, which holds its configuration")
             return _own(metadata, entries, str(x)).eval()
         return _from_entries(entries, str(x), told).eval()
 
@@ -111,6 +114,7 @@ def _from_module(x: nn.Module, told: Mapping[str, Any]) -> FastUNet:
             break
         x = inner
     if isinstance(x, UNet):
+        _nothing_told(told, f"x ({type(x).__name__}), which tells them itself")
         model = _build(x.config, x.state_dict(), {})
         model.origin = getattr(x, "origin", None)
         keys = {name: name for name in model.state_dict()}
@@ -122,6 +126,11 @@ def _from_module(x: nn.Module, told: Mapping[str, Any]) -> FastUNet:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(theirs[keys[name]].requires_grad)
     return model.train(x.training)
+
+
+def _nothing_told(told: Mapping[str, Any], of: str) -> None:
+    if told:
+        raise WeightsError(f"option {next(iter(told))!r} is not for the caller to tell of {of}")
 
 
 def _from_entries(
@@ -236,11 +245,7 @@ def _own(metadata: Mapping[str, str], entries: Mapping[str, Any], source: str) -
     """A file that FastUNet wrote."""
     config, state, origin = ours(metadata, entries, source)
     assert config is not None
-    try:
-        keys = {name: name for name in empty(config).state_dict()}
-        check_shapes(config, keys, {key: tuple(value.shape) for key, value in state.items()})
-    except Misfit as error:
-        raise WeightsError(f"{source}: {error}") from None
+    check(config, state, source)
     model = _build(config, state, {})
     model.origin = origin
     return model
@@ -251,16 +256,22 @@ def _unwrapped(entries: Mapping[str, Any], source: str) -> Mapping[str, Any]:
     inside = next((name for name in _ENTRIES if isinstance(entries.get(name), Mapping)), None)
     if inside is not None:
         entries = entries[inside]
-    for key in entries:
+    for key, value in entries.items():
         if not isinstance(key, str):
             raise WeightsError(f"{source}: expected a state_dict of tensors, found the key {key!r}")
-    tensors = [key for key, value in entries.items() if isinstance(value, Tensor)]
-    while tensors and any(all(key.startswith(prefix) for key in tensors) for prefix in _WRAPPERS):
-        prefix = tensors[0].partition(".")[0] + "."
-        entries = {key.removeprefix(prefix): value for key, value in entries.items()}
-        entries.pop("n_averaged", None)
-        tensors = [key.removeprefix(prefix) for key in tensors]
-    return entries
+        if isinstance(value, Mapping):
+            names = " or ".join(map(repr, _ENTRIES))
+            raise WeightsError(
+                f"{source}: expected a state_dict of tensors, by itself or as the entry {names}, "
+                f"{key!r} is {type(value).__name__}"
+            )
+    while True:
+        # AveragedModel counts its updates beside the prefix.
+        tensors = [key for key, value in entries.items() if isinstance(value, Tensor) and key != "n_averaged"]
+        prefix = next((p for p in _WRAPPERS if tensors and all(key.startswith(p) for key in tensors)), None)
+        if prefix is None:
+            return entries
+        entries = {key.removeprefix(prefix): value for key, value in entries.items() if key != "n_averaged"}
 
 
 def _families() -> str:

@@ -29,7 +29,7 @@ from .networks import Assembled, DoubleConv, Down, Jvanvugt, Listed, Milesial, T
 State = dict[str, Any]
 
 
-def refusal(x: Any, **told: Any) -> str:
+def refusal(x: Any, /, **told: Any) -> str:
     with pytest.raises(WeightsError) as error:
         fastunet.convert(x, **told)
     message = str(error.value)
@@ -68,6 +68,29 @@ def test_wrapped_modules(wrap, seed):
     x = image(original, (32, 32))
     with torch.no_grad():
         torch.testing.assert_close(fastunet.convert(wrap(original))(x), original(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("entry", [None, "model"])
+@pytest.mark.parametrize("wrap", [lambda x: x, nn.DataParallel], ids=["", "parallel"])
+def test_files_of_averaged_weights(wrap, entry, seed, tmp_path):
+    """AveragedModel keeps ``n_averaged`` beside ``module.``, whatever wraps it or is wrapped by it."""
+    original = make("milesial")
+    averaged = torch.optim.swa_utils.AveragedModel(wrap(original))
+    with torch.no_grad():
+        for parameter in original.parameters():
+            parameter.mul_(3)
+    averaged.update_parameters(wrap(original))  # the first copies
+    with torch.no_grad():
+        for parameter in original.parameters():
+            parameter.mul_(2)
+    averaged.update_parameters(wrap(original))
+    state: State = dict(wrap(averaged).state_dict())
+    assert any(key.endswith("n_averaged") for key in state)
+    torch.save({"epoch": 3, entry: state} if entry else state, tmp_path / "swa.pth")
+    back = export(fastunet.convert(tmp_path / "swa.pth"), "milesial")
+    assert back.keys() == original.state_dict().keys()
+    key = "outc.conv.weight"
+    torch.testing.assert_close(back[key], original.state_dict()[key] * 0.75)
 
 
 def test_entries_beside_the_weights_come_back(tmp_path):
@@ -240,6 +263,15 @@ def test_who_knows_better_may_tell(seed):
     assert "got 'most'" in refusal(original.state_dict(), padding="most")
 
 
+def test_nothing_is_told_of_what_tells_itself(tmp_path):
+    ours = fastunet.FastUNet(1, 2, (4, 8))
+    assert refusal(ours, align_corners=False).startswith("option 'align_corners' is not for the caller to tell of x")
+    weights.save(ours, tmp_path / "ours.safetensors")
+    message = refusal(tmp_path / "ours.safetensors", padding="same")
+    assert message.startswith("option 'padding' is not for the caller to tell of ") and "ours.safetensors" in message
+    assert "option 'x' is not for the caller to tell" in refusal(make("milesial").state_dict(), x=1)
+
+
 def test_dropout_is_said_to_be_left_out():
     model = fastunet.convert(basic_unet(dropout=0.25))
     assert "dropout of p=0.25 is left out, which acts in train mode alone" in str(model.origin)
@@ -303,7 +335,10 @@ def changed(network: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.
         (partial(basic_unet, norm=("localresponse", {"size": 3})), "module 'conv_0.conv_0.adn.N': expected a conv"),
         (partial(basic_unet, act="swish"), "module 'conv_0.conv_0.adn.A': expected a convolution"),
         (partial(basic_unet, act="mish"), "module 'conv_0.conv_0.adn.A': expected a convolution"),
-        (partial(basic_unet, act=None), "activations: expected submodules that are ReLU or LeakyReLU, found none"),
+        (
+            partial(plain_conv_unet, nonlin=nn.Identity, nonlin_kwargs={}),
+            "activations: expected submodules that are ReLU or LeakyReLU, found none",
+        ),
     ],
     ids=[
         *("activation", "activations", "eps", "pool", "upsample", "padding mode", "padding", "statistics", "stride 3"),
@@ -369,10 +404,15 @@ def test_the_first_misfit_is_named(name, change, named):
         ({"encoder.stages.9.weight": torch.zeros(1)}, "nearest: nnU-Net PlainConvUNet, but a key like"),
         ({}, "x: expected a state_dict of tensors, got an empty one"),
         ({"a": 1}, "x: expected a state_dict of tensors, 'a' is int"),
+        (
+            {"epoch": 3, "net": {"w": torch.zeros(1)}},
+            "as the entry 'network_weights' or 'state_dict' or 'model_state_dict' or 'model', 'net' is dict",
+        ),
+        ({"ema": {"net": {"w": torch.zeros(1)}}}, "or as the entry 'network_weights' or "),
         ({1: torch.zeros(1)}, "found the key 1"),
         (7, "x: expected an nn.Module, a state_dict or a path, got int"),
     ],
-    ids=["module", "near", "empty", "number", "key", "type"],
+    ids=["module", "near", "empty", "number", "entry", "entries", "key", "type"],
 )
 def test_what_is_no_unet(x, named):
     assert named in refusal(x)
