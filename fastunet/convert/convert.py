@@ -33,7 +33,7 @@ FAMILIES: dict[str, Family] = {
 }
 _ENTRIES = ("network_weights", "state_dict", "model_state_dict", "model")  # of checkpoints, with weights inside
 _WRAPPERS = ("module.", "_orig_mod.")
-# What may be said of a network that neither its keys nor its family's code tell.
+# What its code fixes in most families, and keys do not tell: what may be said of a network whose code was changed.
 _DEFAULTS: dict[str, Any] = {"activation": "relu", "norm_eps": 1e-5, "norm_momentum": 0.1}
 
 log = logging.getLogger("fastunet.convert")
@@ -85,7 +85,8 @@ class _Convert:
 
         What a conversion left aside (further heads, ``mask_values``) is there again; tensors are the
         model's own, as in ``model.state_dict()``. Without a conversion before, what the family's
-        module holds beside that is zeros.
+        module holds beside that is zeros, and options that its constructor takes and keys do not
+        tell (``padding`` of jvanvugt's, slopes and ``eps`` of MONAI's) are for the caller to give it.
 
         Args:
             family: a key of ``fastunet.convert.FAMILIES``.
@@ -303,7 +304,7 @@ def _export(model: UNet, family: Family) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"model: cannot be written as {family.title}: {error}") from None
     for name in differences(config, theirs):
-        if name not in {*_DEFAULTS, *family.assumed} - set(family.always):
+        if name not in family.assumed:
             mine, expected = getattr(config, name), getattr(theirs, name)
             raise ValueError(f"model: expected {name}={expected!r} of {family.title}, got {mine!r}")
     like = next(model.parameters())

@@ -425,12 +425,28 @@ def test_families_that_do_not_have_what_the_model_does():
         export(fastunet.FastUNet(1, 2, (4, 8), norm="batch", upsample="transpose"), "milesial")
     with pytest.raises(ValueError, match="model: expected align_corners=True of milesial"):
         export(fastunet.FastUNet(1, 2, (4, 8), norm="batch", concat="skip_first", align_corners=False), "milesial")
+    for told in ({"activation": "leaky_relu"}, {"norm_eps": 1e-3}, {"norm_momentum": 0.5}):
+        (name,) = told
+        with pytest.raises(ValueError, match=f"model: expected {name}=.* of milesial Pytorch-UNet, got "):
+            export(fastunet.FastUNet(1, 2, (4, 8), norm="batch", concat="skip_first", **told), "milesial")
+    with pytest.raises(ValueError, match="model: expected activation='relu' of the tutorial's"):
+        export(fastunet.FastUNet(1, 2, (4, 8), activation="leaky_relu"), "seed")
     with pytest.raises(ValueError, match="model: cannot be written as nnU-Net PlainConvUNet: "):
         export(fastunet.FastUNet(1, 2, (4, 8), upsample="bilinear"), "nnunet")
     with pytest.raises(ValueError, match="family: expected one of 'milesial', .*got 'unet'"):
         export(fastunet.FastUNet(1, 2, (4, 8)), "unet")
     with pytest.raises(ValueError, match="model: expected a FastUNet, got Linear"):
         export(nn.Linear(2, 2), "milesial")  # type: ignore[arg-type]
+
+
+def test_options_of_a_changed_code_come_back(seed):
+    """What milesial's own code cannot have, and the network that was converted did."""
+    original = make("milesial")
+    for module in original.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 1e-3
+    back = export(fastunet.convert(original), "milesial")
+    assert all(torch.equal(back[key], value) for key, value in original.state_dict().items())
 
 
 def test_both_ways_to_the_functions():
