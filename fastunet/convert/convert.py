@@ -160,16 +160,20 @@ def _from_entries(
 
 
 def _recognise(
-    family: Family, shapes: Shapes, module: nn.Module | None, told: Mapping[str, Any]
+    family: Family,
+    shapes: Shapes,
+    module: nn.Module | None,
+    told: Mapping[str, Any],
+    layout: Layout | None = None,
 ) -> tuple[UNetConfig, Layout, dict[str, Any], list[str]]:
-    """(configuration, module paths, options that were assumed, remarks)."""
+    """(configuration, module paths, options that were assumed, remarks); ``layout``: the paths, if they are known."""
     documented = {**_DEFAULTS, **family.assumed}
     options = {**documented, **family.always, **family.read(shapes)}
     if options.get("padding") == "valid" and "match" not in family.always:
         raise Misfit("convolutions: expected zero-padded ones")
-    if family.find is not None:
+    if layout is None and family.find is not None:
         layout = family.find(shapes)
-    else:
+    elif layout is None:
         # Widths and numbers of channels do not count for names.
         layout = family.layout(UNetConfig(**{**options, "padding": "same"}))
     config = configure(layout, shapes, options)
@@ -297,10 +301,11 @@ def _export(model: UNet, family: Family) -> dict[str, Any]:
     config, origin = model.config, getattr(model, "origin", None)
     if origin is not None and origin.family == family.name and not [*differences(config, origin.config)]:
         return {**to_theirs(family, origin.layout, config, model.state_dict()), **origin.extra}
-    state = to_theirs(family, family.layout(config), config, model.state_dict())
+    layout = family.layout(config)
+    state = to_theirs(family, layout, config, model.state_dict())
     try:
         shapes = {key: tuple(value.shape) for key, value in state.items()}
-        theirs = _recognise(family, shapes, None, {})[0]
+        theirs = _recognise(family, shapes, None, {}, layout)[0]
     except ValueError as error:
         raise ValueError(f"model: cannot be written as {family.title}: {error}") from None
     for name in differences(config, theirs):

@@ -173,6 +173,19 @@ def test_the_tutorials_levels_that_channels_do_not_tell_apart_are_refused(networ
     assert named in refusal(network())
 
 
+def test_equal_widths_can_be_written_as_the_tutorials(seed):
+    """On the way out nothing has to be told by channels."""
+    model = fastunet.FastUNet(1, 2, (4, 4, 4, 4))
+    back = export(model, "seed")
+    assert back.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in back.items())
+
+
+def test_more_levels_than_can_be_tried_are_refused():
+    network = fastunet.reference.UNet(1, 2, tuple(range(2, 12)))
+    assert "double convolutions, from 3 to 17, found 19" in refusal(network.state_dict())
+
+
 def test_blocks_that_fit_in_two_orders_are_refused():
     """Though all of them differ: a, b, c or b, c, a lead down to the bottleneck, and both come back to the head."""
     blocks = {"a": Down(3, 3), "b": Down(3, 4), "c": Down(4, 3), "d": Up(5, 1), "e": Up(5, 4), "f": Up(7, 1)}
@@ -425,10 +438,10 @@ def test_families_that_do_not_have_what_the_model_does():
         export(fastunet.FastUNet(1, 2, (4, 8), norm="batch", upsample="transpose"), "milesial")
     with pytest.raises(ValueError, match="model: expected align_corners=True of milesial"):
         export(fastunet.FastUNet(1, 2, (4, 8), norm="batch", concat="skip_first", align_corners=False), "milesial")
-    for told in ({"activation": "leaky_relu"}, {"norm_eps": 1e-3}, {"norm_momentum": 0.5}):
-        (name,) = told
+    fixed: dict[str, Any] = {"activation": "leaky_relu", "norm_eps": 1e-3, "norm_momentum": 0.5}
+    for name, value in fixed.items():
         with pytest.raises(ValueError, match=f"model: expected {name}=.* of milesial Pytorch-UNet, got "):
-            export(fastunet.FastUNet(1, 2, (4, 8), norm="batch", concat="skip_first", **told), "milesial")
+            export(fastunet.FastUNet(1, 2, (4, 8), norm="batch", concat="skip_first", **{name: value}), "milesial")
     with pytest.raises(ValueError, match="model: expected activation='relu' of the tutorial's"):
         export(fastunet.FastUNet(1, 2, (4, 8), activation="leaky_relu"), "seed")
     with pytest.raises(ValueError, match="model: cannot be written as nnU-Net PlainConvUNet: "):
