@@ -302,8 +302,8 @@ def _export(model: UNet, family: Family) -> dict[str, Any]:
     if origin is not None and origin.family == family.name and not [*differences(config, origin.config)]:
         return {**to_theirs(family, origin.layout, config, model.state_dict()), **origin.extra}
     layout = family.layout(config)
-    state = to_theirs(family, layout, config, model.state_dict())
     try:
+        state = to_theirs(family, layout, config, model.state_dict())
         shapes = {key: tuple(value.shape) for key, value in state.items()}
         theirs = _recognise(family, shapes, None, {}, layout)[0]
     except ValueError as error:

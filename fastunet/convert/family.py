@@ -155,7 +155,13 @@ def empty(config: UNetConfig) -> UNet:
 def key_map(config: UNetConfig, layout: Layout) -> dict[str, str]:
     """FastUNet's state_dict keys and the family's for the same tensors, in FastUNet's order."""
     modules = dict(paths(config, layout))
-    return {key: f"{modules[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}" for key in empty(config).state_dict()}
+    keys = {}
+    for key in empty(config).state_dict():
+        module, _, name = key.rpartition(".")
+        if module not in modules:
+            raise Misfit(f"it has no place for layer {module!r}")
+        keys[key] = f"{modules[module]}.{name}"
+    return keys
 
 
 def check_shapes(config: UNetConfig, keys: Mapping[str, str], shapes: Shapes) -> None:

@@ -442,6 +442,10 @@ def test_families_that_do_not_have_what_the_model_does():
     for name, value in fixed.items():
         with pytest.raises(ValueError, match=f"model: expected {name}=.* of milesial Pytorch-UNet, got "):
             export(fastunet.FastUNet(1, 2, (4, 8), norm="batch", concat="skip_first", **{name: value}), "milesial")
+    with pytest.raises(
+        ValueError, match="written as milesial Pytorch-UNet: it has no place for layer 'downs.0.conv.net"
+    ):
+        export(fastunet.FastUNet(1, 2, (4, 8), norm="batch", encoder_convs=(3, 2)), "milesial")
     with pytest.raises(ValueError, match="model: expected activation='relu' of the tutorial's"):
         export(fastunet.FastUNet(1, 2, (4, 8), activation="leaky_relu"), "seed")
     with pytest.raises(ValueError, match="model: cannot be written as nnU-Net PlainConvUNet: "):
