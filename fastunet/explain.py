@@ -19,8 +19,8 @@ from .trace import Layer, Shape, describe_bytes, describe_flops, totals, trace
 class Row:
     """One layer and what serves it.
 
-    ``choice.implementation`` is ``"triton"`` (a kernel of :mod:`fastunet.kernels`), ``"cudnn"``
-    (PyTorch's convolution on a GPU) or ``"reference"`` (plain PyTorch on another device).
+    ``choice.implementation`` is ``"hopper"`` or ``"triton"`` (a kernel of :mod:`fastunet.kernels`),
+    ``"cudnn"`` (PyTorch's convolution on a GPU) or ``"reference"`` (plain PyTorch on another device).
     """
 
     layer: Layer

@@ -13,7 +13,7 @@ from .checkpoint import CONFIG_KEY, WeightsError, ours, save
 from .checkpoint import read as read_file
 from .config import UNetConfig
 from .convert import convert
-from .model import FastUNet
+from .model import FastUNet, check, check_state
 from .reference import UNet
 
 __all__ = ["NUCLEI", "NUCLEI_CONFIG", "WeightsError", "load", "load_into", "read", "save"]
@@ -35,30 +35,32 @@ def load(
 
     Args:
         path: a file that :func:`save` wrote; one without a configuration, which is taken for
-            ``NUCLEI_CONFIG`` where it has FastUNet's keys; or one that :func:`fastunet.convert`
+            ``NUCLEI_CONFIG`` where it has FastUNet's keys and batch norm; or one that :func:`fastunet.convert`
             recognises.
         device: where to put the model.
         dtype: of its floating-point weights; float32 by default, whatever the file holds.
 
     Raises:
-        WeightsError: as :func:`read`, :func:`load_into` and :func:`fastunet.convert`.
+        WeightsError: as :func:`read`, :func:`load_into` and :func:`fastunet.convert`; before memory is taken.
     """
     metadata, entries = read_file(path)
-    if CONFIG_KEY not in metadata and not _has_our_keys(entries):
+    if CONFIG_KEY not in metadata and not _like_nuclei(entries):
         return convert(path).to(device=device, dtype=dtype or torch.float32).eval()
     config, state, origin = ours(metadata, entries, str(path))
-    model = FastUNet.from_config(config or NUCLEI_CONFIG)
     try:
-        load_into(model, state, str(path))
+        check(config or NUCLEI_CONFIG, state, str(path))
     except WeightsError as error:
         note = "" if config else " (the file holds no configuration: the shipped nuclei model's was assumed)"
         raise WeightsError(f"{error}{note}") from None
+    model = FastUNet.from_config(config or NUCLEI_CONFIG)
+    model.load_state_dict(state)
     model.origin = origin
     return model.to(device=device, dtype=dtype).eval()
 
 
-def _has_our_keys(entries: dict[str, Any]) -> bool:
-    return "bottleneck.net.0.weight" in entries and "head.weight" in entries
+def _like_nuclei(entries: dict[str, Any]) -> bool:
+    """Not by the convolutions' names, which are the tutorial's, so that any network of its blocks may have them."""
+    return "bottleneck.net.1.running_mean" in entries and "head.weight" in entries
 
 
 def read(path: str | os.PathLike[str]) -> tuple[UNetConfig | None, dict[str, Tensor]]:
@@ -73,15 +75,5 @@ def read(path: str | os.PathLike[str]) -> tuple[UNetConfig | None, dict[str, Ten
 
 def load_into(model: UNet, state: dict[str, Tensor], source: str) -> None:
     """Load strictly, or raise WeightsError naming ``source`` and the first key or shape that differs."""
-    wanted = model.state_dict()
-    for key, tensor in wanted.items():
-        if key not in state:
-            raise WeightsError(f"{source}: key {key!r} is missing")
-        if state[key].shape != tensor.shape:
-            raise WeightsError(
-                f"{source}: key {key!r} has shape {tuple(state[key].shape)}, expected {tuple(tensor.shape)}"
-            )
-    for key in state:
-        if key not in wanted:
-            raise WeightsError(f"{source}: key {key!r} is not part of this network")
+    check_state(model, state, source)
     model.load_state_dict(state)

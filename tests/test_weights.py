@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import pickle
 from collections.abc import Callable
@@ -12,11 +14,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import fastunet
 from fastunet import weights
 from fastunet.config import UNetConfig
 from fastunet.model import FastUNet
 from fastunet.reference import UNet
 from fastunet.weights import WeightsError
+
+from .convert.networks import Tutorial
 
 SMALL = UNetConfig(3, 2, (2, 4, 8), upsample="transpose", norm="batch", activation="leaky_relu")
 
@@ -79,6 +84,20 @@ def test_files_without_a_configuration_are_taken_for_the_nuclei_model(tmp_path: 
     loaded = weights.load(path)
     assert loaded.config == weights.NUCLEI_CONFIG
     assert all(torch.equal(state[key], value) for key, value in loaded.state_dict().items())
+
+
+def test_the_tutorials_blocks_are_not_taken_for_the_nuclei_model(tmp_path: Path, seed: int) -> None:
+    """Under the names that the nuclei model has as well, which has batch norm besides."""
+    original = Tutorial()
+    for path in (tmp_path / "a.safetensors", tmp_path / "a.pth"):
+        save_file(original.state_dict(), path) if path.suffix == ".safetensors" else torch.save(
+            original.state_dict(), path
+        )
+        loaded = weights.load(path)
+        assert loaded.config.features == (4, 8, 16) and loaded.config == fastunet.convert(path).config
+        x = torch.randn(1, 1, 16, 24)
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(x), original(x))
 
 
 def test_a_failure_while_writing_leaves_the_old_file(
@@ -174,6 +193,40 @@ def test_a_bad_configuration_inside(tmp_path: Path, config: str) -> None:
     with pytest.raises(WeightsError) as error:
         weights.load(path)
     one_line(error, path)
+
+
+@pytest.mark.parametrize(
+    ("claimed", "named"),
+    [
+        (
+            {"features": (2, 4, 2**28)},
+            "key 'bottleneck.net.0.weight' has shape (8, 4, 3, 3), expected (268435456, 4, 3",
+        ),
+        ({"features": (2, 4, 2**62)}, "not a usable configuration"),
+        ({"encoder_convs": (10**12, 2, 2)}, "expected weights of 1000000000008 3x3 convolutions"),
+        ({"features": (2,) * 10**5}, "expected weights of 399998 3x3 convolutions"),
+    ],
+    ids=["channels", "overflow", "convolutions", "levels"],
+)
+@pytest.mark.parametrize("load", [weights.load, fastunet.convert, FastUNet.from_pretrained])
+def test_a_configuration_that_claims_more_than_the_file_holds(model, load, claimed, named, tmp_path, monkeypatch):
+    """Nothing is allocated for it: networks are built on the meta device alone, and not of more layers than tensors."""
+    path = tmp_path / "model.safetensors"
+    config = {**dataclasses.asdict(SMALL), **claimed}
+    save_file(model.state_dict(), path, metadata={"fastunet_config": json.dumps(config)})
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", only_on_meta)
+    source = path
+    if load == FastUNet.from_pretrained:
+        pytest.importorskip("huggingface_hub")
+        source = tmp_path
+    with pytest.raises(WeightsError) as error:
+        load(source)
+    assert named in one_line(error, path)
+
+
+def only_on_meta(tensor: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    assert tensor.is_meta
+    return tensor
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:

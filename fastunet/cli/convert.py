@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import tempfile
 from pathlib import Path
@@ -40,6 +41,7 @@ Exit code: 0 written and checked, 1 written and a check broke, 2 nothing written
         **examples(
             "fastunet convert unet_carvana.pth --out carvana.safetensors",
             "fastunet convert carvana.safetensors --to milesial --out back.pth",
+            "fastunet convert vanvugt.pth --set padding=same --out unet.safetensors",
         ),
     )
     command.add_argument("weights", type=Path, metavar="IN", help="safetensors, .pt or .pth")
@@ -47,8 +49,28 @@ Exit code: 0 written and checked, 1 written and a check broke, 2 nothing written
         "--out", type=Path, required=True, metavar="OUT", help="a .safetensors file; with --to also .pt or .pth"
     )
     command.add_argument("--to", choices=FAMILIES, help="write the keys of this project")
+    command.add_argument(
+        "--set",
+        action="append",
+        type=_option,
+        default=[],
+        dest="told",
+        metavar="NAME=VALUE",
+        help="an option of UNetConfig that keys do not tell, in place of the project's default; may be repeated",
+    )
     command.add_argument("--no-verify", action="store_false", dest="verify", help="leave the checks at the end out")
     command.set_defaults(run=run)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """``"padding=same"`` is ("padding", "same"); numbers, true, false and null are read as JSON has them."""
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -57,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check_out(out, arguments)
     console = new_console()
     logging.getLogger("fastunet.convert").addHandler(logging.NullHandler())  # what it says is printed below
-    model = convert(arguments.weights)
+    model = convert(arguments.weights, **dict(arguments.told))
     origin = "a FastUNet" if model.origin is None else str(model.origin)
     console.print(f"{arguments.weights}: {origin}", soft_wrap=True)
     console.print(str(model.config), soft_wrap=True)

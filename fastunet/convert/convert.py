@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..checkpoint import CONFIG_KEY, WeightsError, ours, read
 from ..config import UNetConfig
-from ..model import FastUNet
+from ..model import FastUNet, check
 from ..origin import Layout, Origin
 from ..reference import UNet
-from .family import Family, Misfit, Shapes, check_shapes, configure, differences, empty, key_map, to_theirs
+from .family import Family, Misfit, Shapes, check_shapes, configure, differences, key_map, to_theirs
 from .jvanvugt import JVANVUGT
 from .leejunhyun import LEEJUNHYUN
 from .mateuszbuda import MATEUSZBUDA
@@ -33,7 +33,7 @@ FAMILIES: dict[str, Family] = {
 }
 _ENTRIES = ("network_weights", "state_dict", "model_state_dict", "model")  # of checkpoints, with weights inside
 _WRAPPERS = ("module.", "_orig_mod.")
-# What may be said of a network that neither its keys nor its family's code tell.
+# What its code fixes in most families, and keys do not tell: what may be said of a network whose code was changed.
 _DEFAULTS: dict[str, Any] = {"activation": "relu", "norm_eps": 1e-5, "norm_momentum": 0.1}
 
 log = logging.getLogger("fastunet.convert")
@@ -44,7 +44,7 @@ class _Convert:
 
     FAMILIES = FAMILIES
 
-    def __call__(self, x: nn.Module | Mapping[str, Any] | str | os.PathLike[str], **told: Any) -> FastUNet:
+    def __call__(self, x: nn.Module | Mapping[str, Any] | str | os.PathLike[str], /, **told: Any) -> FastUNet:
         """Take a U-Net that is there already: a FastUNet of the same function and weights.
 
         The network is recognised by its keys, shapes and submodules; nothing is run. What was
@@ -55,7 +55,8 @@ class _Convert:
                 .pth, which are read with ``weights_only=True``). ``module.`` and ``_orig_mod.``
                 before keys are taken off; a checkpoint's entry with the weights is found.
             told: options of :class:`fastunet.UNetConfig` that a state_dict does not tell, in place
-                of those that the family documents as its defaults, e.g. ``padding="same"``.
+                of those that the family documents as its defaults, e.g. ``padding="same"``. A module
+                and a FastUNet's file tell theirs; then none may be given.
 
         Returns:
             A model with copies of the weights, of their dtype and device. Of a module it has the
@@ -63,7 +64,8 @@ class _Convert:
 
         Raises:
             WeightsError: (a ValueError) not recognised: lists the families, the nearest one, and
-                the first key, shape or submodule that does not fit. Or a file that cannot be read.
+                the first key, shape or submodule that does not fit. Or a file that cannot be read,
+                or an option that is not to be told.
         """
         if isinstance(x, nn.Module):
             return _from_module(x, told)
@@ -73,6 +75,7 @@ class _Convert:
             raise WeightsError(f"x: expected an nn.Module, a state_dict or a path, got {type(x).__name__}")
         metadata, entries = read(x)
         if CONFIG_KEY in metadata:
+            _nothing_told(told, f"{x}, which holds its configuration")
             return _own(metadata, entries, str(x)).eval()
         return _from_entries(entries, str(x), told).eval()
 
@@ -82,7 +85,8 @@ class _Convert:
 
         What a conversion left aside (further heads, ``mask_values``) is there again; tensors are the
         model's own, as in ``model.state_dict()``. Without a conversion before, what the family's
-        module holds beside that is zeros.
+        module holds beside that is zeros, and options that its constructor takes and keys do not
+        tell (``padding`` of jvanvugt's, slopes and ``eps`` of MONAI's) are for the caller to give it.
 
         Args:
             family: a key of ``fastunet.convert.FAMILIES``.
@@ -111,6 +115,7 @@ def _from_module(x: nn.Module, told: Mapping[str, Any]) -> FastUNet:
             break
         x = inner
     if isinstance(x, UNet):
+        _nothing_told(told, f"x ({type(x).__name__}), which tells them itself")
         model = _build(x.config, x.state_dict(), {})
         model.origin = getattr(x, "origin", None)
         keys = {name: name for name in model.state_dict()}
@@ -122,6 +127,11 @@ def _from_module(x: nn.Module, told: Mapping[str, Any]) -> FastUNet:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(theirs[keys[name]].requires_grad)
     return model.train(x.training)
+
+
+def _nothing_told(told: Mapping[str, Any], of: str) -> None:
+    if told:
+        raise WeightsError(f"option {next(iter(told))!r} is not for the caller to tell of {of}")
 
 
 def _from_entries(
@@ -150,21 +160,27 @@ def _from_entries(
 
 
 def _recognise(
-    family: Family, shapes: Shapes, module: nn.Module | None, told: Mapping[str, Any]
+    family: Family,
+    shapes: Shapes,
+    module: nn.Module | None,
+    told: Mapping[str, Any],
+    layout: Layout | None = None,
 ) -> tuple[UNetConfig, Layout, dict[str, Any], list[str]]:
-    """(configuration, module paths, options that were assumed, remarks)."""
+    """(configuration, module paths, options that were assumed, remarks); ``layout``: the paths, if they are known."""
     documented = {**_DEFAULTS, **family.assumed}
     options = {**documented, **family.always, **family.read(shapes)}
     if options.get("padding") == "valid" and "match" not in family.always:
         raise Misfit("convolutions: expected zero-padded ones")
-    if family.find is not None:
+    if layout is None and family.find is not None:
         layout = family.find(shapes)
-    else:
+    elif layout is None:
         # Widths and numbers of channels do not count for names.
         layout = family.layout(UNetConfig(**{**options, "padding": "same"}))
     config = configure(layout, shapes, options)
     check_shapes(config, key_map(config, layout), shapes)
     untold = set(documented) | ({"align_corners"} & set(family.always))
+    if config.norm == "instance" or (config.norm is None and not family.shows_no_norm):
+        untold.add("norm")
     for name in told:
         if name not in untold or module is not None:
             may = ", ".join(sorted(untold)) if module is None else "none of a module, which tells them itself"
@@ -189,6 +205,7 @@ def _other_in_all(config: UNetConfig, names: set[str]) -> UNetConfig:
         "norm_momentum": config.norm_momentum + 1,
         "activation": "relu" if config.activation == "leaky_relu" else "leaky_relu",
         "negative_slope": config.negative_slope / 2 + 0.1,
+        "norm": "batch" if config.norm == "instance" else "instance",
         "padding": "same" if config.padding == "valid" else "valid",
         "upsample": "nearest" if config.upsample == "bilinear" else config.upsample,
     }
@@ -233,11 +250,7 @@ def _own(metadata: Mapping[str, str], entries: Mapping[str, Any], source: str) -
     """A file that FastUNet wrote."""
     config, state, origin = ours(metadata, entries, source)
     assert config is not None
-    try:
-        keys = {name: name for name in empty(config).state_dict()}
-        check_shapes(config, keys, {key: tuple(value.shape) for key, value in state.items()})
-    except Misfit as error:
-        raise WeightsError(f"{source}: {error}") from None
+    check(config, state, source)
     model = _build(config, state, {})
     model.origin = origin
     return model
@@ -248,16 +261,22 @@ def _unwrapped(entries: Mapping[str, Any], source: str) -> Mapping[str, Any]:
     inside = next((name for name in _ENTRIES if isinstance(entries.get(name), Mapping)), None)
     if inside is not None:
         entries = entries[inside]
-    for key in entries:
+    for key, value in entries.items():
         if not isinstance(key, str):
             raise WeightsError(f"{source}: expected a state_dict of tensors, found the key {key!r}")
-    tensors = [key for key, value in entries.items() if isinstance(value, Tensor)]
-    while tensors and any(all(key.startswith(prefix) for key in tensors) for prefix in _WRAPPERS):
-        prefix = tensors[0].partition(".")[0] + "."
-        entries = {key.removeprefix(prefix): value for key, value in entries.items()}
-        entries.pop("n_averaged", None)
-        tensors = [key.removeprefix(prefix) for key in tensors]
-    return entries
+        if isinstance(value, Mapping):
+            names = " or ".join(map(repr, _ENTRIES))
+            raise WeightsError(
+                f"{source}: expected a state_dict of tensors, by itself or as the entry {names}, "
+                f"{key!r} is {type(value).__name__}"
+            )
+    while True:
+        # AveragedModel counts its updates beside the prefix.
+        tensors = [key for key, value in entries.items() if isinstance(value, Tensor) and key != "n_averaged"]
+        prefix = next((p for p in _WRAPPERS if tensors and all(key.startswith(p) for key in tensors)), None)
+        if prefix is None:
+            return entries
+        entries = {key.removeprefix(prefix): value for key, value in entries.items() if key != "n_averaged"}
 
 
 def _families() -> str:
@@ -282,14 +301,15 @@ def _export(model: UNet, family: Family) -> dict[str, Any]:
     config, origin = model.config, getattr(model, "origin", None)
     if origin is not None and origin.family == family.name and not [*differences(config, origin.config)]:
         return {**to_theirs(family, origin.layout, config, model.state_dict()), **origin.extra}
-    state = to_theirs(family, family.layout(config), config, model.state_dict())
+    layout = family.layout(config)
     try:
+        state = to_theirs(family, layout, config, model.state_dict())
         shapes = {key: tuple(value.shape) for key, value in state.items()}
-        theirs = _recognise(family, shapes, None, {})[0]
+        theirs = _recognise(family, shapes, None, {}, layout)[0]
     except ValueError as error:
         raise ValueError(f"model: cannot be written as {family.title}: {error}") from None
     for name in differences(config, theirs):
-        if name not in {*_DEFAULTS, *family.assumed} - set(family.always):
+        if name not in family.assumed:
             mine, expected = getattr(config, name), getattr(theirs, name)
             raise ValueError(f"model: expected {name}={expected!r} of {family.title}, got {mine!r}")
     like = next(model.parameters())

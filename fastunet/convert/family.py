@@ -44,6 +44,8 @@ class Family:
         extra: a regular expression of keys that are kept for the way back and not used.
         twins: other paths under which the module at a path appears once more.
         unused: for the configuration, what a fresh network has beside what is converted, as zeros.
+        shows_no_norm: whether keys tell a network without norms from one whose norms have no
+            parameters: the layers are numbered, and a norm takes a number.
         find: for names that follow no rule: the layout, from the shapes.
     """
 
@@ -58,11 +60,14 @@ class Family:
     extra: str = r"(?!)"
     twins: Callable[[str], tuple[str, ...]] = lambda path: ()
     unused: Callable[[UNetConfig], dict[str, tuple[int, ...]]] = lambda config: {}
+    shows_no_norm: bool = False
     find: Callable[[Shapes], Layout] | None = None
 
 
 def norm_at(shapes: Shapes, path: str) -> str | None:
-    """Which norm has its parameters at ``path``."""
+    """Which norm has its parameters at ``path``. "instance" may as well be group norm, or batch norm without
+    statistics, and None one without parameters: :attr:`Origin.assumed` lists them.
+    """
     if f"{path}.weight" not in shapes:
         return None
     return "batch" if f"{path}.running_mean" in shapes else "instance"
@@ -150,7 +155,13 @@ def empty(config: UNetConfig) -> UNet:
 def key_map(config: UNetConfig, layout: Layout) -> dict[str, str]:
     """FastUNet's state_dict keys and the family's for the same tensors, in FastUNet's order."""
     modules = dict(paths(config, layout))
-    return {key: f"{modules[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}" for key in empty(config).state_dict()}
+    keys = {}
+    for key in empty(config).state_dict():
+        module, _, name = key.rpartition(".")
+        if module not in modules:
+            raise Misfit(f"it has no place for layer {module!r}")
+        keys[key] = f"{modules[module]}.{name}"
+    return keys
 
 
 def check_shapes(config: UNetConfig, keys: Mapping[str, str], shapes: Shapes) -> None:

@@ -41,4 +41,5 @@ JVANVUGT = Family(
     layout=_layout,
     always={"order": "conv_act_norm", "match": "center_crop", "align_corners": False},
     assumed={"padding": "valid"},
+    shows_no_norm=True,
 )

@@ -41,5 +41,5 @@ MONAI = Family(
     read=_read,
     layout=_layout,
     always={"concat": "skip_first", "match": "replicate_pad", "align_corners": True},
-    assumed={"activation": "leaky_relu", "negative_slope": 0.1},
+    assumed={"activation": "leaky_relu", "negative_slope": 0.1, "norm_eps": 1e-5, "norm_momentum": 0.1},
 )

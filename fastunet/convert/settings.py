@@ -12,6 +12,13 @@ from ..origin import Layout
 from .family import Misfit
 
 _NORMS = {"batch": nn.BatchNorm2d, "instance": nn.InstanceNorm2d}
+_POOLS = (nn.AvgPool2d, nn.MaxPool2d, nn.LPPool2d)
+# Submodules without children that are no activation. Pools of other kinds are refused by a message of their own.
+_KNOWN = (
+    *(nn.Conv2d, nn.ConvTranspose2d, *_NORMS.values(), nn.Upsample, *_POOLS),
+    *(nn.modules.dropout._DropoutNd, nn.Identity, nn.Sequential, nn.ModuleList, nn.ModuleDict),
+    nn.modules.loss._Loss,  # beside the network, as training code has it
+)
 
 
 def settings(network: nn.Module, layout: Layout, config: UNetConfig) -> tuple[dict[str, Any], list[str]]:
@@ -30,7 +37,7 @@ def settings(network: nn.Module, layout: Layout, config: UNetConfig) -> tuple[di
     found |= _of_activations(network)
     found |= _of_upsampling(network, config)
     for name, module in network.named_modules():
-        if isinstance(module, (nn.AvgPool2d, nn.MaxPool2d, nn.LPPool2d)):
+        if isinstance(module, _POOLS):
             if not isinstance(module, nn.MaxPool2d) or _pair(module.kernel_size) != (2, 2):
                 raise Misfit(f"module {name!r}: expected 2x2 max-pooling, got {module}")
             if module.ceil_mode or _pair(module.stride) != (2, 2) or _pair(module.padding) != (0, 0):
@@ -59,14 +66,19 @@ def _of_convolutions(network: nn.Module, layout: Layout, config: UNetConfig) -> 
 
 
 def _of_norms(network: nn.Module, names: Iterable[str], config: UNetConfig) -> dict[str, Any]:
+    norms: list[Any] = [] if config.norm is None else [(name, network.get_submodule(name)) for name in names]
+    having_keys = {id(norm) for _, norm in norms}
+    for name, module in network.named_modules():
+        if isinstance(module, tuple(_NORMS.values())) and id(module) not in having_keys:
+            raise Misfit(f"module {name!r}: expected a norm with weights (affine=True), or none, got {module}")
     if config.norm is None:
-        return {}
-    norms: list[Any] = [(name, network.get_submodule(name)) for name in names]
+        return {"norm": None}
     for name, norm in norms:
         if not isinstance(norm, _NORMS[config.norm]):
             kinds = " or ".join(kind.__name__ for kind in _NORMS.values())
             raise Misfit(f"module {name!r}: expected {kinds}, with the usual statistics, got {norm}")
     return {
+        "norm": config.norm,
         "norm_eps": _one("eps", {norm.eps for _, norm in norms}),
         "norm_momentum": _one("momentum", {norm.momentum for _, norm in norms}),
     }
@@ -75,13 +87,17 @@ def _of_norms(network: nn.Module, names: Iterable[str], config: UNetConfig) -> d
 def _of_activations(network: nn.Module) -> dict[str, Any]:
     kinds = set()
     for name, module in network.named_modules():
-        if type(module).__module__ != nn.modules.activation.__name__:
-            continue
-        if not isinstance(module, (nn.ReLU, nn.LeakyReLU)):
+        if isinstance(module, (nn.ReLU, nn.LeakyReLU)):
+            kinds.add(module.negative_slope if isinstance(module, nn.LeakyReLU) else None)
+        elif type(module).__module__ == nn.modules.activation.__name__:
             raise Misfit(f"module {name!r}: expected ReLU or LeakyReLU, got {module}")
-        kinds.add(module.negative_slope if isinstance(module, nn.LeakyReLU) else None)
+        elif not isinstance(module, _KNOWN) and next(module.children(), None) is None:
+            raise Misfit(
+                f"module {name!r}: expected a convolution, batch or instance norm, ReLU, LeakyReLU, max-pooling, "
+                f"upsampling or dropout, got {module}"
+            )
     if not kinds:
-        return {}
+        raise Misfit("activations: expected submodules that are ReLU or LeakyReLU, found none")
     slope = _one("activation", kinds)
     return {"activation": "relu"} if slope is None else {"activation": "leaky_relu", "negative_slope": slope}
 

@@ -70,17 +70,36 @@ class Up(nn.Module):
 class Assembled(nn.Module):
     """Two levels, under names of somebody's choice; the decoder is registered from full resolution."""
 
-    def __init__(self, in_ch: int = 2, out_ch: int = 3) -> None:
+    def __init__(self, in_ch: int = 2, out_ch: int = 3, widths: Sequence[int] = (4, 6, 9, 7, 5)) -> None:
         super().__init__()
-        self.enc1, self.enc2 = Down(in_ch, 4), Down(4, 6)
-        self.dec1, self.dec2 = Up(7 + 4, 5), Up(9 + 6, 7)
-        self.middle = DoubleConv(6, 9)
-        self.classify = nn.Conv2d(5, out_ch, 1)
+        a, b, c, d, e = widths
+        self.enc1, self.enc2 = Down(in_ch, a), Down(a, b)
+        self.dec1, self.dec2 = Up(d + a, e), Up(c + b, d)
+        self.middle = DoubleConv(b, c)
+        self.classify = nn.Conv2d(e, out_ch, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x, a = self.enc1(x)
         x, b = self.enc2(x)
         return self.classify(self.dec1(self.dec2(self.middle(x), b), a))
+
+
+class Tutorial(nn.Module):
+    """Two levels under the names that a FastUNet's own modules have; or the bottleneck's under another."""
+
+    def __init__(self, bottleneck: str = "bottleneck") -> None:
+        super().__init__()
+        self.downs = nn.ModuleList([Down(1, 4), Down(4, 8)])
+        self.name = bottleneck
+        self.add_module(bottleneck, DoubleConv(8, 16))
+        self.ups = nn.ModuleList([Up(16 + 8, 8), Up(8 + 4, 4)])
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, a = self.downs[0](x)
+        x, b = self.downs[1](x)
+        x = self.ups[0](self.get_submodule(self.name)(x), b)
+        return self.head(self.ups[1](x, a))
 
 
 class Listed(nn.Module):

@@ -52,6 +52,21 @@ def test_there_and_back(run, theirs, tmp_path):
     assert same_bits(load_file(tmp_path / "back.safetensors"), torch.load(theirs, weights_only=True))
 
 
+def test_set_says_what_keys_do_not(run, seed, tmp_path):
+    original = CASES["jvanvugt same norm transpose"].make().eval()
+    torch.save(original.state_dict(), tmp_path / "theirs.pth")
+    ours = tmp_path / "ours.safetensors"
+    options = ("--set", "padding=same", "--set", "norm_momentum=2e-1")
+    done = run("convert", tmp_path / "theirs.pth", "--out", ours, *options)
+    assert done.code == 0, done.err
+    assert "padding=" not in done.out.splitlines()[0] and "norm_eps=" in done.out.splitlines()[0]  # of what was assumed
+    model = weights.load(ours)
+    assert (model.config.padding, model.config.norm_momentum) == ("same", 0.2)
+    x = image(original, (29, 38))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), original(x), rtol=1e-3, atol=1e-4)
+
+
 def test_what_safetensors_cannot_hold_is_said(run, tmp_path):
     torch.save({**make("milesial").state_dict(), "mask_values": [0, 255]}, tmp_path / "a.pth")
     done = run("convert", tmp_path / "a.pth", "--to", "milesial", "--out", tmp_path / "b.safetensors", "--no-verify")
@@ -75,8 +90,17 @@ def test_what_safetensors_cannot_hold_is_said(run, tmp_path):
             "--to: model: expected match='replicate_pad' of MONAI BasicUNet, got 'zero_pad'",
         ),
         (["a.pth", "--out", "c.safetensors", "--to", "unet"], "argument --to: invalid choice: 'unet'"),
+        (["a.pth", "--out", "c.safetensors", "--set", "padding"], "argument --set: expected NAME=VALUE, got 'padding'"),
+        (
+            ["a.pth", "--out", "c.safetensors", "--set", "features=[1]"],
+            "option 'features' is not for the caller to tell",
+        ),
+        (
+            ["a.pth", "--out", "c.safetensors", "--set", "norm_eps=x"],
+            "norm_eps: expected a number in [0, inf), got 'x'",
+        ),
     ],
-    ids=["suffix", "same", "folder", "missing", "other", "unknown"],
+    ids=["suffix", "same", "folder", "missing", "other", "unknown", "no value", "not told", "no number"],
 )
 def test_wrong_usage_writes_nothing(run, arguments, named, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

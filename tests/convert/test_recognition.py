@@ -24,12 +24,12 @@ from fastunet.checkpoint import WeightsError
 from fastunet.convert import FAMILIES, export
 
 from .cases import CASES, basic_unet, image, make, plain_conv_unet
-from .networks import Jvanvugt, Milesial
+from .networks import Assembled, DoubleConv, Down, Jvanvugt, Listed, Milesial, Tutorial, Up
 
 State = dict[str, Any]
 
 
-def refusal(x: Any, **told: Any) -> str:
+def refusal(x: Any, /, **told: Any) -> str:
     with pytest.raises(WeightsError) as error:
         fastunet.convert(x, **told)
     message = str(error.value)
@@ -70,6 +70,29 @@ def test_wrapped_modules(wrap, seed):
         torch.testing.assert_close(fastunet.convert(wrap(original))(x), original(x), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("entry", [None, "model"])
+@pytest.mark.parametrize("wrap", [lambda x: x, nn.DataParallel], ids=["", "parallel"])
+def test_files_of_averaged_weights(wrap, entry, seed, tmp_path):
+    """AveragedModel keeps ``n_averaged`` beside ``module.``, whatever wraps it or is wrapped by it."""
+    original = make("milesial")
+    averaged = torch.optim.swa_utils.AveragedModel(wrap(original))
+    with torch.no_grad():
+        for parameter in original.parameters():
+            parameter.mul_(3)
+    averaged.update_parameters(wrap(original))  # the first copies
+    with torch.no_grad():
+        for parameter in original.parameters():
+            parameter.mul_(2)
+    averaged.update_parameters(wrap(original))
+    state: State = dict(wrap(averaged).state_dict())
+    assert any(key.endswith("n_averaged") for key in state)
+    torch.save({"epoch": 3, entry: state} if entry else state, tmp_path / "swa.pth")
+    back = export(fastunet.convert(tmp_path / "swa.pth"), "milesial")
+    assert back.keys() == original.state_dict().keys()
+    key = "outc.conv.weight"
+    torch.testing.assert_close(back[key], original.state_dict()[key] * 0.75)
+
+
 def test_entries_beside_the_weights_come_back(tmp_path):
     """milesial's released files say which mask value is which class."""
     state = {**make("milesial").state_dict(), "mask_values": [0, 1]}
@@ -106,14 +129,69 @@ def test_a_fastunet_of_ours(seed):
     assert all(torch.equal(value, reference.state_dict()[key]) for key, value in model.state_dict().items())
 
 
-def test_equal_widths_do_not_confuse_the_order(seed):
-    """Every permutation of the tutorial's blocks would fit; the order of their names is the network's."""
-    from .networks import Listed
+@pytest.mark.parametrize("shuffle", [sorted, lambda keys: sorted(keys, reverse=True)], ids=["sorted", "reversed"])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.family == "seed"])
+def test_the_tutorials_levels_are_told_by_channels_in_any_order_of_keys(name, shuffle, seed):
+    original = make(name).double()
+    state = original.state_dict()
+    model = fastunet.convert({key: state[key] for key in shuffle(state)})
+    x = image(original, CASES[name].size)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), original(x))
 
-    original = Listed((4, 4, 4, 4)).double()
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.family == "seed"])
+def test_the_tutorials_blocks_in_safetensors_which_sort_names(name, seed, tmp_path):
+    original = make(name)
+    save_file(original.state_dict(), tmp_path / "theirs.safetensors")
+    model = fastunet.convert(tmp_path / "theirs.safetensors")
+    assert model.origin == fastunet.convert(original.state_dict()).origin
+    back = export(model, "seed")
+    assert back.keys() == original.state_dict().keys()
+    assert all(torch.equal(back[key], value) for key, value in original.state_dict().items())
+
+
+@pytest.mark.parametrize("bottleneck", ["mid_conv", "middle"])
+def test_a_bottleneck_of_any_name(bottleneck, seed):
+    original = Tutorial(bottleneck).double()
     x = torch.randn(1, 1, 16, 24, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(fastunet.convert(original)(x), original(x))
+
+
+@pytest.mark.parametrize(
+    ("network", "named"),
+    [
+        (lambda: Assembled(4, widths=(4, 4, 4, 4, 4)), "of 'enc1.conv' from that of 'enc2.conv'"),
+        (lambda: Assembled(2, widths=(4, 4, 4, 4, 4)), "of 'dec1.conv' from that of 'dec2.conv'"),
+        (lambda: Listed((4, 4, 4, 4)), "of 'contract.1.conv' from that of 'contract.2.conv'"),
+    ],
+    ids=["encoder", "decoder", "list"],
+)
+def test_the_tutorials_levels_that_channels_do_not_tell_apart_are_refused(network, named):
+    """A guess by the order of keys would compute something else, and nobody would see."""
+    assert named in refusal(network())
+
+
+def test_equal_widths_can_be_written_as_the_tutorials(seed):
+    """On the way out nothing has to be told by channels."""
+    model = fastunet.FastUNet(1, 2, (4, 4, 4, 4))
+    back = export(model, "seed")
+    assert back.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in back.items())
+
+
+def test_more_levels_than_can_be_tried_are_refused():
+    network = fastunet.reference.UNet(1, 2, tuple(range(2, 12)))
+    assert "double convolutions, from 3 to 17, found 19" in refusal(network.state_dict())
+
+
+def test_blocks_that_fit_in_two_orders_are_refused():
+    """Though all of them differ: a, b, c or b, c, a lead down to the bottleneck, and both come back to the head."""
+    blocks = {"a": Down(3, 3), "b": Down(3, 4), "c": Down(4, 3), "d": Up(5, 1), "e": Up(5, 4), "f": Up(7, 1)}
+    network = nn.ModuleDict({**blocks, "middle": DoubleConv(3, 2), "head": nn.Conv2d(1, 2, 1)})
+    message = refusal(network)
+    assert "channels do not tell the place of 'a.conv' from that of 'b.conv'" in message
 
 
 # --- what keys do not tell -------------------------------------------------------------------
@@ -144,6 +222,40 @@ def test_a_state_dict_says_what_was_assumed(caplog):
     assert "padding='valid'" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("make", "norm"),
+    [
+        (basic_unet, "instance"),
+        (partial(basic_unet, norm=("group", {"num_groups": 1})), "instance"),
+        (partial(basic_unet, norm=("batch", {"track_running_stats": False})), "instance"),
+        (partial(basic_unet, norm="instance"), None),
+        (partial(plain_conv_unet, norm_op=None), None),
+    ],
+    ids=["instance", "group", "batch without statistics", "no weights", "none"],
+)
+def test_a_norm_that_keys_do_not_tell_is_assumed(make, norm):
+    """All of the first three have the same keys and shapes, and so have the other two."""
+    model = fastunet.convert(make().state_dict())
+    assert model.config.norm == norm and model.origin is not None and model.origin.assumed["norm"] == norm
+    told = fastunet.convert(make().state_dict(), norm=norm)
+    assert told.origin is not None and "norm" not in told.origin.assumed
+    assert "nearest" in refusal(make().state_dict(), norm="batch")
+
+
+@pytest.mark.parametrize("name", ["milesial", "jvanvugt same bilinear", "seed two levels", "monai batch norm"])
+def test_a_norm_that_keys_tell_is_not_assumed(name):
+    state = make(name).state_dict()
+    model = fastunet.convert(state)
+    assert model.origin is not None and "norm" not in model.origin.assumed
+    assert "option 'norm' is not for the caller to tell" in refusal(state, norm="instance")
+
+
+def test_a_loss_beside_the_layers_is_nothing_of_the_function(seed):
+    network = make("milesial")
+    network.criterion = nn.CrossEntropyLoss()
+    assert fastunet.convert(network).config == fastunet.convert(make("milesial")).config
+
+
 def test_a_module_leaves_nothing_to_assume(caplog):
     with caplog.at_level(logging.WARNING, "fastunet.convert"):
         for name in CASES:
@@ -162,6 +274,15 @@ def test_who_knows_better_may_tell(seed):
     assert "option 'features' is not for the caller to tell" in refusal(original.state_dict(), features=(3,))
     assert "option 'padding' is not for the caller to tell" in refusal(original, padding="same")
     assert "got 'most'" in refusal(original.state_dict(), padding="most")
+
+
+def test_nothing_is_told_of_what_tells_itself(tmp_path):
+    ours = fastunet.FastUNet(1, 2, (4, 8))
+    assert refusal(ours, align_corners=False).startswith("option 'align_corners' is not for the caller to tell of x")
+    weights.save(ours, tmp_path / "ours.safetensors")
+    message = refusal(tmp_path / "ours.safetensors", padding="same")
+    assert message.startswith("option 'padding' is not for the caller to tell of ") and "ours.safetensors" in message
+    assert "option 'x' is not for the caller to tell" in refusal(make("milesial").state_dict(), x=1)
 
 
 def test_dropout_is_said_to_be_left_out():
@@ -214,8 +335,28 @@ def changed(network: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.
             "module 'conv_0.conv_0.adn.N': expected BatchNorm2d or InstanceNorm2d, with the usual statistics",
         ),
         (partial(plain_conv_unet, ((1, 1), (3, 3), (2, 2))), ""),
+        (partial(basic_unet, norm="instance"), "module 'conv_0.conv_0.adn.N': expected a norm with weights"),
+        (partial(plain_conv_unet, norm_op_kwargs={}), "module 'encoder.stages.0.0.convs.0.norm': expected a norm with"),
+        (
+            lambda: changed(make("milesial"), nn.BatchNorm2d, lambda old: nn.InstanceNorm2d(old.num_features)),
+            "module 'inc.double_conv.1': expected a norm with weights",
+        ),
+        (
+            partial(basic_unet, norm=("group", {"num_groups": 1})),
+            "module 'conv_0.conv_0.adn.N': expected BatchNorm2d or InstanceNorm2d, with the usual statistics",
+        ),
+        (partial(basic_unet, norm=("localresponse", {"size": 3})), "module 'conv_0.conv_0.adn.N': expected a conv"),
+        (partial(basic_unet, act="swish"), "module 'conv_0.conv_0.adn.A': expected a convolution"),
+        (partial(basic_unet, act="mish"), "module 'conv_0.conv_0.adn.A': expected a convolution"),
+        (
+            partial(plain_conv_unet, nonlin=nn.Identity, nonlin_kwargs={}),
+            "activations: expected submodules that are ReLU or LeakyReLU, found none",
+        ),
     ],
-    ids=["activation", "activations", "eps", "pool", "upsample", "padding mode", "padding", "statistics", "stride 3"],
+    ids=[
+        *("activation", "activations", "eps", "pool", "upsample", "padding mode", "padding", "statistics", "stride 3"),
+        *("bare instance norm", "nnunet's", "one bare norm", "group norm", "other norm", "swish", "mish", "none"),
+    ],
 )
 def test_submodules_that_do_something_else_are_named(network, named):
     if not named:  # not a refusal: a stride of 3 can be said
@@ -276,10 +417,15 @@ def test_the_first_misfit_is_named(name, change, named):
         ({"encoder.stages.9.weight": torch.zeros(1)}, "nearest: nnU-Net PlainConvUNet, but a key like"),
         ({}, "x: expected a state_dict of tensors, got an empty one"),
         ({"a": 1}, "x: expected a state_dict of tensors, 'a' is int"),
+        (
+            {"epoch": 3, "net": {"w": torch.zeros(1)}},
+            "as the entry 'network_weights' or 'state_dict' or 'model_state_dict' or 'model', 'net' is dict",
+        ),
+        ({"ema": {"net": {"w": torch.zeros(1)}}}, "or as the entry 'network_weights' or "),
         ({1: torch.zeros(1)}, "found the key 1"),
         (7, "x: expected an nn.Module, a state_dict or a path, got int"),
     ],
-    ids=["module", "near", "empty", "number", "key", "type"],
+    ids=["module", "near", "empty", "number", "entry", "entries", "key", "type"],
 )
 def test_what_is_no_unet(x, named):
     assert named in refusal(x)
@@ -292,12 +438,32 @@ def test_families_that_do_not_have_what_the_model_does():
         export(fastunet.FastUNet(1, 2, (4, 8), norm="batch", upsample="transpose"), "milesial")
     with pytest.raises(ValueError, match="model: expected align_corners=True of milesial"):
         export(fastunet.FastUNet(1, 2, (4, 8), norm="batch", concat="skip_first", align_corners=False), "milesial")
+    fixed: dict[str, Any] = {"activation": "leaky_relu", "norm_eps": 1e-3, "norm_momentum": 0.5}
+    for name, value in fixed.items():
+        with pytest.raises(ValueError, match=f"model: expected {name}=.* of milesial Pytorch-UNet, got "):
+            export(fastunet.FastUNet(1, 2, (4, 8), norm="batch", concat="skip_first", **{name: value}), "milesial")
+    with pytest.raises(
+        ValueError, match="written as milesial Pytorch-UNet: it has no place for layer 'downs.0.conv.net"
+    ):
+        export(fastunet.FastUNet(1, 2, (4, 8), norm="batch", encoder_convs=(3, 2)), "milesial")
+    with pytest.raises(ValueError, match="model: expected activation='relu' of the tutorial's"):
+        export(fastunet.FastUNet(1, 2, (4, 8), activation="leaky_relu"), "seed")
     with pytest.raises(ValueError, match="model: cannot be written as nnU-Net PlainConvUNet: "):
         export(fastunet.FastUNet(1, 2, (4, 8), upsample="bilinear"), "nnunet")
     with pytest.raises(ValueError, match="family: expected one of 'milesial', .*got 'unet'"):
         export(fastunet.FastUNet(1, 2, (4, 8)), "unet")
     with pytest.raises(ValueError, match="model: expected a FastUNet, got Linear"):
         export(nn.Linear(2, 2), "milesial")  # type: ignore[arg-type]
+
+
+def test_options_of_a_changed_code_come_back(seed):
+    """What milesial's own code cannot have, and the network that was converted did."""
+    original = make("milesial")
+    for module in original.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 1e-3
+    back = export(fastunet.convert(original), "milesial")
+    assert all(torch.equal(back[key], value) for key, value in original.state_dict().items())
 
 
 def test_both_ways_to_the_functions():
