@@ -141,8 +141,6 @@ comes from a process where PyTorch has run before, with nothing compiled yet; wh
 provider stays tuned. "Of ceiling" is the nearer of two: flops of a large matrix product, bytes of a large copy, both
 measured in the run. (On a CPU small maps stay in its caches, which are faster than that copy, and the product is
 float32's for every dtype.) Peak memory is that of the provider alone.</p>
-<p>Rows before 2026-11-24 are otherwise in three ways: compiled code came from the caches of earlier runs, ceilings were
-taken too small and cold, and of training steps the loss alone was compared.</p>
 <footer><p>Made by <code>fastunet report</code> from benchmarks/results/.</p></footer>
 <script>{SCRIPT}</script></body></html>
 """
