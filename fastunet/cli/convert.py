@@ -140,7 +140,11 @@ def _check(model: FastUNet, out: Path, console: Any) -> bool:
     step = config.reduction
     side = -(-max(_SIDE, config.minimum_size, 2 * step) // step) * step
     x = torch.randn(1, config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
-    report = verify(model.eval(), reference.eval(), x, dtype=torch.float32)
+    try:
+        report = verify(model.eval(), reference.eval(), x, dtype=torch.float32)
+    except ValueError as error:  # weights of NaN, say: written as they are, and nothing can be said of them
+        console.print(f"NOT checked: {error}", soft_wrap=True)
+        return False
     output = next(c for c in report.comparisons if c.kind == "output")
     if report.ok:
         counts = {kind: sum(c.kind == kind for c in report.comparisons) for kind in ("layer", "gradient")}
@@ -155,4 +159,5 @@ def _check(model: FastUNet, out: Path, console: Any) -> bool:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a, b)
+    bits = (t.reshape(-1).view(torch.uint8) for t in (a, b))  # NaN is no equal of itself
+    return a.dtype == b.dtype and torch.equal(*bits)

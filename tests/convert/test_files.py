@@ -75,6 +75,16 @@ def test_what_safetensors_cannot_hold_is_said(run, tmp_path):
     assert torch.load(tmp_path / "b.pth", weights_only=True)["mask_values"] == [0, 255]
 
 
+def test_weights_that_are_not_finite_are_written_and_said(run, tmp_path):
+    state = make("milesial").state_dict()
+    state["outc.conv.bias"][0] = torch.nan
+    torch.save(state, tmp_path / "a.pth")
+    done = run("convert", tmp_path / "a.pth", "--out", tmp_path / "b.safetensors")
+    assert done.code == 1 and "weights of the file: bitwise equal" in done.out
+    assert "NOT checked: model: expected finite weights in torch.float32, 'head.bias' holds others" in done.out
+    assert weights.load(tmp_path / "b.safetensors").head.bias.isnan().any()
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
