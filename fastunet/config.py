@@ -208,7 +208,7 @@ class UNetConfig:
     def minimum_size(self) -> int:
         """The smallest height or width, in pixels, that survives every step down."""
         size = self.reduction
-        while self.padding == "valid" and min(map(min, self.sides(size))) < 1:
+        while self.padding == "valid" and min(min(*down, *up) for down, up in map(self.sides, [size] * 2, (0, 1))) < 1:
             size += 1
         return size
 

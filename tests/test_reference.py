@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastunet import UNetConfig
 from fastunet.reference import DoubleConv, Down, UNet, Up, pad_to, upsample
 
 
@@ -173,3 +174,16 @@ def test_bad_inputs_are_named():
         net(torch.zeros(1, 1, 7, 32))
     with pytest.raises(ValueError, match="instance norm needs more than one pixel at the bottleneck"):
         UNet(features=(2, 2, 2), norm="instance")(torch.zeros(1, 1, 4, 7))
+
+
+def test_the_smallest_size_counts_rows_and_columns(monkeypatch):
+    """Unpadded, with steps that halve the columns alone: those are used up first."""
+    config = UNetConfig(1, 1, (1, 1, 1), "transpose", strides=((1, 1), (1, 2)), match="center_crop", padding="valid")
+    least = config.minimum_size
+    network = UNet.from_config(config)
+    assert min(network(torch.zeros(1, 1, least, least)).shape) >= 1
+    with pytest.raises(ValueError, match=f"of at least {least}"):
+        network(torch.zeros(1, 1, least - 1, least - 1))
+    monkeypatch.setattr(UNet, "check_input", lambda network, x: None)
+    with pytest.raises(RuntimeError, match="Kernel size"):
+        network(torch.zeros(1, 1, least - 1, least - 1))
