@@ -18,6 +18,7 @@ from torch import Tensor
 from .config import UNetConfig
 from .files import atomic_write
 from .origin import Origin
+from .reference import UNet
 
 CONFIG_KEY = "fastunet_config"  # in the metadata of a FastUNet's file
 
@@ -106,3 +107,38 @@ def _numpy_numbers() -> Iterator[None]:
     names: list[Any] = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     with torch.serialization.safe_globals([*_NUMPY_NUMBERS, *names]):
         yield
+
+
+def check(config: UNetConfig, state: Mapping[str, Tensor], source: str) -> None:
+    """Raise unless a network of ``config`` has the keys and shapes of ``state``.
+
+    Takes no memory for weights: a configuration from a file may claim more than there is.
+
+    Raises:
+        WeightsError: names ``source`` and the first key or shape that differs.
+    """
+    levels = range(config.depth + 1)
+    convs = sum(config.convs_down(level) + (config.convs_up(level) if level < config.depth else 0) for level in levels)
+    if convs > len(state):
+        raise WeightsError(f"{source}: expected weights of {convs} 3x3 convolutions, found {len(state)} tensors")
+    try:
+        with torch.device("meta"):
+            network = UNet.from_config(config)
+    except RuntimeError as error:  # sizes beyond 64 bits
+        raise WeightsError(f"{source}: not a usable configuration ({str(error).splitlines()[0]})") from None
+    check_state(network, state, source)
+
+
+def check_state(network: UNet, state: Mapping[str, Tensor], source: str) -> None:
+    """Raise WeightsError that names ``source`` and the first key or shape in which ``state`` is not the network's."""
+    wanted = network.state_dict()
+    for key, tensor in wanted.items():
+        if key not in state:
+            raise WeightsError(f"{source}: key {key!r} is missing")
+        if state[key].shape != tensor.shape:
+            raise WeightsError(
+                f"{source}: key {key!r} has shape {tuple(state[key].shape)}, expected {tuple(tensor.shape)}"
+            )
+    for key in state:
+        if key not in wanted:
+            raise WeightsError(f"{source}: key {key!r} is not part of this network")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint, dispatch, hub, ops
-from .config import UNetConfig
 from .graph import Graphs
 from .origin import Origin
 from .reference import UNet, activate_, fit, upsample
@@ -67,7 +66,7 @@ class FastUNet(UNet):
         config, state, origin = checkpoint.ours(*checkpoint.read(path), str(path))
         if config is None:
             raise checkpoint.WeightsError(f"{path}: expected a file that save_pretrained wrote; see fastunet.convert")
-        check(config, state, str(path))
+        checkpoint.check(config, state, str(path))
         model = cls.from_config(config)
         model.load_state_dict(state)
         model.origin = origin
@@ -349,40 +348,3 @@ class _Prepared:
                 for t, (old, version) in zip(tensors, self.sources, strict=True)
             )
         )
-
-
-def check(config: UNetConfig, state: Mapping[str, Tensor], source: str) -> None:
-    """Raise unless a network of ``config`` has the keys and shapes of ``state``.
-
-    Takes no memory for weights: a configuration from a file may claim more than there is.
-
-    Raises:
-        WeightsError: names ``source`` and the first key or shape that differs.
-    """
-    levels = range(config.depth + 1)
-    convs = sum(config.convs_down(level) + (config.convs_up(level) if level < config.depth else 0) for level in levels)
-    if convs > len(state):
-        raise checkpoint.WeightsError(
-            f"{source}: expected weights of {convs} 3x3 convolutions, found {len(state)} tensors"
-        )
-    try:
-        with torch.device("meta"):
-            network = UNet.from_config(config)
-    except RuntimeError as error:  # sizes beyond 64 bits
-        raise checkpoint.WeightsError(f"{source}: not a usable configuration ({str(error).splitlines()[0]})") from None
-    check_state(network, state, source)
-
-
-def check_state(network: UNet, state: Mapping[str, Tensor], source: str) -> None:
-    """Raise WeightsError that names ``source`` and the first key or shape in which ``state`` is not the network's."""
-    wanted = network.state_dict()
-    for key, tensor in wanted.items():
-        if key not in state:
-            raise checkpoint.WeightsError(f"{source}: key {key!r} is missing")
-        if state[key].shape != tensor.shape:
-            raise checkpoint.WeightsError(
-                f"{source}: key {key!r} has shape {tuple(state[key].shape)}, expected {tuple(tensor.shape)}"
-            )
-    for key in state:
-        if key not in wanted:
-            raise checkpoint.WeightsError(f"{source}: key {key!r} is not part of this network")

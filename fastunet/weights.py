@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import CONFIG_KEY, WeightsError, ours, save
+from .checkpoint import CONFIG_KEY, WeightsError, check, check_state, ours, save
 from .checkpoint import read as read_file
 from .config import UNetConfig
 from .convert import convert
-from .model import FastUNet, check, check_state
+from .model import FastUNet
 from .reference import UNet
 
 __all__ = ["NUCLEI", "NUCLEI_CONFIG", "WeightsError", "load", "load_into", "read", "save"]

@@ -31,7 +31,7 @@ from .implicit_gemm import INTERPRETED, tile_pixels
 from .reduce_slabs import reduce_slabs
 from .stem import STEM_CHANNELS
 from .tensors import unit_channel_stride
-from .tuning import ConvConfig, WgradConfig, slabs, wgrad_config
+from .tuning import ConvConfig, WgradConfig, slabs, wgrad_configs
 from .upconcat_conv3x3 import upconcat_conv3x3_fwd
 
 
@@ -103,23 +103,24 @@ def conv_wgrad(
     if g.numel() == 0 or columns == 0:
         return g.new_zeros(o, ksize, ksize, channels).permute(0, 3, 1, 2)
     precise = g.dtype == torch.float32 and not tf32
-    launches = []
-    for x in sources:
-        few = ksize > 1 and x.shape[1] <= STEM_CHANNELS
-        taps, per_program = (1, ksize * ksize * x.shape[1]) if few else (ksize * ksize, x.shape[1])
-        tile = config or wgrad_config(per_program, o, h, w, g.dtype, precise=precise)
-        blocks = taps * triton.cdiv(o, tile.block_co) * triton.cdiv(per_program, tile.block_c)
-        launches.append((x if few else unit_channel_stride(x), few, tile, blocks))
-    count, steps = slabs(launches[0][2].tiles(n, h, w), sum(blocks for *_, blocks in launches))
+    few = [ksize > 1 and x.shape[1] <= STEM_CHANNELS for x in sources]
+    widths = [x.shape[1] * (ksize * ksize if all_taps else 1) for x, all_taps in zip(sources, few, strict=True)]
+    tiles = [config] * len(widths) if config else wgrad_configs(widths, o, h, w, g.dtype, precise=precise)
+    blocks = [
+        (1 if all_taps else ksize * ksize) * triton.cdiv(o, tile.block_co) * triton.cdiv(width, tile.block_c)
+        for width, all_taps, tile in zip(widths, few, tiles, strict=True)
+    ]
+    count, steps = slabs(tiles[0].tiles(n, h, w), sum(blocks))
     # A single slab is the result.
     partial = torch.empty((count, o * columns), dtype=torch.float32 if count > 1 else g.dtype, device=g.device)
     channel0 = 0
-    for x, few, tile, blocks in launches:
-        _conv_wgrad_kernel[(blocks, count)](
+    for source, all_taps, tile, programs in zip(sources, few, tiles, blocks, strict=True):
+        x = source if all_taps else unit_channel_stride(source)
+        _conv_wgrad_kernel[(programs, count)](
             g, x, partial, n, h, w, o, x.shape[1], channel0, channels,
             x.shape[2], x.shape[3], (h - x.shape[2]) // 2, (w - x.shape[3]) // 2, steps,
             g.stride(0), g.stride(2), g.stride(3), *x.stride(),
-            KSIZE=ksize, ALL_TAPS=few, PRECISION="tf32" if tf32 else "ieee", **tile.options(),
+            KSIZE=ksize, ALL_TAPS=all_taps, PRECISION="tf32" if tf32 else "ieee", **tile.options(),
         )  # fmt: skip
         channel0 += x.shape[1]
     rows = reduce_slabs(partial, g.dtype) if count > 1 else partial

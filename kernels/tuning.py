@@ -7,6 +7,7 @@ spills, shared memory that fits); what a GPU has not confirmed is listed in benc
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -193,23 +194,27 @@ class WgradConfig:
         }
 
 
-def wgrad_config(
-    columns: int, out_channels: int, height: int, width: int, dtype: torch.dtype, *, precise: bool = False
-) -> WgradConfig:
-    """Tile for a weight gradient of ``columns`` input channels (times taps, where they share a program).
+def wgrad_configs(
+    columns: Sequence[int], out_channels: int, height: int, width: int, dtype: torch.dtype, *, precise: bool = False
+) -> list[WgradConfig]:
+    """Tile for the weight gradient of each source: ``columns`` are its channels, times taps where they share a program.
 
-    The pixels of a step depend on the map alone: sources that were concatenated share their slabs.
+    All take the same pixels a step, for sources that were concatenated share their slabs.
     """
     if precise:  # as in conv_config: plain multiply-adds live in registers
-        tile = power_of_2(out_channels, 16, 32), power_of_2(columns, 16, 32)
-        return WgradConfig(*tile, *_tile(32, height, width), num_warps=4, num_stages=2)
-    # 64 pixels of 128 + 128 channels in 16 bits are 32 KB; three stages fit 99 KB.
-    pixels = 32 if dtype == torch.float32 else 64
-    block_co, block_c = power_of_2(out_channels, 16, 128), power_of_2(columns, 16, 128)
-    if block_co * block_c <= 32 * 32:
-        pixels = 32  # of 64, sm_80 spills their addresses
-    warps = 8 if block_co * block_c > 64 * 128 else 4
-    return WgradConfig(block_co, block_c, *_tile(pixels, height, width), num_warps=warps, num_stages=3)
+        blocks = [(power_of_2(out_channels, 16, 32), power_of_2(c, 16, 32)) for c in columns]
+        pixels, stages = 32, 2
+    else:
+        # 64 pixels of 128 + 128 channels in 16 bits are 32 KB; three stages fit 99 KB.
+        blocks = [(power_of_2(out_channels, 16, 128), power_of_2(c, 16, 128)) for c in columns]
+        pixels, stages = 32 if dtype == torch.float32 else 64, 3
+        if min(block_co * block_c for block_co, block_c in blocks) <= 32 * 32:
+            pixels = 32  # of 64, sm_80 spills their addresses
+    tile = _tile(pixels, height, width)
+    return [
+        WgradConfig(*block, *tile, num_warps=8 if math.prod(block) > 64 * 128 else 4, num_stages=stages)
+        for block in blocks
+    ]
 
 
 def slabs(tiles: int, blocks: int) -> tuple[int, int]:

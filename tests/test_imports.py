@@ -27,7 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "trace": {"config"},
     # Files, and where what is in them comes from.
     "origin": {"config"},
-    "checkpoint": {"config", "files", "origin"},
+    "checkpoint": {"config", "files", "origin", "reference"},
     "hub": {"config"},
     # The three that the operators choose among never see each other.
     "reference": {"config"},

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import CONFIG_KEY, WeightsError, ours, read
+from ..checkpoint import CONFIG_KEY, WeightsError, check, ours, read
 from ..config import UNetConfig
-from ..model import FastUNet, check
+from ..model import FastUNet
 from ..origin import Layout, Origin
 from ..reference import UNet
 from .family import Family, Misfit, Shapes, check_shapes, configure, differences, key_map, to_theirs

@@ -101,7 +101,7 @@ def verify(
     ours, steps = {**run.layers, _LOGITS: run.output}, run.steps
     theirs, exact = _forward(baseline, x, config), _forward(truth, x.double(), config)
     with torch.no_grad():
-        terms = terms_of_layers(truth, x.double(), torch.finfo(dtype).smallest_normal)
+        terms = terms_of_layers(_as_ours(truth, config), x.double(), torch.finfo(dtype).smallest_normal)
     threshold = 0.0 if config is None else config.threshold
     # A sigmoid, where it is steepest, passes on a quarter of an error.
     terms.of_layers[_LOGITS] = (0.25 if threshold else 1.0) * terms.of_layers.get("head", 0.0)
@@ -215,6 +215,18 @@ def verify(
 
 def _norm_modes(network: nn.Module) -> set[bool]:
     return {module.training for module in network.modules() if isinstance(module, nn.BatchNorm2d)}
+
+
+def _as_ours(reference: nn.Module, config: UNetConfig | None) -> nn.Module:
+    """The reference, or a network of ours with its weights, where it is another that has our names for them."""
+    if isinstance(reference, UNet) or config is None:
+        return reference
+    with torch.device("meta"):
+        network = UNet.from_config(config)
+    if network.state_dict().keys() != reference.state_dict().keys():
+        return reference
+    network.load_state_dict(reference.state_dict(), assign=True)
+    return network.train(reference.training)
 
 
 def _described(model: nn.Module) -> str:
