@@ -169,15 +169,16 @@ def test_upsample(shape, size, mode, precision, make):
 )
 @pytest.mark.parametrize("channels", [(3, 5), (18, 2)], ids=str)
 def test_wgrad_of_two_sources(channels, sizes, precision, make):
-    check_two_sources(*channels, 6, *sizes, precision, make)
+    check_two_sources((*channels, 6), sizes, precision, make)
 
 
 @pytest.mark.parametrize("channels", [(64, 32, 32), (3, 72, 16)], ids=str)
 def test_wgrad_of_sources_that_by_themselves_would_take_other_pixels_a_step(channels, precision, make):
-    check_two_sources(*channels, (5, 9), (5, 9), precision, make)
+    check_two_sources(channels, ((5, 9), (5, 9)), precision, make)
 
 
-def check_two_sources(c1, c2, o, small, size, precision, make):
+def check_two_sources(channels, sizes, precision, make):
+    (c1, c2, o), (small, size) = channels, sizes
     x, skip, g = make(precision, 1, c1, *small), make(precision, 1, c2, *size), make(precision, 1, o, *size)
     weight = make(precision, o, c1 + c2, 3, 3)
 
