@@ -144,6 +144,31 @@ def test_scores_are_those_counted_by_hand(seed: int, folder: Path, classes: int)
     assert scores.loss == pytest.approx(np.mean(losses), rel=1e-5)
 
 
+@pytest.mark.parametrize("classes", [1, 3])
+def test_a_final_sigmoid_changes_neither_loss_nor_dice(seed: int, folder: Path, tmp_path: Path, classes: int) -> None:
+    """Trained and validated as the same network without it; what is saved has it, and finds what was counted."""
+    pairs = train.find(folder, 1, 2)
+    data = train.Data(pairs.train, pairs.val, 1, classes)  # of three classes the last is in no mask
+    points, networks, losses = [], [], []
+    for final in (None, "sigmoid"):
+        model = new_model(dataclasses.replace(CONFIG, out_channels=classes, final_activation=final))
+        out = tmp_path / str(final)
+        on_step: Callable[[int, Tensor], None] = lambda _, loss: losses.append(loss.item())
+        points.append(train.fit(model, data, out, QUICK, on_step=on_step)[-1])
+        networks.append(weights.load(out / "last.safetensors"))
+        assert model.config.final_activation == networks[-1].config.final_activation == final
+    assert losses[:6] == losses[6:]
+    for logits, probabilities in zip(dataclasses.astuple(points[0])[:-1], dataclasses.astuple(points[1]), strict=False):
+        assert probabilities == pytest.approx(logits, abs=1e-6)
+    for network, point in zip(networks, points, strict=True):
+        found = [(predict_mask(network, pair.read(2)[0]), pair.read(2)[1]) for pair in data.val]
+        dice = []
+        for c in range(1, max(2, classes)):
+            either = sum((a == c).sum() + (b == c).sum() for a, b in found)
+            dice += [2 * sum(((a == c) & (b == c)).sum() for a, b in found) / either] if either else []
+        assert point.dice == pytest.approx(np.mean(dice), abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

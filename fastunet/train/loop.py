@@ -21,7 +21,7 @@ from ..reference import UNet
 from . import checkpoint
 from .augment import Windows, indices
 from .data import Data
-from .loss import segmentation_loss
+from .loss import ending_in_logits, segmentation_loss
 from .processes import Processes
 from .settings import DTYPES, DivergedError, Settings, TrainingError
 from .validate import validate
@@ -151,7 +151,8 @@ class _Run:
 
     def advance(self, x: Tensor, target: Tensor) -> Tensor:
         """One step of the optimiser; returns the loss."""
-        with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
+        autocast = torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32)
+        with autocast, ending_in_logits(self.model):
             logits = self.parallel(x)
         loss = segmentation_loss(logits, target, self.settings.dice_weight)
         for group in self.optimiser.param_groups:

@@ -1,10 +1,16 @@
-"""Cross-entropy plus soft Dice."""
+"""Cross-entropy plus soft Dice, of logits."""
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..reference import UNet
 
 
 def segmentation_loss(logits: Tensor, target: Tensor, dice_weight: float = 1.0) -> Tensor:
@@ -30,3 +36,14 @@ def segmentation_loss(logits: Tensor, target: Tensor, dice_weight: float = 1.0) 
     pixels = (2, 3)
     dice = (2 * (p * wanted).sum(pixels) + 1) / (p.sum(pixels) + wanted.sum(pixels) + 1)
     return entropy + dice_weight * (1 - dice).mean()
+
+
+@contextmanager
+def ending_in_logits(model: UNet) -> Iterator[None]:
+    """Within the block ``model`` has no final activation: a loss of probabilities near 0 or 1 would be inexact."""
+    config = model.config
+    model.config = dataclasses.replace(config, final_activation=None)
+    try:
+        yield
+    finally:
+        model.config = config

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..predict import predict_logits
 from ..reference import UNet
 from .data import Data
-from .loss import segmentation_loss
+from .loss import ending_in_logits, segmentation_loss
 from .processes import Processes
 
 
@@ -42,15 +42,16 @@ def validate(model: UNet, data: Data, dice_weight: float, process: Processes) ->
     model.eval()
     for pair in data.val[process.rank :: process.count]:
         image, mask = pair.read(data.classes)
-        logits = predict_logits(model, image)[None].to(process.device)
+        with ending_in_logits(model):
+            logits = predict_logits(model, image)[None].to(process.device)
         target = torch.from_numpy(mask)[None].to(process.device, torch.long)
-        found = classes_of(logits)
+        found = classes_of(model.finish(logits), model.config.threshold)
         pooled.update(found, target)
         by_image.update(found, target)
         loss.update(segmentation_loss(logits, target, dice_weight))
     return Scores(*(float(metric.compute()) for metric in (loss, pooled, by_image)))
 
 
-def classes_of(logits: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, H, W) int64: the largest, or, of a single channel, whether it is above 0."""
-    return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
+def classes_of(outputs: Tensor, threshold: float) -> Tensor:
+    """(N, C, H, W) -> (N, H, W) int64: the largest, or, of a single channel, whether it is above ``threshold``."""
+    return (outputs[:, 0] > threshold).long() if outputs.shape[1] == 1 else outputs.argmax(1)
