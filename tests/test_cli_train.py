@@ -25,6 +25,8 @@ from .test_train import assert_same, files_of
 
 CONFIG = json.dumps({"features": [4, 8]})
 QUICK = ("--config", CONFIG, "--steps", 4, "--batch", 2, "--size", 16, "--every", 2)
+STRIDED = json.dumps({"features": [4, 8], "downsample": "stride"})
+UNPADDED = json.dumps({"features": [4, 8], "match": "center_crop", "padding": "valid"})
 POINT = (
     r"step \d+: loss [\d.]+, validation loss [\d.]+, Dice [\d.]+ \(all pixels\), [\d.]+ \(mean of images\), .* images/s"
 )
@@ -133,6 +135,11 @@ def test_bad_files_are_all_named_before_anything_starts(run, folder: Path, tmp_p
         (("--warmup", "1"), "--warmup: expected a number in [0, 1), got 1.0"),
         (("--weight-decay", "-1"), "--weight-decay: expected a number of at least 0, got -1.0"),
         (("--size", "15"), "--size: expected at least 16 for this network, got 15"),
+        (("--config", STRIDED, "--size", "15"), "--size: expected a multiple of 2 for this network, got 15"),
+        (
+            ("--config", UNPADDED),
+            "--config: expected padding='same', whose output covers the whole window, got 'valid'",
+        ),
         (("--val-fraction", "1"), "--val-fraction: expected a number in (0, 1), got 1.0"),
         (("--workers", "-1"), "--workers: expected a number of at least 0, got -1"),
         (("--config", '{"in_channels": 2}'), "--config: expected 1 or 3 input channels, as images have, got 2"),

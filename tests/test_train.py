@@ -529,6 +529,43 @@ def test_mixed_precision_starts_at_the_loss_of_float32(data: train.Data, tmp_pat
     assert first[0] == pytest.approx(first[1], rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("options", "size", "message"),
+    [
+        ({"norm": "batch"}, 3, "size: expected at least 4 for this network, got 3"),
+        ({"norm": "instance"}, 3, "size: expected at least 4 for this network, got 3"),
+        ({}, 1, "size: expected at least 2 for this network, got 1"),
+        ({"downsample": "stride"}, 15, "size: expected a multiple of 2 for this network, got 15"),
+        ({"match": "center_crop"}, 15, "size: expected a multiple of 2 for this network, got 15"),
+        (
+            {"downsample": "stride", "upsample": "transpose", "strides": ((2, 3),)},
+            16,
+            "size: expected a multiple of 6 for this network, got 16",
+        ),
+        (
+            {"match": "center_crop", "padding": "valid"},
+            16,
+            "config: expected padding='same', whose output covers the whole window, got 'valid'",
+        ),
+    ],
+)
+def test_a_network_that_windows_of_this_size_cannot_train_is_refused(
+    data: train.Data, tmp_path: Path, options: dict[str, Any], size: int, message: str
+) -> None:
+    model = new_model(UNetConfig(features=(4, 8), **options))
+    with pytest.raises(train.TrainingError, match=f"^{re.escape(message)}$"):
+        train.fit(model, data, tmp_path / "out", dataclasses.replace(QUICK, size=size))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [{"downsample": "stride"}, {"match": "center_crop"}])
+def test_sizes_that_need_not_divide_are_those_of_images(
+    data: train.Data, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    model = new_model(UNetConfig(features=(4, 8), **options))  # the images' sides are odd
+    assert len(train.fit(model, data, tmp_path, QUICK)) == 3
+
+
 def test_wrong_data_for_the_model_is_refused(data: train.Data, tmp_path: Path) -> None:
     with pytest.raises(train.TrainingError, match="^data: expected 3 channels and 2 classes"):
         train.fit(UNet(3, 2, (4, 8)), data, tmp_path, QUICK)

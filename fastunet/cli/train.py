@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import weights
+from ..config import UNetConfig
 from ..model import FastUNet
 from ..train import DataError, DivergedError, Point, Processes, Settings, TrainingError, find, fit, processes
 from .shared import (
@@ -116,13 +117,11 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace, process: Processes) -> None:
-    settings, model = _settings(arguments), _model(arguments)
+    model = _model(arguments)
     config = model.config
+    settings = _settings(arguments, config)
     if config.in_channels not in (1, 3):
         raise SetupError(f"--config: expected 1 or 3 input channels, as images have, got {config.in_channels}")
-    least = config.minimum_size * (2 if config.norm else 1)  # a norm needs more than one pixel at the bottleneck
-    if settings.size < least:
-        raise SetupError(f"--size: expected at least {least} for this network, got {settings.size}")
     if not 0 < arguments.val_fraction < 1:
         raise SetupError(f"--val-fraction: expected a number in (0, 1), got {arguments.val_fraction}")
     if arguments.workers < 0:
@@ -172,9 +171,11 @@ def _train(arguments: argparse.Namespace, process: Processes) -> None:
     say(f"best Dice {best.dice:.4f}, at step {best.step}: {arguments.out / 'best.safetensors'}", soft_wrap=True)
 
 
-def _settings(arguments: argparse.Namespace) -> Settings:
+def _settings(arguments: argparse.Namespace, config: UNetConfig) -> Settings:
     try:
-        return Settings(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Settings)})
+        settings = Settings(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Settings)})
+        settings.check(config)
+        return settings
     except ValueError as error:
         name, _, rest = str(error).partition(":")
         raise SetupError(f"{_option(name)}:{rest}") from None

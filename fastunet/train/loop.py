@@ -71,11 +71,13 @@ def fit(
 
     Raises:
         TrainingError: ``out`` cannot be written to, holds a run and ``resume`` is false, or holds
-            another run than this; ``data`` or ``batch`` does not fit the model or the processes.
+            another run than this; ``data``, ``batch`` or ``size`` does not fit the model or the processes, or
+            the model's output is smaller than its input.
         DivergedError: the loss or a weight became NaN or infinite.
     """
     settings, process, out = settings or Settings(), process or Processes(torch.device("cpu")), Path(out)
     config = model.config
+    settings.check(config)
     if (data.channels, data.classes) != (config.in_channels, config.out_channels):
         wanted = f"{config.in_channels} channels and {config.out_channels} classes, as the model"
         raise TrainingError(f"data: expected {wanted}, got {data.channels} and {data.classes}")

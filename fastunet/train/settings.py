@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..config import UNetConfig
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -68,6 +70,18 @@ class Settings:
             raise ValueError(f"dtype: expected one of {', '.join(map(repr, DTYPES))}, got {self.dtype!r}")
         if type(self.seed) is not int or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: expected an integer in [0, 2**63), got {self.seed!r}")
+
+    def check(self, config: UNetConfig) -> None:
+        """Raise TrainingError unless a network of ``config`` can be trained on windows of ``size``."""
+        if config.padding == "valid":
+            raise TrainingError("config: expected padding='same', whose output covers the whole window, got 'valid'")
+        least = config.minimum_size * (2 if config.norm else 1)  # a norm needs more than one pixel at the bottleneck
+        if self.size < least:
+            raise TrainingError(f"size: expected at least {least} for this network, got {self.size}")
+        # Strides take no other size, and skips that are cut make the output of any other smaller than the window.
+        step = 1 if config.keeps_size else math.lcm(*config.reductions)
+        if self.size % step:
+            raise TrainingError(f"size: expected a multiple of {step} for this network, got {self.size}")
 
     def rate(self, step: int) -> float:
         """Learning rate of ``step``, counted from 0, as a share of ``lr``."""
