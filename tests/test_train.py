@@ -208,6 +208,19 @@ def test_masks_are_read_as_stored(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_mask(tmp_path / "bits.png", 3), wanted > 0)
 
 
+@pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a.png"])  # told by its content, as images are
+def test_a_mask_in_a_jpeg_is_refused(folder: Path, name: str) -> None:
+    labels = folder / "train" / "labels"
+    label = np.asarray(Image.open(labels / "a.png"))
+    (labels / "a.png").unlink()
+    Image.fromarray((label > 0).astype(np.uint8) * 255).save(labels / name, format="JPEG")
+    with pytest.raises(train.DataError) as caught:
+        train.find(folder, 1, 2)
+    assert caught.value.problems == [
+        f"{labels / name}: a JPEG, whose compression changes classes; expected a mask in a PNG or TIFF"
+    ]
+
+
 def test_plain_pairs_are_split_the_same_way_every_time(rng: np.random.Generator, tmp_path: Path) -> None:
     write_pairs(tmp_path, rng, 10, masks="masks")
     (tmp_path / "masks" / "a.png").rename(tmp_path / "masks" / "a_mask.png")  # as fastunet segment names them

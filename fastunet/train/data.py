@@ -64,7 +64,7 @@ def find(folder: str | os.PathLike[str], channels: int, classes: int, val_fracti
     Two layouts: ``train/`` and ``val/`` with ``images/`` and ``labels/`` (or ``masks/``) in each; or
     ``images/`` and ``masks/`` (or ``labels/``) alone, of which ``val_fraction`` validates: the images
     whose names have the smallest hashes, so that the choice is the same everywhere and all but stays
-    when images are added. The mask of ``cell.jpg`` is ``cell.png`` or ``cell_mask.png``, or another format.
+    when images are added. The mask of ``cell.jpg`` is ``cell.png`` or ``cell_mask.png``, or a TIFF.
 
     Args:
         channels: of the network's input, 1 (colour becomes luma) or 3 (grey is repeated).
@@ -73,7 +73,7 @@ def find(folder: str | os.PathLike[str], channels: int, classes: int, val_fracti
 
     Raises:
         DataError: anything wrong with any file, all in one go: an image that cannot be read or holds
-            NaN, a mask of another size, an image without mask, a mask without image, an empty set.
+            NaN, a mask of another size or in a JPEG, an image without mask, a mask without image, an empty set.
     """
     folder, problems = Path(folder), []
     split = [folder / "train", folder / "val"]
@@ -95,15 +95,21 @@ def read_mask(path: Path, classes: int) -> np.ndarray:
     """(H, W) uint8 class of each pixel; for up to two classes, 1 wherever the file is above 0.
 
     Raises:
-        ImageError: not an image, in colour, or a class that the network does not have.
+        ImageError: not an image, a JPEG, in colour, or a class that the network does not have.
     """
     if not path.is_file():
         raise ImageError(f"{path}: no such file")
     try:
         # As stored: a palette's indices are the classes, and nothing is scaled.
-        mask = tifffile.imread(path) if path.suffix.lower() in (".tif", ".tiff") else np.asarray(Image.open(path))
+        if path.suffix.lower() in (".tif", ".tiff"):
+            mask, lossy = tifffile.imread(path), False
+        else:
+            with Image.open(path) as file:
+                mask, lossy = np.asarray(file), file.format in ("JPEG", "MPO")
     except Exception as error:  # decoders raise many types on corrupt files
         raise ImageError(f"{path}: cannot be read ({str(error).partition(chr(10))[0] or repr(error)})") from None
+    if lossy:
+        raise ImageError(f"{path}: a JPEG, whose compression changes classes; expected a mask in a PNG or TIFF")
     if mask.ndim == 3 and mask.shape[2] in (3, 4) and (mask[..., 1:3] == mask[..., :1]).all():
         mask = mask[..., 0]  # grey, stored as colour
     if mask.ndim != 2 or mask.size == 0:
