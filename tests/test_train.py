@@ -487,6 +487,14 @@ def test_a_run_is_not_overwritten_nor_continued_as_another(folder: Path, data: t
         train.fit(new_model(), data, out, dataclasses.replace(QUICK, lr=1e-3), resume=True)
     with pytest.raises(train.TrainingError, match="^config: the run in"):
         train.fit(new_model(UNetConfig(features=(4, 9), norm="batch")), data, out, QUICK, resume=True)
+    mask = folder / "train" / "labels" / "c.png"
+    as_it_was, corrected = mask.read_bytes(), np.asarray(Image.open(mask)).copy()
+    corrected[0, 0] = 0 if corrected[0, 0] else 1
+    Image.fromarray(corrected).save(mask)
+    with pytest.raises(train.TrainingError, match="^data: the run in .* has other images or masks"):
+        train.fit(new_model(), train.find(folder, 1, 2), out, QUICK, resume=True)
+    mask.write_bytes(as_it_was)
+    assert train.find(folder, 1, 2).fingerprint() == data.fingerprint()
     (folder / "val" / "images" / "b.png").unlink()
     (folder / "val" / "labels" / "b.png").unlink()
     with pytest.raises(train.TrainingError, match="^data: the run in"):

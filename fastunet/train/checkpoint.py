@@ -49,7 +49,7 @@ def open_run(out: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any
     if found["config"] != identity["config"]:
         raise TrainingError(f"config: the run in {out} has {found['config']}, got {identity['config']}")
     if found["data"] != identity["data"]:
-        raise TrainingError(f"data: the run in {out} has other images, or other channels or sizes of them")
+        raise TrainingError(f"data: the run in {out} has other images or masks, or other channels or sizes of them")
     return state
 
 

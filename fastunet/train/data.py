@@ -36,6 +36,7 @@ class Pair:
     mask_path: Path
     shape: tuple[int, int]  # (H, W)
     limits: tuple[float, float]  # grey levels that become 0 and 1
+    mask_hash: str  # of the mask's classes
     kept: tuple[np.ndarray, np.ndarray] | None = None
 
     def read(self, classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -53,8 +54,9 @@ class Data:
     classes: int
 
     def fingerprint(self) -> str:
-        """Names, sizes and exposure of all images as a short hash: the same for the same data, wherever it lies."""
-        parts = [[(p.image_path.name, p.shape, p.limits) for p in pairs] for pairs in (self.train, self.val)]
+        """Names, sizes and exposure of all images, and their masks, as a short hash: the same wherever they lie."""
+        sets = self.train, self.val
+        parts = [[(p.image_path.name, p.shape, p.limits, p.mask_hash) for p in pairs] for pairs in sets]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -137,7 +139,8 @@ def _checked(folder: Path, channels: int, classes: int, problems: list[str]) -> 
                 return f"{paths[0]}: {str(error).removeprefix('image: ')}"
         except ImageError as error:
             return str(error)
-        return Pair(*paths, mask.shape, between, (image, mask))
+        mask_hash = hashlib.sha256(mask.tobytes()).hexdigest()[:16]
+        return Pair(*paths, mask.shape, between, mask_hash, (image, mask))
 
     pairs, size = [], 0
     with ThreadPoolExecutor() as pool:
