@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import math
 import os
 import re
@@ -23,7 +24,7 @@ from fastunet.files import atomic_write
 from fastunet.images import normalise, read_image
 from fastunet.predict import predict_mask
 from fastunet.reference import UNet
-from fastunet.train import Settings, curves, segmentation_loss
+from fastunet.train import Settings, checkpoint, curves, segmentation_loss
 from fastunet.train.augment import Windows, indices, window
 from fastunet.train.data import read_mask
 from fastunet.train.validate import validate
@@ -474,6 +475,55 @@ def test_a_kill_between_any_two_files_of_a_checkpoint_costs_nothing(
     train.fit(new_model(), data, tmp_path / "parts", QUICK, resume=True)
     assert_same(files_of(tmp_path / "parts"), files_of(tmp_path / "whole"))
     assert len(list((tmp_path / "parts").iterdir())) == 5
+
+
+def no_space(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("name", ["best.safetensors", "last.safetensors", "curve.csv", "curve.png", "last.pt"])
+def test_a_file_that_cannot_be_written_is_named_and_was_not_touched(
+    data: train.Data, tmp_path: Path, monkeypatch, name: str
+) -> None:
+    train.fit(new_model(), data, tmp_path / "whole", QUICK)
+    replace, calls = os.replace, []
+
+    def full(source: Path, target: Path) -> None:
+        calls.append(target.name)
+        if calls.count(name) == (1 if name == "best.safetensors" else 2):  # the second may not be better
+            no_space()
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    out = tmp_path / "out"
+    with pytest.raises(train.TrainingError, match=f"^{out / name}: cannot be written \\(No space left on device\\)$"):
+        train.fit(new_model(), data, out, QUICK)
+    assert not list(out.glob(".*"))
+    monkeypatch.setattr(os, "replace", replace)
+    train.fit(new_model(), data, out, QUICK, resume=True)
+    assert_same(files_of(out), files_of(tmp_path / "whole"))
+
+
+def test_a_full_disk_is_said_to_be_one(data: train.Data, tmp_path: Path, monkeypatch) -> None:
+    """However late: torch's archive has an error of its own for a write that fails within it."""
+    resource = pytest.importorskip("resource")  # not on Windows
+    small = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(checkpoint.weights, "save", lambda model, path: None)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, small[1]))
+    try:
+        with pytest.raises(train.TrainingError, match=r"last.pt: cannot be written \(File too large\)$"):
+            train.fit(new_model(), data, tmp_path, QUICK)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, small)
+    assert not list(tmp_path.glob("*.pt")) and not list(tmp_path.glob(".*"))
+
+
+def test_a_folder_that_is_read_only_is_found_before_the_first_step(
+    data: train.Data, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("tempfile.TemporaryFile", no_space)  # the permissions of a folder do not stop root
+    with pytest.raises(train.TrainingError, match=f"^{tmp_path}: cannot be written to"):
+        train.fit(new_model(), data, tmp_path, QUICK, on_step=lambda *_: pytest.fail("began"))
 
 
 def test_a_run_is_not_overwritten_nor_continued_as_another(folder: Path, data: train.Data, tmp_path: Path) -> None:

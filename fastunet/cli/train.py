@@ -46,7 +46,7 @@ DIR gets best.safetensors and last.safetensors (for the other commands' --weight
 --resume), curve.csv and curve.png. Each is whole at any moment; a kill loses the steps since the last
 checkpoint. With torchrun --nproc-per-node N -m fastunet train ..., N processes share each batch.
 
-Exit code: 0 all fine, 1 the loss became NaN or infinite, 2 nothing could be started.""",
+Exit code: 0 all fine, 1 the loss became NaN or infinite, 2 nothing could be started or a file not be written.""",
         **examples(
             "fastunet train dsb2018 --out run",
             "fastunet train plates --out run --steps 10000 --batch 16 --size 256 --device cuda --dtype bf16",

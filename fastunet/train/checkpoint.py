@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +24,7 @@ STATE = "last.pt"
 
 
 def open_run(out: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any] | None:
-    """Make the folder ``out`` if it is not there; the state of the run in it, if there is one.
+    """Make sure that ``out`` exists and can be written to; the state of the run in it, if there is one.
 
     Raises:
         TrainingError: see :func:`fastunet.train.fit`.
@@ -31,6 +34,7 @@ def open_run(out: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any
         out.mkdir(parents=True, exist_ok=True)
         for left in out.glob(".????????????????.tmp"):  # of a process that was killed while it wrote
             left.unlink(missing_ok=True)
+        tempfile.TemporaryFile(dir=out).close()  # permission bits do not tell of a read-only disk
     except OSError as error:
         raise TrainingError(f"{out}: cannot be written to ({error.strerror})") from None
     if not path.exists():
@@ -54,11 +58,30 @@ def open_run(out: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any
 
 
 def write(out: Path, model: UNet, state: dict[str, Any], points: Sequence[Point]) -> None:
-    """Write all files of a run. A kill between two of them leaves a state from which all are written again."""
+    """Write all files of a run. A kill between two of them leaves a state from which all are written again.
+
+    Raises:
+        TrainingError: a file cannot be written, as on a full disk; what it held before is there still.
+    """
     if points[-1].dice > max((point.dice for point in points[:-1]), default=-1.0):
-        weights.save(model, out / "best.safetensors")
-    weights.save(model, out / "last.safetensors")
-    curves.write_csv(out / "curve.csv", points)
-    curves.write_png(out / "curve.png", points)
-    with atomic_write(out / STATE) as temporary:
-        torch.save(state, temporary)
+        with _named(out / "best.safetensors") as path:
+            weights.save(model, path)
+    with _named(out / "last.safetensors") as path:
+        weights.save(model, path)
+    with _named(out / "curve.csv") as path:
+        curves.write_csv(path, points)
+    with _named(out / "curve.png") as path:
+        curves.write_png(path, points)
+    archive = io.BytesIO()
+    torch.save(state, archive)  # not into the file, where it would turn a full disk into an error of the archive
+    with _named(out / STATE) as path, atomic_write(path) as temporary:
+        temporary.write_bytes(archive.getbuffer())
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[Path]:
+    """Yield ``path``; an OSError in the block becomes a TrainingError that names it, not a temporary file."""
+    try:
+        yield path
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be written ({error.strerror or error})") from None

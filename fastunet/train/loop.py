@@ -70,9 +70,9 @@ def fit(
         on_point: called after each checkpoint.
 
     Raises:
-        TrainingError: ``out`` cannot be written to, holds a run and ``resume`` is false, or holds
-            another run than this; ``data``, ``batch`` or ``size`` does not fit the model or the processes, or
-            the model's output is smaller than its input.
+        TrainingError: ``out`` or a file in it cannot be written to; ``out`` holds a run and ``resume`` is
+            false, or holds another run than this; ``data``, ``batch`` or ``size`` does not fit the model
+            or the processes; the model's output is smaller than its input.
         DivergedError: the loss or a weight became NaN or infinite.
     """
     settings, process, out = settings or Settings(), process or Processes(torch.device("cpu")), Path(out)

@@ -13,7 +13,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class TrainingError(ValueError):
-    """A run that cannot start; the message is one line."""
+    """A run that cannot start, or whose files cannot be written; the message is one line."""
 
 
 class DivergedError(TrainingError):
