@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from fastunet import UNetConfig, train
+from fastunet import UNetConfig, train, weights
 from fastunet.files import atomic_write
 from fastunet.images import overlay, scale
 from fastunet.predict import predict_mask
@@ -94,6 +94,17 @@ def mean_boundary_f1(model: UNet, pairs: Sequence[train.Pair]) -> float:
     return float(np.nanmean(values))
 
 
+def trained(skip: str, data: train.Data, steps: int, seed: int) -> tuple[UNet, train.Point]:
+    """A network with the averaged weights, which are those that its point of the curve tells of; in eval mode."""
+    torch.manual_seed(seed)
+    model = SkipUNet(skip)
+    settings = train.Settings(steps, size=64, lr=5e-3, ema=0.9, every=steps, seed=seed)
+    with tempfile.TemporaryDirectory() as out:
+        (last,) = train.fit(model, data, out, settings)
+        model.load_state_dict(weights.read(Path(out) / "last.safetensors")[1])
+    return model.eval(), last
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
@@ -109,12 +120,8 @@ def main() -> None:
     for skip in SKIPS:
         found: list[tuple[float, ...]] = []
         for seed in range(arguments.seeds):
-            torch.manual_seed(seed)
-            model = SkipUNet(skip)
-            settings = train.Settings(arguments.steps, size=64, lr=5e-3, ema=0.9, every=arguments.steps, seed=seed)
-            with tempfile.TemporaryDirectory() as out:
-                last = train.fit(model, data, out, settings)[-1]
-            found.append((last.dice, last.mean_dice, mean_boundary_f1(model.eval(), data.val)))
+            model, last = trained(skip, data, arguments.steps, seed)
+            found.append((last.dice, last.mean_dice, mean_boundary_f1(model, data.val)))
             models.setdefault(skip, model)
         parameters = sum(p.numel() for p in models[skip].parameters())
         cells = (f"{statistics.mean(v):.3f} ({min(v):.3f} to {max(v):.3f})" for v in zip(*found, strict=True))

@@ -6,11 +6,16 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from fastunet import train
 from fastunet.reference import UNet
+from fastunet.train.validate import validate
+
+from .blobs import write_split
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +83,13 @@ def test_only_with_skips_the_encoder_reaches_the_decoder_directly(
     before = model(x)
     model.downs[0].register_forward_hook(lambda module, inputs, output: (output[0], output[1] + 1))
     assert torch.equal(model(x), before) is not read
+
+
+@pytest.mark.parametrize("skip", ["concat", "none"])
+def test_the_network_that_is_scored_is_the_one_of_the_curve(
+    seed: int, example: ModuleType, tmp_path: Path, skip: str
+) -> None:
+    data = train.find(write_split(tmp_path, np.random.default_rng(seed)), 1, 2)
+    model, last = example.trained(skip, data, steps=3, seed=1)
+    scores = validate(model, data, 1.0, train.Processes(torch.device("cpu")))
+    assert scores.loss == pytest.approx(last.val_loss, rel=1e-6)  # of the latest weights it is another
