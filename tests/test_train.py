@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastunet import FastUNet, UNetConfig, train, weights
+from fastunet import FastUNet, UNetConfig, dispatch, train, weights
 from fastunet.files import atomic_write
 from fastunet.images import normalise, read_image
 from fastunet.predict import predict_mask
@@ -32,6 +32,7 @@ from fastunet.train.validate import validate
 from .blobs import write_pairs, write_split
 
 CONFIG = UNetConfig(features=(4, 8), norm="batch")
+KERNELS = UNetConfig(features=(2, 3), align_corners=False)
 draw = curves.write_png
 QUICK = Settings(steps=6, batch=2, size=16, every=2, ema=0.5)
 
@@ -362,6 +363,24 @@ def test_it_learns(data: train.Data, tmp_path: Path) -> None:
     saved = weights.load(tmp_path / "out" / "best.safetensors")
     best = max(points, key=lambda point: point.dice)
     assert validate(saved, data, 1.0, train.Processes(torch.device("cpu")))[1] == pytest.approx(best.dice, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_kernels_train_as_plain_pytorch_does(data: train.Data, tmp_path: Path, device: str, dtype: str) -> None:
+    settings, losses = dataclasses.replace(QUICK, batch=1, size=8, every=4, lr=1e-2, dtype=dtype), {}
+    process = train.Processes(torch.device(device))
+    for implementation, kind in {"triton": FastUNet, "torch": UNet}.items():
+        seen = losses[implementation] = []
+
+        def keep(step: int, loss: Tensor, seen: list[float] = seen) -> None:
+            seen.append(loss.item())
+            stop_at(3)(step, loss)  # before validation, whose images take the interpreter minutes
+
+        with dispatch.forced(implementation), pytest.raises(Stop):
+            model = new_model(KERNELS, kind)
+            train.fit(model, data, tmp_path / implementation, settings, process=process, on_step=keep)
+    assert losses["triton"] == pytest.approx(losses["torch"], rel=1e-4 if dtype == "fp32" else 3e-2)
+    assert len(set(losses["torch"])) == 3
 
 
 def test_a_step_is_adamw_on_the_mean_loss_and_the_average_decays(data: train.Data, tmp_path: Path) -> None:

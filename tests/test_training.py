@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from fastunet import FastUNet, dispatch
@@ -21,8 +22,8 @@ from .test_model import KINDS, assert_close, pair
 
 @pytest.fixture(autouse=True)
 def through_the_operators() -> Iterator[None]:
-    """A CPU trains with the reference itself, unless the operators are asked for."""
-    with contextlib.nullcontext() if torch.cuda.is_available() else dispatch.forced("torch"):
+    """A CPU, where these networks are, trains with the reference itself, unless the operators are asked for."""
+    with dispatch.forced("torch"):
         yield
 
 
@@ -119,7 +120,7 @@ def steps(model: nn.Module, x: Tensor, scaler: torch.amp.GradScaler, broken: flo
     seen = []
     for step in range(3):
         optimizer.zero_grad()
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(x.device.type, dtype):
             loss = model(x).mul(broken).mean() if step == 1 else loss_of(model, x)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -140,6 +141,20 @@ def test_grad_scaler_skips_the_steps_that_eager_skips(dtype, broken, seed):
         torch.testing.assert_close(ours[i][1], theirs[i][1], rtol=1e-2, atol=1e-3)
     skipped = torch.equal(ours[0][1], ours[1][1])
     assert skipped == (broken != 1.0) == torch.equal(theirs[0][1], theirs[1][1])
+    assert not torch.equal(ours[1][1], ours[2][1])
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf], ids=["nan", "inf"])
+def test_grad_scaler_skips_them_through_the_kernels(broken, seed, device):
+    x = torch.randn(2, 1, 6, 4, device=device)
+    reference, fast = (model.to(device) for model in small_pair())
+    theirs = steps(reference, x, torch.amp.GradScaler(device, init_scale=256.0), broken, torch.float16)
+    with dispatch.forced("triton"):
+        ours = steps(fast, x, torch.amp.GradScaler(device, init_scale=256.0), broken, torch.float16)
+    assert [scale for scale, _ in ours] == [scale for scale, _ in theirs] == [256.0, 128.0, 128.0]
+    for i in range(3):
+        torch.testing.assert_close(ours[i][1], theirs[i][1], rtol=1e-2, atol=1e-3)
+    assert torch.equal(ours[0][1], ours[1][1])
     assert not torch.equal(ours[1][1], ours[2][1])
 
 
@@ -269,9 +284,24 @@ def _join(rank: int, work: Callable[[int, str], None], folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
-        work(rank, folder)
+        with dispatch.forced("torch"), Operators() as seen:
+            work(rank, folder)
+        assert seen.names >= {"conv2d_relu", "conv2d_relu_pool", "upsample_concat_conv2d_relu"}, seen.names
     finally:
         dist.destroy_process_group()
+
+
+class Operators(TorchFunctionMode):
+    """Which of fastunet's operators are called within the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "namespace", None) == "fastunet":
+            self.names.add(func.name().removeprefix("fastunet::"))
+        return func(*args, **(kwargs or {}))
 
 
 def _net() -> FastUNet:
