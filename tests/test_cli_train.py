@@ -27,6 +27,8 @@ CONFIG = json.dumps({"features": [4, 8]})
 QUICK = ("--config", CONFIG, "--steps", 4, "--batch", 2, "--size", 16, "--every", 2)
 STRIDED = json.dumps({"features": [4, 8], "downsample": "stride"})
 UNPADDED = json.dumps({"features": [4, 8], "match": "center_crop", "padding": "valid"})
+TRAIN = "-m", "fastunet", "train"
+TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
 POINT = (
     r"step \d+: loss [\d.]+, validation loss [\d.]+, Dice [\d.]+ \(all pixels\), [\d.]+ \(mean of images\), .* images/s"
 )
@@ -42,14 +44,10 @@ def folder(rng: np.random.Generator, tmp_path: Path) -> Path:
     return write_split(tmp_path / "data", rng)
 
 
-def command(*arguments: object) -> list[str]:
-    return ["-m", "fastunet", "train", *map(str, arguments)]
-
-
-def start(*arguments: object, before: Sequence[str] = ()) -> subprocess.Popen[str]:
+def start(*arguments: object, program: Sequence[str] = TRAIN) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(Path(fastunet.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, *before, *command(*arguments)],
+        [sys.executable, *program, *map(str, arguments)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -217,8 +215,7 @@ def test_sigkill_at_any_moment_breaks_no_file_and_loses_no_checkpoint(folder: Pa
 def test_two_processes_train_as_one_with_the_whole_batch(run, folder: Path, tmp_path: Path) -> None:
     """Without a norm, whose statistics are each process's own: sums in another order are all that differs."""
     options = (folder, *QUICK, "--batch", 4, "--lr", 1e-4)
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    child = start(*options, "--out", tmp_path / "two", before=torchrun)
+    child = start(*options, "--out", tmp_path / "two", program=(*TORCHRUN, *TRAIN))
     out, err = child.communicate(timeout=600)
     assert child.returncode == 0, err
     assert run("train", *options, "--out", tmp_path / "one").code == 0
@@ -246,9 +243,25 @@ def _initial() -> fastunet.FastUNet:
 @pytest.mark.slow
 def test_two_processes_say_bad_data_once(folder: Path, tmp_path: Path) -> None:
     (folder / "train" / "labels" / "b.png").unlink()
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    child = start(folder, *QUICK, "--out", tmp_path / "two", before=torchrun)
+    child = start(folder, *QUICK, "--out", tmp_path / "two", program=(*TORCHRUN, *TRAIN))
     _, err = child.communicate(timeout=600)
     assert child.returncode != 0
     assert err.count("fastunet: ") == 1
     assert not (tmp_path / "two").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_only_one_of_two_processes_lacks_is_said(folder: Path, tmp_path: Path, rank: int) -> None:
+    """As on two machines, of which one has no data."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os, sys\n"
+        "from fastunet.cli import main\n"
+        f"data = 'nowhere' if os.environ['RANK'] == '{rank}' else sys.argv[1]\n"
+        "sys.exit(main(['train', data, *sys.argv[2:]]))\n"
+    )
+    child = start(folder, *QUICK, "--out", tmp_path / "two", program=(*TORCHRUN, str(script)))
+    _, err = child.communicate(timeout=600)
+    assert child.returncode != 0
+    assert err.count("fastunet: nowhere/images: no such folder") == 1

@@ -9,6 +9,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import tifffile
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from fastunet import FastUNet, UNetConfig, dispatch, train, weights
 from fastunet.files import atomic_write
@@ -654,6 +656,23 @@ def test_sizes_that_need_not_divide_are_those_of_images(
 ) -> None:
     model = new_model(UNetConfig(features=(4, 8), **options))  # the images' sides are odd
     assert len(train.fit(model, data, tmp_path, QUICK)) == 3
+
+
+def test_of_several_processes_one_says_what_several_have_to_say(monkeypatch) -> None:
+    monkeypatch.setattr(train.Processes, "PATIENCE", timedelta(seconds=0.1))
+    store, said = HashStore(), list[str]()
+    several = [train.Processes(torch.device("cpu"), rank, 3, store) for rank in range(3)]
+    for rank, text in ((2, "no file"), (0, "no file"), (1, "no folder"), (1, "no file")):
+        several[rank].once(text, lambda rank=rank, text=text: said.append(f"{rank}: {text}"))
+    assert said == ["2: no file", "1: no folder"]
+
+    def dies() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        several[0].once("unsaid", dies)
+    several[1].once("unsaid", lambda: said.append("after all"))
+    assert said[2:] == ["after all"]
 
 
 def test_wrong_data_for_the_model_is_refused(data: train.Data, tmp_path: Path) -> None:

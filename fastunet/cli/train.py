@@ -101,7 +101,10 @@ Exit code: 0 all fine, 1 the loss became NaN or infinite, 2 nothing could be sta
 
 
 def train(arguments: argparse.Namespace) -> int:
-    """Check the data, train, say where the best weights are; of several processes the first talks."""
+    """Check the data, train, say where the best weights are; of several processes the first talks.
+
+    An error is said by one of those that have it.
+    """
     for package in ("matplotlib", "torchmetrics"):
         if importlib.util.find_spec(package) is None:
             raise SetupError(f"train: needs {package} (pip install 'fastunet[train]')")
@@ -109,9 +112,8 @@ def train(arguments: argparse.Namespace) -> int:
         try:
             _train(arguments, process)
         except (SetupError, weights.WeightsError, DataError, TrainingError) as error:
-            if process.first:
-                for line in str(error).splitlines():
-                    new_console(stderr=True).print(f"fastunet: {line}", soft_wrap=True)
+            lines = [f"fastunet: {line}" for line in str(error).splitlines()]
+            process.once(str(error), lambda: new_console(stderr=True).print(*lines, sep="\n", soft_wrap=True))
             return 1 if isinstance(error, DivergedError) else 2
     return 0
 
