@@ -378,8 +378,8 @@ def test_the_kernels_train_as_plain_pytorch_does(data: train.Data, tmp_path: Pat
             seen.append(loss.item())
             stop_at(3)(step, loss)  # before validation, whose images take the interpreter minutes
 
+        model = new_model(KERNELS, kind)
         with dispatch.forced(implementation), pytest.raises(Stop):
-            model = new_model(KERNELS, kind)
             train.fit(model, data, tmp_path / implementation, settings, process=process, on_step=keep)
     assert losses["triton"] == pytest.approx(losses["torch"], rel=1e-4 if dtype == "fp32" else 3e-2)
     assert len(set(losses["torch"])) == 3
