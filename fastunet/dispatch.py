@@ -92,10 +92,7 @@ def choose(device: torch.device, dtype: torch.dtype, step: str = "forward") -> C
         # The interpreter is for checking kernels; it is thousands of times slower than torch.
         why = "the device is a CPU" if device.type == "cpu" else "TRITON_INTERPRET is set"
         return Choice("torch", f"{why} (interpreted kernels only when asked for)")
-    if step != "forward":
-        # Where cuDNN's is faster, its name belongs here; no GPU has been asked yet.
-        return Choice("triton", "deterministic kernel; cuDNN's has not been timed against it")
-    return Choice("triton", "fused kernel")
+    return Choice("triton", "fused kernel" if step == "forward" else "deterministic kernel")
 
 
 def why_not_hopper(device: torch.device) -> str | None:
@@ -106,16 +103,18 @@ def why_not_hopper(device: torch.device) -> str | None:
     return None if capability == HOPPER else f"compute capability {capability[0]}.{capability[1]} is not 9.0"
 
 
-def choose_layer(device: torch.device, dtype: torch.dtype, key: str, obstacle: Callable[[], str | None]) -> Choice:
-    """Pick the implementation of one layer.
+def choose_layer(
+    device: torch.device, dtype: torch.dtype, key: str, obstacle: Callable[[], str | None], step: str = "forward"
+) -> Choice:
+    """Pick the implementation of a step of one layer.
 
     Args:
         key: of :func:`measured.layer_key`.
-        obstacle: why the Hopper kernels cannot serve the layer where they can run; None if they can.
+        obstacle: why the Hopper kernels cannot serve the layer's forward pass where they can run; None if they can.
     """
-    choice = choose(device, dtype)
-    forced = _forced.get().get("forward")
-    if forced == "hopper":
+    choice = choose(device, dtype, step)
+    forced = _forced.get().get(step)
+    if forced == "hopper" and step == "forward":
         why = why_not_hopper(device)
         if why is not None:
             raise RuntimeError(f"the Hopper kernels were asked for, but {why}")

@@ -39,16 +39,25 @@ class Entry:
     config: dict[str, Any] | None = None
 
 
-def layer_key(op: str, maps: Sequence[Sequence[int]], weight: Sequence[int], dtype: torch.dtype, mode: str) -> str:
+def layer_key(
+    op: str,
+    maps: Sequence[Sequence[int]],
+    weight: Sequence[int],
+    dtype: torch.dtype,
+    mode: str,
+    step: str = "forward",
+) -> str:
     """``conv2d_relu_pool 1x64x256x256 by 64x64x3x3 bfloat16``: a layer, as tables name it.
 
     Args:
         op: of :mod:`fastunet.ops`. maps: shape of each source. weight: its shape.
         mode: how the first source is upsampled; ``"none"`` if it is not.
+        step: of :data:`fastunet.dispatch.STEPS`.
     """
     sources = " + ".join("x".join(map(str, shape)) for shape in maps)
     upsampled = "" if mode == "none" else f" {mode}"
-    return f"{op}{upsampled} {sources} by {'x'.join(map(str, weight))} {str(dtype).removeprefix('torch.')}"
+    key = f"{op}{upsampled} {sources} by {'x'.join(map(str, weight))} {str(dtype).removeprefix('torch.')}"
+    return key if step == "forward" else f"{step} of {key}"
 
 
 def versions(device: torch.device) -> dict[str, str]:

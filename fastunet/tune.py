@@ -5,8 +5,10 @@ Opt-in, and ahead of time: a forward pass only ever looks up what was measured (
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,10 +23,11 @@ from .files import atomic_write
 from .measured import Entry
 from .model import FastUNet
 from .ops import tf32
+from .ops.common import repeatable_cudnn
 from .parity.rule import compare
 
 if TYPE_CHECKING or dispatch.has_triton():
-    from .parity.launches import Launch, launches
+    from .parity.launches import Launch, gradients, launches
 
 Timer = Callable[[Callable[[], Any]], float]
 
@@ -37,7 +40,7 @@ def tune(
     The next process, and this one from now on, takes the fastest. Minutes: each launch configuration is compiled.
 
     Args:
-        model: on a CUDA device.
+        model: on a CUDA device; in train mode its backward pass is timed too.
         input_size: (N, C, H, W) of the inputs to come.
         dtype: of the inputs; the model's own by default.
 
@@ -55,7 +58,7 @@ def tune(
     if device.type != "cuda" or obstacle is not None:
         raise RuntimeError(f"model: there is nothing to tune: {obstacle or 'the device is no GPU'}")
     n, _, h, w = input_size
-    entries = dict(measure(model.config, (n, h, w), dtype, device))
+    entries = dict(measure(model.config, (n, h, w), dtype, device, training=model.training))
     save(measured.cache_path(device), device, entries)
     return entries
 
@@ -67,13 +70,15 @@ def measure(
     device: torch.device,
     timer: Timer | None = None,
     deadline: float = float("inf"),
+    training: bool = False,
 ) -> Iterator[tuple[str, Entry]]:
-    """Each layer's key and what was fastest for it, one at a time.
+    """The key of each layer's steps and what was fastest for it, one at a time.
 
     Args:
         size: (batch, height, width).
         timer: microseconds of a call; by default the median of repeated ones, L2 flushed before each.
-        deadline: of :func:`time.monotonic`; after it no other layer is begun.
+        deadline: of :func:`time.monotonic`; after it no other step is begun.
+        training: the steps of a training step, backward as well, instead of an inference's.
     """
 
     def make(*shape: int, fan_in: int = 1) -> torch.Tensor:
@@ -82,15 +87,33 @@ def measure(
         return torch.randn(shape, device=device, dtype=dtype).div_(fan_in**0.5).to(memory_format=layout)
 
     seen: set[str] = set()
-    for launch in launches(config, size, make, tf32=tf32()):
+    for launch in launches(config, size, make, tf32=tf32(), training=training):
         shapes = [t.shape for t in launch.tensors]
-        key = measured.layer_key(launch.layer.op, shapes[:-2], shapes[-2], dtype, launch.layer.mode)
-        if key not in seen and time.monotonic() < deadline:
-            seen.add(key)
-            yield key, _fastest(launch, device, timer or _median)
+        steps = {"forward": [launch]}
+        for gradient in gradients(launch, make, tf32=tf32()) if training else ():
+            if gradient.step:
+                steps.setdefault(gradient.step, []).append(gradient)  # of two sources, one each
+        for step, parts in steps.items():
+            key = measured.layer_key(launch.layer.op, shapes[:-2], shapes[-2], dtype, launch.layer.mode, step)
+            if key not in seen and time.monotonic() < deadline:
+                seen.add(key)
+                yield key, _fastest(parts, device, timer or _median)
 
 
-def _fastest(launch: Launch, device: torch.device, timer: Timer) -> Entry:
+def _fastest(parts: list[Launch], device: torch.device, timer: Timer) -> Entry:
+    """Of a step that takes these launches, one after another."""
+    times = [_times(part, device, timer) for part in parts]
+    total = {name: sum(t[name][0] for t in times) for name in times[0] if all(name in t for t in times)}
+    if not total:
+        raise RuntimeError(f"{parts[0].name}: no implementation can run")
+    name = min(total, key=lambda name: total[name])
+    config = times[0][name][1]  # of a forward pass; the others choose for themselves
+    microseconds = {name: round(taken, 2) for name, taken in total.items()}
+    return Entry(name, microseconds, None if config is None else dataclasses.asdict(config))
+
+
+def _times(launch: Launch, device: torch.device, timer: Timer) -> dict[str, tuple[float, Any]]:
+    """Microseconds and launch configuration of each implementation that is right, and gradients the same twice."""
     hopper = launch.hopper if dispatch.why_not_hopper(device) is None else ()
     candidates: list[tuple[str, Any, Callable[[], Any]]] = [
         ("triton", None, launch.run),
@@ -102,20 +125,20 @@ def _fastest(launch: Launch, device: torch.device, timer: Timer) -> Entry:
     times: dict[str, tuple[float, Any]] = {}
     for name, config, call in candidates:
         try:
-            parity = compare(_first(call()), baseline, truth, tf32=baseline.dtype == torch.float32 and tf32())
-            taken = timer(call) if parity.ok else None
+            with repeatable_cudnn() if launch.gradient else contextlib.nullcontext():
+                result = _first(call())
+                parity = compare(result, baseline, truth, tf32=baseline.dtype == torch.float32 and tf32())
+                problem = "" if parity.ok else str(parity)
+                if launch.gradient and not problem and not torch.equal(result, _first(call())):
+                    problem = "another result the second time"
+                taken = math.inf if problem else timer(call)
         except Exception as error:  # too much shared memory, say: the others go on
-            parity, taken = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", None
-        if taken is None:
-            warnings.warn(f"{launch.layer.name}, {name}, {config}: left out: {parity}", stacklevel=2)
+            problem, taken = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", math.inf
+        if problem:
+            warnings.warn(f"{launch.name}, {name}, {config}: left out: {problem}", stacklevel=2)
         elif name not in times or taken < times[name][0]:
             times[name] = taken, config
-    if not times:
-        raise RuntimeError(f"{launch.layer.name}: no implementation can run")
-    name = min(times, key=lambda name: times[name][0])
-    config = times[name][1]
-    microseconds = {name: round(taken, 2) for name, (taken, _) in times.items()}
-    return Entry(name, microseconds, None if config is None else dataclasses.asdict(config))
+    return times
 
 
 def save(path: Path, device: torch.device, entries: dict[str, Entry]) -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastunet import dispatch, ops, reference
+from fastunet.ops import backward
 from fastunet.parity import compare
 
 # name -> (call on float inputs, the same with plain torch, input shapes)
@@ -169,6 +170,24 @@ def test_steps_are_chosen_apart():
         dispatch.forced("torch", "backward"),
     ):
         pass
+
+
+@pytest.mark.parametrize("theirs", [("dgrad",), ("wgrad",), ("dgrad", "wgrad")], ids=str)
+def test_a_layer_of_which_a_table_prefers_torch(case, theirs, monkeypatch, seed, device):
+    """Steps of one layer by PyTorch, all else by our kernels: the same gradients."""
+    op, plain, shapes = case
+    inputs = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
+    loss = lambda result: torch.stack([t.square().sum() for t in outputs(result)]).sum()
+    expected = torch.autograd.grad(loss(plain(*inputs)), inputs)
+
+    def choose(*layer: object) -> dispatch.Choice:
+        return dispatch.Choice("torch" if layer[-1] in theirs else "triton", "measured")
+
+    monkeypatch.setattr(backward, "choose", choose)
+    with dispatch.forced("triton"):
+        got = torch.autograd.grad(loss(op(*inputs)), inputs)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("wanted", range(4))

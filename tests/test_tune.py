@@ -16,6 +16,7 @@ from fastunet.config import UNetConfig
 from fastunet.explain import explain_config
 from fastunet.measured import Entry
 from fastunet.ops import launchers
+from fastunet.parity.launches import Launch
 from fastunet.tune import measure, save, tune
 
 GPU = torch.device("cuda", 0)
@@ -58,6 +59,15 @@ class TestChoice:
         assert choice().reason.startswith("measured, in microseconds: " + f"{fastest} 12")
         other = ops.choose("conv2d_relu", ((2, 64, 32, 32),), (64, 64, 3, 3), GPU, BF16)
         assert other == dispatch.Choice("triton", "fused kernel; no measurement of this layer's shape yet")
+
+    def test_a_table_decides_each_step_by_itself(self):
+        save(measured.cache_path(GPU), GPU, {f"wgrad of {KEY}": Entry("torch", {"triton": 20.0, "torch": 12.4})})
+        assert choice(step="wgrad") == dispatch.Choice(
+            "torch", "measured, in microseconds: torch 12, triton 20", Entry("torch", {"triton": 20.0, "torch": 12.4})
+        )
+        assert [choice(step=step).implementation for step in ("forward", "dgrad")] == ["triton", "triton"]
+        with dispatch.forced("triton", "wgrad"):
+            assert choice(step="wgrad") == dispatch.Choice("triton", "asked for")
 
     def test_the_launcher_gets_the_measured_configuration(self, monkeypatch):
         save(measured.cache_path(GPU), GPU, {KEY: Entry("hopper", {"hopper": 1.0}, CONFIG_FIELDS)})
@@ -165,6 +175,28 @@ def test_the_fastest_right_one_is_kept(monkeypatch, seed):
     monkeypatch.setattr("fastunet.parity.launches.Launch.run", lambda self, config=None: self.function(*self.tensors))
     entries = dict(measure(config, (1, 8, 8), torch.float32, device, timer))
     assert all(entry.microseconds == {"triton": 10.0, "torch": 5.0} for entry in entries.values())
+
+
+def test_a_backward_pass_is_timed_step_by_step(monkeypatch, seed):
+    """Of a layer of two sources both launches count, and a gradient that is another each time does not."""
+    config, device = UNetConfig(8, 8, features=(8, 16)), torch.device("cpu")
+    times = iter([10.0, 5.0] * 100)
+    monkeypatch.setattr(Launch, "run", lambda self, config=None: self.function(*self.tensors))
+    found = dict(measure(config, (1, 8, 8), torch.float32, device, lambda call: next(times), training=True))
+    two_sources = "upsample_concat_conv2d_relu bilinear 1x16x4x4 + 1x8x8x8 by 8x24x3x3 float32"
+    assert found[f"dgrad of {two_sources}"] == Entry("torch", {"triton": 20.0, "torch": 10.0})
+    assert found[f"wgrad of {two_sources}"] == Entry("torch", {"triton": 10.0, "torch": 5.0})
+    assert {key.partition(" of ")[0] for key in found if " of " in key} == {"dgrad", "wgrad"}
+    assert len(found) % 3 == 0
+
+    def restless(self, config=None):
+        result = self.function(*self.tensors)
+        return result * (1 + 1e-7 * torch.rand_like(result)) if self.step == "wgrad" else result
+
+    monkeypatch.setattr(Launch, "run", restless)
+    with pytest.warns(UserWarning, match="left out: another result the second time"):
+        found = dict(measure(config, (1, 8, 8), torch.float32, device, lambda call: 1.0, training=True))
+    assert found[f"wgrad of {two_sources}"] == Entry("torch", {"torch": 1.0})
 
 
 def test_a_deadline_ends_it(seed):

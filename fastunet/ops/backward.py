@@ -2,7 +2,7 @@
 
 Backward of a convolution is three steps: through pool and activation to the gradient of the sums,
 which gives the bias gradient too; from there to the input (``dgrad``); and to the weight
-(``wgrad``). :mod:`fastunet.dispatch` answers for the last two apart, once, in the forward pass:
+(``wgrad``). :mod:`fastunet.dispatch` answers for the last two apart, layer by layer, once, in the forward pass:
 autograd runs backward in threads of its own, to which a choice forced on a block is unknown.
 
 Saved are an operator's input and output, which are its neighbours' output and input: each map once.
@@ -14,6 +14,7 @@ First-order, and the same to the bit each time where our kernels run: no sum dep
 program ends first.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch, reference
-from .common import channels_last, empty, on_device, tf32
+from .common import channels_last, empty, on_device, repeatable_cudnn, tf32
+from .launchers import choose
 
 if TYPE_CHECKING or dispatch.has_triton():
     from .. import kernels
@@ -68,10 +70,17 @@ def _first_order(formula: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple
 # --- the steps -------------------------------------------------------------------------------
 
 
-def _choose(ctx: Any, x: Tensor) -> None:
-    ctx.dgrad, ctx.wgrad = (
-        dispatch.choose(x.device, x.dtype, step).implementation == "triton" for step in ("dgrad", "wgrad")
-    )
+def _choose(ctx: Any, op: str, maps: Sequence[Tensor], weight: Tensor, mode: str = "none") -> None:
+    """Which steps are kernels of ours: of this layer, and where no layer is measured, the passes between them."""
+    shapes = tuple(tuple(x.shape) for x in maps)
+    layer = op, shapes, tuple(weight.shape), weight.device, weight.dtype, mode
+    ctx.dgrad, ctx.wgrad = (choose(*layer, step).implementation == "triton" for step in ("dgrad", "wgrad"))
+    ctx.gather, also = (_ours(weight, step) for step in ("dgrad", "wgrad"))
+    ctx.kernels = ctx.gather or also
+
+
+def _ours(x: Tensor, step: str) -> bool:
+    return dispatch.choose(x.device, x.dtype, step).implementation == "triton"
 
 
 @torch.library.custom_op("fastunet::activation_backward", mutates_args=())
@@ -105,7 +114,7 @@ def _activation_backward(
     ctx: Any, grad: Tensor, grad_pooled: Tensor | None, y: Tensor | None, bias: bool
 ) -> tuple[Tensor, Gradient]:
     """Gradient of the sums and, from our kernel, of the bias: PyTorch's wgrad brings its own."""
-    if ctx.dgrad or ctx.wgrad:
+    if ctx.kernels:
         if y is None:
             return grad, _bias_kernel(grad) if bias else None
         g, grad_bias = _activation_kernel(grad, grad_pooled, y, ctx.slope, bias)
@@ -127,12 +136,15 @@ def _activation_backward(
 def _convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool], *, transposed: bool = False
 ) -> tuple[Gradient, Gradient, Gradient]:
-    """PyTorch's gradients of input, weight and bias, those that ``mask`` asks for."""
+    """PyTorch's gradients of input, weight and bias, those that ``mask`` asks for.
+
+    The same to the bit each time, in eager; compiled code goes by ``torch.use_deterministic_algorithms``.
+    """
     stride, pad = (2, 0) if transposed else (1, weight.shape[-1] // 2)
     sizes = [grad.shape[1]]
-    return aten.convolution_backward(
-        grad, x, weight, sizes, [stride, stride], [pad, pad], [1, 1], transposed, [0, 0], 1, mask
-    )
+    options = [stride, stride], [pad, pad], [1, 1], transposed, [0, 0], 1
+    with repeatable_cudnn() if grad.is_cuda else contextlib.nullcontext():
+        return aten.convolution_backward(grad, x, weight, sizes, *options, mask)
 
 
 @torch.library.custom_op("fastunet::conv_dgrad", mutates_args=())
@@ -221,7 +233,7 @@ def _through_upsampling(ctx: Any, grad: Tensor, x: Tensor) -> Tensor:
     """Gradient of x from that of its upsampled, padded form."""
     if ctx.mode == "none" and grad.shape[2:] == x.shape[2:]:
         return grad
-    return _upsample_backward(grad, x.shape[2], x.shape[3], ctx.mode, ctx.align_corners, ctx.dgrad)
+    return _upsample_backward(grad, x.shape[2], x.shape[3], ctx.mode, ctx.align_corners, ctx.gather)
 
 
 # --- conv2d_relu -----------------------------------------------------------------------------
@@ -232,14 +244,14 @@ def save_conv(ctx: Any, inputs: Any, output: Any) -> None:
     y = output[0] if isinstance(output, tuple) else output
     linear = ctx.slope == 1 and not isinstance(output, tuple)
     ctx.save_for_backward(x, weight, None if linear else y)
-    _choose(ctx, x)
+    _choose(ctx, "conv2d_relu_pool" if isinstance(output, tuple) else "conv2d_relu", [x], weight)
 
 
 def _conv_gradients(ctx: Any, grad: Tensor, grad_pooled: Tensor | None) -> tuple[Any, ...]:
     x, weight, y = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
     g, grad_bias = _activation_backward(ctx, grad, grad_pooled, y, need_bias)
-    if not (ctx.dgrad or ctx.wgrad):  # in one call, which lays g out once
+    if not ctx.kernels:  # in one call, which lays g out once
         return *_convolution_backward(g, x, weight, (need_x, need_weight, need_bias)), None
     need_bias &= grad_bias is None
     grad_weight = None
@@ -267,7 +279,7 @@ def conv2d_relu_pool(ctx: Any, grad: Tensor, grad_pooled: Tensor) -> tuple[Any, 
 def save_upsample(ctx: Any, inputs: Any, output: Any) -> None:
     x, _, ctx.mode, ctx.align_corners = inputs
     ctx.save_for_backward(x)  # for its shape alone; it is kept by whoever made it anyway
-    _choose(ctx, x)
+    ctx.gather = _ours(x, "dgrad")
 
 
 @_first_order
@@ -285,7 +297,7 @@ def upsample_concat(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 def save_upsample_conv(ctx: Any, inputs: Any, output: Any) -> None:
     x, skip, weight, _, ctx.mode, ctx.align_corners, ctx.slope = inputs
     ctx.save_for_backward(x, skip, weight, None if ctx.slope == 1 else output)
-    _choose(ctx, x)
+    _choose(ctx, "upsample_concat_conv2d_relu", [x, skip], weight, ctx.mode)
 
 
 @_first_order
@@ -295,7 +307,7 @@ def upsample_concat_conv2d_relu(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     g, grad_bias = _activation_backward(ctx, grad, None, y, need_bias)
     c1 = x.shape[1]
     grad_weight = grad_x = grad_skip = None
-    if not (ctx.dgrad or ctx.wgrad):
+    if not ctx.kernels:
         upsampled = reference.upsample(channels_last(x), ctx.mode, ctx.align_corners)
         upsampled = reference.pad_to(upsampled, skip.shape[2], skip.shape[3])
         wanted = need_x, need_weight, need_bias
@@ -357,7 +369,7 @@ def _(grad: Tensor, x: Tensor) -> Tensor:
 def save_transpose(ctx: Any, inputs: Any, output: Any) -> None:
     x, weight, _ = inputs
     ctx.save_for_backward(x, weight)
-    _choose(ctx, x)
+    _choose(ctx, "conv_transpose2x2", [x], weight)
 
 
 @_first_order

@@ -50,6 +50,17 @@ def tf32() -> bool:
     return torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]
 
 
+@contextlib.contextmanager
+def repeatable_cudnn() -> Iterator[None]:
+    """Within the block cuDNN gives the same bits each time; its fastest gradients of weights do not."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
+
+
 def empty(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     shape = (like.shape[0], channels, height, width)
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)

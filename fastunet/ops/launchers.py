@@ -1,4 +1,4 @@
-"""Which implementation serves a forward pass's operator, and its launcher."""
+"""Which implementation serves a step of an operator, and a forward pass's launcher."""
 
 import functools
 from typing import TYPE_CHECKING, Any
@@ -16,18 +16,25 @@ Shapes = tuple[tuple[int, ...], ...]
 
 
 def choose(
-    op: str, maps: Shapes, weight: tuple[int, ...], device: torch.device, dtype: torch.dtype, mode: str = "none"
+    op: str,
+    maps: Shapes,
+    weight: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    mode: str = "none",
+    step: str = "forward",
 ) -> dispatch.Choice:
-    """Which implementation serves an operator, and why.
+    """Which implementation serves a step of an operator, and why.
 
     Args:
         op: name of the operator; with a pool, ``"conv2d_relu_pool"``.
         maps: shape (N, C, H, W) of each source. weight: its shape.
         mode: how the first source is upsampled.
+        step: of :data:`fastunet.dispatch.STEPS`.
     """
-    key = measured.layer_key(op, maps, weight, dtype, mode)
+    key = measured.layer_key(op, maps, weight, dtype, mode, step)
     obstacle = lambda: kernels.hopper.why_not_layer(op, maps, weight, dtype, mode=mode, tf32=tf32())
-    return dispatch.choose_layer(device, dtype, key, obstacle)
+    return dispatch.choose_layer(device, dtype, key, obstacle, step)
 
 
 def launcher(name: str, op: str, maps: tuple[Tensor, ...], weight: Tensor, mode: str = "none") -> Any:

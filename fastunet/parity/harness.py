@@ -15,6 +15,7 @@ from .. import dispatch, ops
 from ..config import UNetConfig
 from ..model import FastUNet
 from ..reference import UNet
+from ..trace import trace
 from .alone import alone
 from .measures import distance, error_map, segmentation
 from .recording import OtherDecisions, Recorder, Run, gradients, run_with_layers
@@ -327,10 +328,15 @@ def _backward_runs_on(model: nn.Module, name: str, x: Tensor) -> str:
     """Which implementation gives a gradient of a model: norms are PyTorch's, whatever the rest is."""
     if not isinstance(model, FastUNet):
         return "module"
-    layer = None if name == _INPUT else model.get_submodule(name.rpartition(".")[0])
-    if layer is not None and not isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+    path = name.rpartition(".")[0]
+    if name != _INPUT and not isinstance(model.get_submodule(path), (nn.Conv2d, nn.ConvTranspose2d)):
         return "torch"
-    return dispatch.choose(x.device, x.dtype, "dgrad" if layer is None else "wgrad").implementation
+    for layer in trace(model.config, *x.shape[-2:], batch=len(x)):
+        if (name == _INPUT or layer.name == path) and not layer.unserved:
+            step = "dgrad" if name == _INPUT else "wgrad"
+            sizes = layer.in_shapes, layer.weight_shape
+            return ops.choose(layer.op, *sizes, x.device, x.dtype, layer.mode, step).implementation
+    return "torch"
 
 
 def _repeats(network: nn.Module, x: Tensor, cotangent: Tensor) -> bool:

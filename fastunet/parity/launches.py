@@ -34,6 +34,7 @@ class Launch:
         training: whether it is of a training step.
         gradient: of what, in a backward pass; empty in a forward pass.
         summed: of a result that is a sum over pixels, the map that is summed, from the same tensors.
+        step: of :data:`fastunet.dispatch.STEPS`, whose implementation is chosen layer by layer; else empty.
     """
 
     layer: Layer
@@ -46,6 +47,7 @@ class Launch:
     training: bool = False
     gradient: str = ""
     summed: Callable[..., Tensor] | None = None
+    step: str = ""
 
     @property
     def name(self) -> str:
@@ -122,7 +124,7 @@ def launches(
                 layer.op, maps, tuple(weight.shape), weight.dtype, mode=mode, tf32=tf32
             )
         tensors = (*inputs, weight, bias)
-        yield Launch(layer, launcher, function, tensors, options, chooser, hopper, training=training)
+        yield Launch(layer, launcher, function, tensors, options, chooser, hopper, training=training, step="forward")
 
 
 def _stem_configs(
@@ -174,12 +176,12 @@ def gradients(launch: Launch, make: Make, *, tf32: bool = True) -> Iterator[Laun
         (x,) = sources
         yield through(
             kernels.conv_transpose2x2_dgrad, partial(F.conv2d, stride=2), (grad, weight), "the input",
-            options=options, configs=tiles((2 * o, 2 * o), x.shape[1], *x.shape[2:]),
+            options=options, configs=tiles((2 * o, 2 * o), x.shape[1], *x.shape[2:]), step="dgrad",
         )  # fmt: skip
         yield through(
             kernels.conv_transpose2x2_wgrad,
             lambda grad, x: _vjp(lambda weight: F.conv2d(grad, weight, stride=2), weight.to(x.dtype), x),
-            (grad, x), "the weight", options=options,
+            (grad, x), "the weight", options=options, step="wgrad",
         )  # fmt: skip
         return
 
@@ -200,14 +202,14 @@ def gradients(launch: Launch, make: Make, *, tf32: bool = True) -> Iterator[Laun
         )  # fmt: skip
     yield through(
         partial(_wgrad_kernel, ksize=side), partial(_weight_gradient, weight=weight), (grad, *sources), "the weight",
-        options=options,
+        options=options, step="wgrad",
     )  # fmt: skip
     first = 0
     for x, of in zip(sources, ("the input",) if len(sources) == 1 else ("the upsampled map", "the skip"), strict=True):
         c = x.shape[1]
         yield through(
             kernels.conv_dgrad, partial(F.conv_transpose2d, padding=side // 2), (grad, weight[:, first : first + c]),
-            of, options=options, configs=tiles((o,), c, h, w),
+            of, options=options, configs=tiles((o,), c, h, w), step="dgrad",
         )  # fmt: skip
         first += c
 
@@ -236,8 +238,15 @@ def _wgrad_kernel(grad: Tensor, *sources: Tensor, ksize: int, tf32: bool) -> Ten
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, skip: Tensor | None = None, *, weight: Tensor) -> Tensor:
-    x = x if skip is None else reference.upsample_concat(x, skip, "none", False)
-    return _vjp(lambda weight: F.conv2d(x, weight, padding=weight.shape[-1] // 2), weight.to(x.dtype), grad)
+    """Of each source by itself, which is what is chosen between; nothing is concatenated but the results."""
+    sources = [x] if skip is None else [reference.pad_to(x, *skip.shape[2:]), skip]
+    parts = weight.to(grad.dtype).split([source.shape[1] for source in sources], 1)
+    pad, mask = [weight.shape[-1] // 2] * 2, [False, True, False]
+    found = [
+        torch.ops.aten.convolution_backward(grad, source, part, None, [1, 1], pad, [1, 1], False, [0, 0], 1, mask)[1]
+        for source, part in zip(sources, parts, strict=True)
+    ]
+    return found[0] if len(found) == 1 else torch.cat(found, 1)
 
 
 def _upsampled(x: Tensor, *, mode: str, align_corners: bool, height: int, width: int) -> Tensor:
