@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch, reference
-from . import backward
+from . import backward, commuted
 from .common import channels_last, empty, on_device, takes_triton, tf32
 from .launchers import launcher
 
@@ -88,7 +88,8 @@ def upsample_concat_conv2d_relu_torch(
     x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None, mode: str, align_corners: bool, slope: float
 ) -> Tensor:
     x, skip = channels_last(x), channels_last(skip)
-    return channels_last(reference.upsample_concat_conv2d_relu(x, skip, weight, bias, mode, align_corners, slope))
+    serve = commuted if commuted.pays(x, skip, mode) else reference
+    return channels_last(serve.upsample_concat_conv2d_relu(x, skip, weight, bias, mode, align_corners, slope))
 
 
 @torch.library.custom_op("fastunet::upsample_concat_conv2d_relu", mutates_args=())
