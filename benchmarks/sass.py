@@ -136,6 +136,8 @@ def launches(dtype: torch.dtype, tf32: bool) -> Iterator[Callable[[], Any]]:
     for config, size in networks():
         for launch in launches_of_network(config, size, t, tf32=tf32):
             yield launch.run
+            if launch.commutes:
+                yield lambda launch=launch: launch.run("commuted")
             # Of the upsamplings those that are launched otherwise, of the sizes one: compiling takes long.
             if config.align_corners and config.upsample in ("bilinear", "transpose") and size[1] % 2 == 0:
                 for step in gradients(launch, t, tf32=tf32):

@@ -1,7 +1,8 @@
 """Which implementation serves a tensor of this dtype and device, or a layer, and why.
 
-A layer is served by ``"hopper"`` (Gluon, compute capability 9.0), ``"triton"`` (portable) or
-``"torch"`` (cuDNN), as a measured table has it; where none was measured, by ``"triton"``. Tables are
+A layer is served by ``"hopper"`` (Gluon, compute capability 9.0), ``"triton"`` (portable),
+``"commuted"`` (portable, a decoder's upsampling behind its products) or ``"torch"`` (cuDNN), as a
+measured table has it; where none was measured, by ``"triton"``. Tables are
 read once, so a choice depends on shapes alone, under ``torch.compile`` and graph capture as elsewhere.
 
 A convolution has three steps that may be served apart: ``"forward"``, ``"dgrad"`` (the gradient of its
@@ -30,13 +31,14 @@ HOPPER = (9, 0)
 MINIMUM_CAPABILITY = (8, 0)  # Ampere: the first with bf16, tf32 and asynchronous copies
 
 STEPS = ("forward", "dgrad", "wgrad")
+_FOR_SOME_LAYERS = ("hopper", "commuted")  # the others are served by "triton"
 
 _forced: ContextVar[dict[str, str]] = ContextVar("fastunet_forced_implementation", default={})  # noqa: B039
 
 
 @dataclass(frozen=True)
 class Choice:
-    """An implementation, ``"hopper"``, ``"triton"`` or ``"torch"``, and one sentence that says why.
+    """One of :data:`measured.IMPLEMENTATIONS` and one sentence that says why.
 
     Attributes:
         entry: the measurement it follows, if any.
@@ -80,10 +82,10 @@ def choose(device: torch.device, dtype: torch.dtype, step: str = "forward") -> C
     """Pick the implementation of a step of a fused operator for a tensor's device and dtype."""
     obstacle = why_not_triton(device, dtype)
     forced = _forced.get().get(step)
-    if forced in ("triton", "hopper") and obstacle is not None:
+    if forced not in (None, "torch") and obstacle is not None:
         raise RuntimeError(f"the Triton kernels were asked for, but {obstacle}")
-    if forced == "hopper":
-        return Choice("triton", "Hopper kernels were asked for")
+    if forced in _FOR_SOME_LAYERS:
+        return Choice("triton", f"{forced} kernels were asked for")
     if forced is not None:
         return Choice(forced, "asked for")
     if obstacle is not None:
@@ -104,22 +106,23 @@ def why_not_hopper(device: torch.device) -> str | None:
 
 
 def choose_layer(
-    device: torch.device, dtype: torch.dtype, key: str, obstacle: Callable[[], str | None], step: str = "forward"
+    device: torch.device, dtype: torch.dtype, key: str, obstacle: Callable[[str], str | None], step: str = "forward"
 ) -> Choice:
     """Pick the implementation of a step of one layer.
 
     Args:
         key: of :func:`measured.layer_key`.
-        obstacle: why the Hopper kernels cannot serve the layer's forward pass where they can run; None if they can.
+        obstacle: why ``"hopper"`` or ``"commuted"`` cannot serve the layer's forward pass, on a device where they
+            run; None if they can.
     """
     choice = choose(device, dtype, step)
     forced = _forced.get().get(step)
-    if forced == "hopper" and step == "forward":
-        why = why_not_hopper(device)
+    if forced in _FOR_SOME_LAYERS and step == "forward":
+        why = why_not_hopper(device) if forced == "hopper" else None
         if why is not None:
             raise RuntimeError(f"the Hopper kernels were asked for, but {why}")
-        why = obstacle()
-        return Choice("hopper", "asked for") if why is None else Choice("triton", f"Hopper was asked for, but {why}")
+        why = obstacle(forced)
+        return Choice(forced, "asked for") if why is None else Choice("triton", f"{forced} was asked for, but {why}")
     if choice.implementation != "triton" or forced is not None or device.type != "cuda":
         return choice
     layers = measured.table(device)
@@ -127,10 +130,10 @@ def choose_layer(
     if entry is None:
         what = "this layer's shape" if layers else "this device"
         return Choice("triton", f"{choice.reason}; no measurement of {what} yet")
-    if entry.implementation == "hopper":
-        why = why_not_hopper(device) or obstacle()
+    if entry.implementation in _FOR_SOME_LAYERS:
+        why = (why_not_hopper(device) if entry.implementation == "hopper" else None) or obstacle(entry.implementation)
         if why is not None:
-            return Choice("triton", f"{choice.reason}; a table says hopper, but {why}")
+            return Choice("triton", f"{choice.reason}; a table says {entry.implementation}, but {why}")
     times = ", ".join(f"{name} {time:.0f}" for name, time in sorted(entry.microseconds.items(), key=lambda i: i[1]))
     return Choice(entry.implementation, f"measured, in microseconds: {times}", entry)
 
@@ -142,9 +145,10 @@ def asked_for() -> str | None:
 
 @contextlib.contextmanager
 def forced(implementation: str, *steps: str) -> Iterator[None]:
-    """Within the block every operator takes ``"triton"``, ``"torch"`` or ``"hopper"``, for checks and timing.
+    """Within the block every operator takes one of :data:`measured.IMPLEMENTATIONS`, for checks and timing.
 
-    What the Hopper kernels cannot serve (a stem, a head of two classes, a gradient) takes the portable ones.
+    What ``"hopper"`` (a stem, a head of two classes, a gradient) and ``"commuted"`` (all that upsamples nothing)
+    cannot serve takes ``"triton"``.
 
     Args:
         steps: those to which it applies; all by default. Of a backward pass the operators that ran

@@ -119,6 +119,7 @@ def _times(launch: Launch, device: torch.device, timer: Timer) -> dict[str, tupl
         ("triton", None, launch.run),
         ("torch", None, lambda: launch.function(*launch.tensors)),
         *(("hopper", config, lambda config=config: launch.run(config)) for config in hopper),
+        *([("commuted", None, lambda: launch.run("commuted"))] if launch.commutes else []),
     ]
     truth = _first(launch.function(*(t.double() for t in launch.tensors)))
     baseline = _first(launch.function(*launch.tensors))

@@ -6,6 +6,7 @@ computes an operator; ``_bwd``, ``_dgrad`` (of the input) and ``_wgrad`` (of the
 
 from . import hopper
 from .activation_bwd import activation_bwd
+from .commuted import upconcat_conv3x3_commuted_fwd
 from .conv3x3 import conv_fwd, conv_pool_fwd
 from .conv_bwd import conv_dgrad, conv_transpose2x2_dgrad, conv_transpose2x2_wgrad, conv_wgrad
 from .conv_transpose2x2 import conv_transpose2x2_fwd
@@ -26,6 +27,7 @@ __all__ = [
     "conv_wgrad",
     "hopper",
     "stem_fwd",
+    "upconcat_conv3x3_commuted_fwd",
     "upconcat_conv3x3_fwd",
     "upsample_bwd",
     "upsample_concat_fwd",

@@ -62,6 +62,7 @@ def conv_fwd(
     slope: float,
     tf32: bool = True,
     config: ConvConfig | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Convolution, bias, activation.
 
@@ -69,11 +70,12 @@ def conv_fwd(
         slope: of the activation for negative values: 0 ReLU, 1 none.
         tf32: round float32 operands to tf32 and use the tensor cores.
         config: a launch configuration other than the tuned one.
+        out_dtype: of y; x's by default.
 
     Returns:
         y (N, O, H, W), channels_last.
     """
-    return _launch(x, weight, bias, None, slope, tf32, config)
+    return _launch(x, weight, bias, None, slope, tf32, config, out_dtype)
 
 
 def conv_pool_fwd(
@@ -98,12 +100,13 @@ def _launch(
     slope: float,
     tf32: bool,
     config: ConvConfig | None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Fill and return y; fill ``pooled`` too if it is given."""
     x = unit_channel_stride(x)
     n, c, h, w = x.shape
     o, ksize = weight.shape[0], weight.shape[-1]
-    y = empty_channels_last(x, o, h, w)
+    y = empty_channels_last(x, o, h, w, out_dtype)
     if y.numel() == 0:
         return y
     rows = packed_weight(weight)

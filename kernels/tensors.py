@@ -18,10 +18,10 @@ def unit_channel_stride(x: Tensor) -> Tensor:
     return x if near and (x.shape[1] == 1 or x.stride(1) == 1) else x.contiguous(memory_format=torch.channels_last)
 
 
-def empty_channels_last(x: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """Uninitialised (N, channels, height, width) beside ``x``, in channels_last memory."""
+def empty_channels_last(x: Tensor, channels: int, height: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised (N, channels, height, width) beside ``x``, of its dtype or another, in channels_last memory."""
     shape = (x.shape[0], channels, height, width)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def bias_or_zeros(bias: Tensor | None, y: Tensor) -> Tensor:

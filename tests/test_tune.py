@@ -60,6 +60,21 @@ class TestChoice:
         other = ops.choose("conv2d_relu", ((2, 64, 32, 32),), (64, 64, 3, 3), GPU, BF16)
         assert other == dispatch.Choice("triton", "fused kernel; no measurement of this layer's shape yet")
 
+    def test_upsampling_behind_the_products_is_for_layers_that_upsample(self, monkeypatch):
+        layer = "upsample_concat_conv2d_relu", ((1, 128, 16, 16), (1, 64, 32, 32)), (64, 192, 3, 3), GPU, BF16
+        entry = Entry("commuted", {"commuted": 3.0, "triton": 4.0})
+        keys = [measured.layer_key(*layer[:3], BF16, mode) for mode in ("bilinear", "none")]
+        save(measured.cache_path(GPU), GPU, dict.fromkeys((*keys, KEY), entry))
+        assert ops.choose(*layer, "bilinear") == dispatch.Choice(
+            "commuted", "measured, in microseconds: commuted 3, triton 4", entry
+        )
+        for other in (ops.choose(*layer, "none"), choice()):
+            assert (other.implementation, "says commuted, but it upsamples nothing" in other.reason) == ("triton", True)
+        with dispatch.forced("commuted"):
+            assert ops.choose(*layer, "nearest") == dispatch.Choice("commuted", "asked for")
+            assert choice() == dispatch.Choice("triton", "commuted was asked for, but it upsamples nothing")
+            assert ops.choose(*layer, "nearest", "dgrad").implementation == "triton"
+
     def test_a_table_decides_each_step_by_itself(self):
         save(measured.cache_path(GPU), GPU, {f"wgrad of {KEY}": Entry("torch", {"triton": 20.0, "torch": 12.4})})
         assert choice(step="wgrad") == dispatch.Choice(
@@ -154,7 +169,7 @@ class TestFiles:
 
 def test_the_fastest_right_one_is_kept(monkeypatch, seed):
     """A faster one that computes something else, or cannot run, is left out."""
-    config, device = UNetConfig(8, 8, features=(8, 16)), torch.device("cpu")
+    config, device = UNetConfig(8, 8, features=(8, 16), upsample="transpose"), torch.device("cpu")
     calls = []
 
     def timer(call):
@@ -177,13 +192,23 @@ def test_the_fastest_right_one_is_kept(monkeypatch, seed):
     assert all(entry.microseconds == {"triton": 10.0, "torch": 5.0} for entry in entries.values())
 
 
+def test_upsampling_behind_the_products_is_timed_too(monkeypatch, seed):
+    monkeypatch.setattr(Launch, "run", lambda self, config=None: self.function(*self.tensors))
+    found = dict(
+        measure(UNetConfig(8, 8, features=(8, 16)), (1, 8, 8), torch.float32, torch.device("cpu"), lambda _: 1)
+    )
+    upsamples = {key: "bilinear" in key for key in found}
+    assert any(upsamples.values())
+    assert {key: "commuted" in entry.microseconds for key, entry in found.items()} == upsamples
+
+
 def test_a_backward_pass_is_timed_step_by_step(monkeypatch, seed):
     """Of a layer of two sources both launches count, and a gradient that is another each time does not."""
-    config, device = UNetConfig(8, 8, features=(8, 16)), torch.device("cpu")
+    config, device = UNetConfig(8, 8, features=(8, 16), upsample="transpose"), torch.device("cpu")
     times = iter([10.0, 5.0] * 100)
     monkeypatch.setattr(Launch, "run", lambda self, config=None: self.function(*self.tensors))
     found = dict(measure(config, (1, 8, 8), torch.float32, device, lambda call: next(times), training=True))
-    two_sources = "upsample_concat_conv2d_relu bilinear 1x16x4x4 + 1x8x8x8 by 8x24x3x3 float32"
+    two_sources = "upsample_concat_conv2d_relu 1x8x8x8 + 1x8x8x8 by 8x16x3x3 float32"
     assert found[f"dgrad of {two_sources}"] == Entry("torch", {"triton": 20.0, "torch": 10.0})
     assert found[f"wgrad of {two_sources}"] == Entry("torch", {"triton": 10.0, "torch": 5.0})
     assert {key.partition(" of ")[0] for key in found if " of " in key} == {"dgrad", "wgrad"}

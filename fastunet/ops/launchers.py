@@ -33,7 +33,12 @@ def choose(
         step: of :data:`fastunet.dispatch.STEPS`.
     """
     key = measured.layer_key(op, maps, weight, dtype, mode, step)
-    obstacle = lambda: kernels.hopper.why_not_layer(op, maps, weight, dtype, mode=mode, tf32=tf32())
+
+    def obstacle(implementation: str) -> str | None:
+        if implementation == "hopper":
+            return kernels.hopper.why_not_layer(op, maps, weight, dtype, mode=mode, tf32=tf32())
+        return None if op == "upsample_concat_conv2d_relu" and mode != "none" else "it upsamples nothing"
+
     return dispatch.choose_layer(device, dtype, key, obstacle, step)
 
 
@@ -43,6 +48,8 @@ def launcher(name: str, op: str, maps: tuple[Tensor, ...], weight: Tensor, mode:
     choice = choose(op, shapes, tuple(weight.shape), maps[-1].device, maps[-1].dtype, mode)
     if choice.implementation == "torch":
         return None
+    if choice.implementation == "commuted":
+        return kernels.upconcat_conv3x3_commuted_fwd
     if choice.implementation == "triton":
         stem = name == "conv_fwd" and shapes[0][1] <= kernels.STEM_CHANNELS and weight.shape[-1] == 3
         return kernels.stem_fwd if stem else getattr(kernels, name)

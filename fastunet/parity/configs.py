@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -46,7 +47,8 @@ def check_configs(
                 continue  # a pass over memory is the same in either case
             # Gluon has no interpreter; tests/hopper/ has an emulator.
             hopper = launch.hopper if device != "cpu" and capability == tuning.HOPPER else ()
-            for choice in (*launch.configs(capability), *hopper):
+            commuted: tuple[Literal["commuted"], ...] = ("commuted",) if launch.commutes else ()
+            for choice in (*launch.configs(capability), *hopper, *commuted):
                 text = "its only configuration" if choice is None else str(choice)
                 text += f", {'tf32' if tf32 else 'ieee'}" * (dtype == torch.float32 and "tf32" in launch.options)
                 yield _check_config(launch, choice, text, tf32, rounds and "tf32" in launch.options)
@@ -61,7 +63,9 @@ def _both_passes(config: UNetConfig, size: tuple[int, int, int], make: Make, tf3
         yield from gradients(trained, make, tf32=tf32)
 
 
-def _check_config(launch: Launch, choice: Config | None, text: str, tf32: bool, rounds: bool) -> Comparison:
+def _check_config(
+    launch: Launch, choice: Config | Literal["commuted"] | None, text: str, tf32: bool, rounds: bool
+) -> Comparison:
     """One configuration, over memory filled with NaN, and once more: the same to the bit.
 
     Args:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -54,8 +54,15 @@ class Launch:
         what = f", gradient of {self.gradient}" if self.gradient else ", in training" if self.training else ""
         return self.layer.name + what
 
-    def run(self, config: Config | None = None) -> Any:
+    @property
+    def commutes(self) -> bool:
+        """Whether its upsampling may stand behind its products."""
+        return self.launcher is kernels.upconcat_conv3x3_fwd and self.options["mode"] != "none"
+
+    def run(self, config: Config | Literal["commuted"] | None = None) -> Any:
         """Launch; without ``config`` the launcher chooses."""
+        if config == "commuted":
+            return kernels.upconcat_conv3x3_commuted_fwd(*self.tensors, **self.options)
         if config is None:
             return self.launcher(*self.tensors, **self.options)
         launcher = self.launcher

@@ -57,6 +57,18 @@ def test_upsample_concat_conv(x_shape, skip_shape, mode, precision, make):
     check(precision, y, reference.upsample_concat_conv2d_relu, x, skip, weight, bias, *mode, 0.0)
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "tf32"])  # the products are tested with the convolution
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("x_shape, skip_shape", SOURCES)
+def test_upsampling_behind_the_products(x_shape, skip_shape, mode, precision, make):
+    c, o = x_shape[1] + skip_shape[0], 6
+    x, skip = make(precision, *x_shape), make(precision, x_shape[0], *skip_shape)
+    weight, bias = make(precision, o, c, 3, 3, fan_in=9 * c), make(precision, o)
+    options = {"mode": mode[0], "align_corners": mode[1], "slope": 0.1, "tf32": precision == "tf32"}
+    y = kernels.upconcat_conv3x3_commuted_fwd(x, skip, weight, bias, **options)
+    check(precision, y, reference.upsample_concat_conv2d_relu, x, skip, weight, bias, *mode, 0.1)
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "tf32"])  # float32 without tf32 never takes TMA
 @pytest.mark.parametrize(
     "x_shape, skip_shape, o",
@@ -102,6 +114,8 @@ def test_empty_batch(make):
     assert kernels.upsample_concat_fwd(x, skip, mode="nearest", align_corners=False).shape == (0, 6, 6, 6)
     y = kernels.upconcat_conv3x3_fwd(x, skip, weight, None, mode="nearest", align_corners=False, slope=0.0)
     assert y.shape == (0, 5, 6, 6)
+    y = kernels.upconcat_conv3x3_commuted_fwd(x, skip, weight, None, mode="nearest", align_corners=False, slope=0.0)
+    assert y.shape == (0, 5, 6, 6)
     assert kernels.conv_transpose2x2_fwd(x, make("fp16", 4, 7, 2, 2), None).shape == (0, 7, 6, 6)
 
 
@@ -143,8 +157,9 @@ def test_offsets_beyond_2_to_31(mode, source, axis, make):
     mode, corners = mode
     y = kernels.upsample_concat_fwd(far, far_skip, mode=mode, align_corners=corners)
     check("fp16", y, reference.upsample_concat, x, skip, mode, corners)
-    y = kernels.upconcat_conv3x3_fwd(far, far_skip, weight, None, mode=mode, align_corners=corners, slope=0.0)
-    check("fp16", y, reference.upsample_concat_conv2d_relu, x, skip, weight, None, mode, corners, 0.0)
+    for launcher in (kernels.upconcat_conv3x3_fwd, kernels.upconcat_conv3x3_commuted_fwd):
+        y = launcher(far, far_skip, weight, None, mode=mode, align_corners=corners, slope=0.0)
+        check("fp16", y, reference.upsample_concat_conv2d_relu, x, skip, weight, None, mode, corners, 0.0)
 
 
 @pytest.mark.parametrize("axis", [0, 2], ids=["images", "rows"])

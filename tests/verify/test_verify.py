@@ -70,6 +70,17 @@ def test_the_kernels_pass(x):
     assert all(c.alone is not None and c.alone.parity.ok for c in report.comparisons if c.kind == "layer")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_upsampling_behind_the_products_passes(dtype, x, device):
+    model, plain = (network.to(device) for network in pair())
+    with dispatch.forced("commuted"):
+        options = {"dtype": dtype, "deterministic": False, "gradients": False}
+        report = fastunet.verify(model, plain, x[..., :5, :7].to(device), **options)
+    assert report.ok, str(report)
+    served = {c.name for c in report.comparisons if c.implementation == "commuted"}
+    assert served == {f"ups.{level}.conv.net.0" for level in range(len(model.ups))}
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", NETWORKS, ids=str)
