@@ -18,11 +18,11 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 MODES = st.sampled_from([("nearest", False), ("bilinear", False), ("bilinear", True)])
 
 
-def check(n: int, c: int, h: int, w: int, height: int, width: int, mode: str, corners: bool, slope: float) -> None:
+def check(n: int, c: int, h: int, w: int, height: int, width: int, mode: tuple[str, bool], slope: float) -> None:
     x, skip, weight = torch.randn(n, c, h, w), torch.randn(n, 3, height, width), torch.randn(5, c + 3, 3, 3)
     weight /= (9 * (c + 3)) ** 0.5
     arguments: list[Any] = [x, skip, weight, torch.randn(5)]
-    options: Any = mode, corners, slope
+    options: Any = *mode, slope
     got = commuted.upsample_concat_conv2d_relu(*arguments, *options)
     truth = reference.upsample_concat_conv2d_relu(*(t.double() for t in arguments), *options)
     parity = compare(got, reference.upsample_concat_conv2d_relu(*arguments, *options), truth)
@@ -38,13 +38,13 @@ def check(n: int, c: int, h: int, w: int, height: int, width: int, mode: str, co
 )  # fmt: skip
 def test_any_shape(n, c, h, w, more, mode, slope, seed):
     torch.manual_seed(seed)
-    check(n, c, h, w, 2 * h + more[0], 2 * w + more[1], *mode, slope)
+    check(n, c, h, w, 2 * h + more[0], 2 * w + more[1], mode, slope)
 
 
 @pytest.mark.parametrize("height, width", [(2, 150), (150, 2), (3, 70)], ids=str)
 def test_blocks_of_padding_alone(height, width, seed):
-    check(1, 4, 1, 3, height, width, "bilinear", True, 0.0)
-    check(2, 4, 40, 3, height, width, "nearest", False, 0.0)  # and of a map that is cropped
+    check(1, 4, 1, 3, height, width, ("bilinear", True), 0.0)
+    check(2, 4, 40, 3, height, width, ("nearest", False), 0.0)  # and of a map that is cropped
 
 
 @pytest.mark.parametrize("channels, calls", [(128, 1), (127, 0)], ids=str)

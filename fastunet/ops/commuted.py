@@ -10,6 +10,7 @@ included, for bilinear and nearest upsampling; but of a NaN or infinity the matr
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,7 @@ def _blocks(size: int, out: int, mode: str, align_corners: bool) -> list[tuple[s
     Weights (range of out, 3 taps, pixels read): how much of each pixel a tap sees from each place of the result.
     """
     with torch.inference_mode(False):  # they outlive the call
-        options = {"mode": "linear", "align_corners": align_corners} if mode == "bilinear" else {"mode": mode}
+        options: Any = {"mode": "linear", "align_corners": align_corners} if mode == "bilinear" else {"mode": mode}
         upsampled = F.interpolate(torch.eye(size, dtype=torch.float64)[None], scale_factor=2, **options)
         padded = F.pad(reference.pad_to(upsampled, size, out), (1, 1))[0].t().float()  # and by the convolution
         taps = torch.stack([padded[k : k + out] for k in range(3)], 1)
