@@ -187,7 +187,8 @@ class FastUNet(UNet):
             weights = self._weights(conv, folded, roll)
             y = ops.upsample_concat_conv2d_relu(x, skip, *weights, **act, **options)
         if norm is not None and apart:
-            y = activate_(norm(y), slope) if norm_first else norm(y)
+            y = _normed(norm, y)
+            y = activate_(y, slope) if norm_first else y
         return y
 
     def _up(self, up: Any, x: Tensor, skip: Tensor) -> Tensor:
@@ -259,6 +260,12 @@ def _joined(x: Tensor, skip: Tensor | None, concat: str) -> Tensor:
     if skip is not None:
         x = torch.cat([x, skip] if concat == "upsampled_first" else [skip, x], dim=1)
     return x
+
+
+def _normed(norm: Any, x: Tensor) -> Tensor:
+    """``norm(x)``; on a CPU, whose sums over channels_last maps are pixel by pixel and inexact, in NCHW."""
+    takes_statistics = norm.training or norm.running_mean is None
+    return norm(x.contiguous() if takes_statistics and x.device.type == "cpu" else x)
 
 
 def _convolution(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
