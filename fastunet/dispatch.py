@@ -2,8 +2,8 @@
 
 A layer is served by ``"hopper"`` (Gluon, compute capability 9.0), ``"triton"`` (portable),
 ``"commuted"`` (portable, a decoder's upsampling behind its products) or ``"torch"`` (cuDNN), as a
-measured table has it; where none was measured, by ``"triton"``. Tables are
-read once, so a choice depends on shapes alone, under ``torch.compile`` and graph capture as elsewhere.
+measured table has it; where none was measured, by ``"triton"``. Tables are read once, so a choice
+depends on shapes alone, under ``torch.compile`` and graph capture as elsewhere.
 
 A convolution has three steps that may be served apart: ``"forward"``, ``"dgrad"`` (the gradient of its
 input) and ``"wgrad"`` (of its weight). On a GPU, ``"torch"`` is cuDNN.

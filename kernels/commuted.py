@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .conv3x3 import conv_fwd
+from .implicit_gemm import activate
 from .tensors import empty_channels_last
 from .tuning import gather_config
 from .upsample_concat import load_upsampled
@@ -47,9 +48,7 @@ def _gather_taps_kernel(
         acc += load_upsampled(
             z_ptr, origin, tap * O + c, u, v, mask & inside[:, None], h, w, w * 9 * O, 9 * O, MODE, ALIGN_CORNERS
         )
-    if SLOPE != 1.0:
-        acc = tl.where(acc <= 0, acc * SLOPE if SLOPE != 0.0 else 0.0, acc)  # NaN stays NaN
-    tl.store(y_ptr + offset, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + offset, activate(acc, SLOPE).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def upconcat_conv3x3_commuted_fwd(

@@ -113,9 +113,15 @@ def accumulate(
 
 @triton.jit
 def add_bias_activate(acc, bias_ptr, co0, O, SLOPE: tl.constexpr, BLOCK_CO: tl.constexpr):
-    """acc [BLOCK_CO, BLOCK_P] -> activation(acc + bias). SLOPE: 0 ReLU, 1 none, between them leaky."""
+    """acc [BLOCK_CO, BLOCK_P] -> activation(acc + bias)."""
     co = co0 + tl.arange(0, BLOCK_CO)
     acc += tl.load(bias_ptr + co, mask=co < O, other=0.0).to(tl.float32)[:, None]
+    return activate(acc, SLOPE)
+
+
+@triton.jit
+def activate(acc, SLOPE: tl.constexpr):
+    """SLOPE for what is below 0: 0 ReLU, 1 none, between them leaky."""
     if SLOPE == 0.0:
         acc = tl.where(acc <= 0, 0.0, acc)  # not max(): NaN must stay NaN, as in torch
     elif SLOPE != 1.0:

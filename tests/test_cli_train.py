@@ -21,7 +21,7 @@ import fastunet
 from fastunet import UNetConfig, weights
 
 from .blobs import write_pairs, write_split
-from .test_train import assert_same, files_of
+from .train.runs import assert_same, files_of
 
 CONFIG = json.dumps({"features": [4, 8]})
 QUICK = ("--config", CONFIG, "--steps", 4, "--batch", 2, "--size", 16, "--every", 2)

@@ -59,12 +59,17 @@ def test_wide_levels_take_it(channels, calls, monkeypatch, seed):
     with torch.inference_mode():
         torch.testing.assert_close(ops.upsample_concat_conv2d_relu(x, skip, weight), expected, rtol=1e-4, atol=1e-4)
     assert len(seen) == calls
-    weight.requires_grad_()
-    got, wanted = ops.upsample_concat_conv2d_relu(x, skip, weight), weight.detach().clone().requires_grad_()
-    plain = reference.upsample_concat_conv2d_relu(x, skip, wanted, None, "bilinear", True, 0.0)
+
+    def gradient(op: Any, *inputs: torch.Tensor) -> torch.Tensor:
+        leaf = inputs[2].clone().requires_grad_()
+        return torch.autograd.grad(op(inputs[0], inputs[1], leaf).square().sum(), leaf)[0]
+
+    plain = lambda *inputs: reference.upsample_concat_conv2d_relu(*inputs, None, "bilinear", True, 0.0)
+    found = gradient(ops.upsample_concat_conv2d_relu, x, skip, weight)
     assert len(seen) == 2 * calls
-    found = (torch.autograd.grad(y.square().sum(), leaf)[0] for y, leaf in ((got, weight), (plain, wanted)))
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-2)
+    truth = gradient(plain, x.double(), skip.double(), weight.double())
+    parity = compare(found, gradient(plain, x, skip, weight), truth, stages=2)  # forward and backward
+    assert parity.ok, str(parity)
 
 
 def test_random_networks_hold(monkeypatch):

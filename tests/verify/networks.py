@@ -25,8 +25,8 @@ NETWORKS = [
 def pair(**options) -> tuple[FastUNet, UNet]:
     """A model and a reference of the same weights, batch norm with statistics of its own.
 
-    Weights as He et al. (2015, arXiv:1502.01852) and biases above 0: of torch's own, one in some hundred networks has
-    a layer of nothing but dead ReLUs, in which no fault shows.
+    Weights as He et al. (2015, arXiv:1502.01852) and biases above 0: of torch's own, now and then a network
+    has a layer of nothing but dead ReLUs, in which no fault shows.
     """
     model = FastUNet(2, 3, (4, 6, 8), **options)
     for module in model.modules():
