@@ -64,7 +64,7 @@ def test_wide_levels_take_it(channels, calls, monkeypatch, seed):
         leaf = inputs[2].clone().requires_grad_()
         return torch.autograd.grad(op(inputs[0], inputs[1], leaf).square().sum(), leaf)[0]
 
-    plain = lambda *inputs: reference.upsample_concat_conv2d_relu(*inputs, None, "bilinear", True, 0.0)
+    plain = lambda x, skip, w: reference.upsample_concat_conv2d_relu(x, skip, w, None, "bilinear", True, 0.0)
     found = gradient(ops.upsample_concat_conv2d_relu, x, skip, weight)
     assert len(seen) == 2 * calls
     truth = gradient(plain, x.double(), skip.double(), weight.double())
