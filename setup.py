@@ -12,7 +12,7 @@ from setuptools import setup
 # PyTorch's CPU builds do not bring Triton, and Triton's wheels exist for these two platforms.
 TRITON = "triton>=3.6; sys_platform == 'linux' and (platform_machine == 'x86_64' or platform_machine == 'aarch64')"
 
-TRAIN = ["matplotlib", "torchmetrics>=1.9"]
+TRAIN = ["filelock", "matplotlib", "torchmetrics>=1.9"]
 VERIFY = ["hypothesis", "matplotlib"]
 HUB = ["huggingface_hub"]
 # The tests convert networks of dynamic-network-architectures too, which is installed without its dependencies

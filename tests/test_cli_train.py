@@ -21,7 +21,7 @@ import fastunet
 from fastunet import UNetConfig, weights
 
 from .blobs import write_pairs, write_split
-from .train.runs import assert_same, files_of
+from .train.runs import FILES, assert_same, files_of, names_of
 
 CONFIG = json.dumps({"features": [4, 8]})
 QUICK = ("--config", CONFIG, "--steps", 4, "--batch", 2, "--size", 16, "--every", 2)
@@ -63,9 +63,7 @@ def test_it_writes_five_files_that_the_other_commands_take(run, folder: Path, tm
     assert first == "4 images to train on, 2 to validate"
     assert [bool(re.fullmatch(POINT, line)) for line in points] == [True, True]
     assert re.fullmatch(rf"best Dice [\d.]+, at step [24]: {out}/best.safetensors", last)
-    assert {p.name for p in out.iterdir()} == {
-        "best.safetensors", "last.safetensors", "last.pt", "curve.csv", "curve.png"
-    }  # fmt: skip
+    assert names_of(out) == FILES
     Image.open(out / "curve.png").verify()
     assert weights.load(out / "best.safetensors").config == UNetConfig.from_json(CONFIG)
     assert isinstance(torch.load(out / "last.pt", weights_only=True), dict)
@@ -208,7 +206,7 @@ def test_sigkill_at_any_moment_breaks_no_file_and_loses_no_checkpoint(folder: Pa
         _, err = child.communicate(timeout=600)
         assert (child.returncode, err) == (0, "")
     assert_same(files_of(out), files_of(whole))
-    assert len(list(out.iterdir())) == 5
+    assert names_of(out) == FILES
 
 
 @pytest.mark.slow
@@ -221,7 +219,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(run, folder: Path, tmp_
     assert run("train", *options, "--out", tmp_path / "one").code == 0
     assert out.count("images to train on") == 1
     assert out.count("best Dice") == 1
-    assert len(list((tmp_path / "two").iterdir())) == 5
+    assert names_of(tmp_path / "two") == FILES
     one, two = (files_of(tmp_path / name)["state"] for name in ("one", "two"))
     for a, b in zip(one["points"], two["points"], strict=True):
         assert b == pytest.approx(a, rel=1e-3)

@@ -105,7 +105,7 @@ def train(arguments: argparse.Namespace) -> int:
 
     An error is said by one of those that have it.
     """
-    for package in ("matplotlib", "torchmetrics"):
+    for package in ("filelock", "matplotlib", "torchmetrics"):
         if importlib.util.find_spec(package) is None:
             raise SetupError(f"train: needs {package} (pip install 'fastunet[train]')")
     with processes(arguments.device) as process:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from .. import weights
 from ..files import atomic_write
@@ -23,20 +24,39 @@ if TYPE_CHECKING:
 STATE = "last.pt"
 
 
-def open_run(out: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any] | None:
-    """Make sure that ``out`` exists and can be written to; the state of the run in it, if there is one.
+@contextlib.contextmanager
+def open_run(out: Path, identity: dict[str, Any], resume: bool, writes: bool) -> Iterator[dict[str, Any] | None]:
+    """Make sure that ``out`` exists and can be written to; yield the state of the run in it, if there is one.
+
+    Args:
+        writes: whether this process does; no other may then, until the block ends or the process is killed.
 
     Raises:
         TrainingError: see :func:`fastunet.train.fit`.
     """
-    path = out / STATE
+    with contextlib.ExitStack() as stack:
+        _take(out, stack if writes else None)
+        yield _state(out, identity, resume)
+
+
+def _take(out: Path, stack: contextlib.ExitStack | None) -> None:
+    """Make ``out``, lock it until ``stack`` is closed, and see that it can be written to."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if stack is not None:
+            stack.enter_context(FileLock(out / ".lock", timeout=0))
         for left in out.glob(".????????????????.tmp"):  # of a process that was killed while it wrote
             left.unlink(missing_ok=True)
         tempfile.TemporaryFile(dir=out).close()  # permission bits do not tell of a read-only disk
+    except Timeout:
+        raise TrainingError(f"{out}: another process is training there; take another folder") from None
     except OSError as error:
         raise TrainingError(f"{out}: cannot be written to ({error.strerror})") from None
+
+
+def _state(out: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any] | None:
+    """What :func:`write` left last, if it is of the run of ``identity``."""
+    path = out / STATE
     if not path.exists():
         return None
     if not resume:
@@ -78,7 +98,7 @@ def write(out: Path, model: UNet, state: dict[str, Any], points: Sequence[Point]
         temporary.write_bytes(archive.getbuffer())
 
 
-@contextmanager
+@contextlib.contextmanager
 def _named(path: Path) -> Iterator[Path]:
     """Yield ``path``; an OSError in the block becomes a TrainingError that names it, not a temporary file."""
     try:

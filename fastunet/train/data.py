@@ -104,7 +104,9 @@ def read_mask(path: Path, classes: int) -> np.ndarray:
     try:
         # As stored: a palette's indices are the classes, and nothing is scaled.
         if path.suffix.lower() in (".tif", ".tiff"):
-            mask, lossy = tifffile.imread(path), False
+            with tifffile.TiffFile(path) as file:
+                lossy = file.pages.first.compression in (tifffile.COMPRESSION.OJPEG, tifffile.COMPRESSION.JPEG)
+                mask = np.empty(()) if lossy else file.asarray()
         else:
             with Image.open(path) as file:
                 mask, lossy = np.asarray(file), file.format in ("JPEG", "MPO")

@@ -70,9 +70,9 @@ def fit(
         on_point: called after each checkpoint.
 
     Raises:
-        TrainingError: ``out`` or a file in it cannot be written to; ``out`` holds a run and ``resume`` is
-            false, or holds another run than this; ``data``, ``batch`` or ``size`` does not fit the model
-            or the processes; the model's output is smaller than its input.
+        TrainingError: ``out`` or a file in it cannot be written to; another process trains there; ``out``
+            holds a run and ``resume`` is false, or holds another run than this; ``data``, ``batch`` or
+            ``size`` does not fit the model or the processes; the model's output is smaller than its input.
         DivergedError: the loss or a weight became NaN or infinite.
     """
     settings, process, out = settings or Settings(), process or Processes(torch.device("cpu")), Path(out)
@@ -86,35 +86,35 @@ def fit(
     if len(data.val) < process.count:
         raise TrainingError(f"data: expected a validation image for each of {process.count} processes")
     identity = {"settings": dataclasses.asdict(settings), "config": config.to_json(), "data": data.fingerprint()}
-    state = checkpoint.open_run(out, identity, resume)
-    run = _Run(model.to(process.device), settings, process, state)
+    with checkpoint.open_run(out, identity, resume, process.first) as state:
+        run = _Run(model.to(process.device), settings, process, state)
 
-    on_gpu = process.device.type == "cuda"
-    loader = DataLoader(
-        Windows(data, settings.size, settings.seed),
-        batch_size=None,
-        sampler=list(indices(run.step, settings.steps, settings.batch, process.rank, process.count)),
-        num_workers=workers,
-        pin_memory=on_gpu,
-        generator=torch.Generator(),  # or it would take its seed from the run's random numbers
-    )
-    losses: list[Tensor] = []
-    start = time.perf_counter()
-    for batch in loader:
-        losses.append(run.advance(*(tensor.to(process.device, non_blocking=on_gpu) for tensor in batch)))
-        if on_step is not None:
-            on_step(run.step, losses[-1])
-        if run.step % settings.every and run.step < settings.steps:
-            continue
-        loss = run.mean(losses)
-        speed = len(losses) * settings.batch / (time.perf_counter() - start)
-        scores = validate(run.averaged, data, settings.dice_weight, process)
-        run.points.append(Point(run.step, settings.lr * settings.rate(run.step - 1), loss, *scores, speed))
-        if process.first:
-            checkpoint.write(out, run.averaged, run.state() | identity, run.points)
-        if on_point is not None:
-            on_point(run.points[-1])
-        losses, start = [], time.perf_counter()
+        on_gpu = process.device.type == "cuda"
+        loader = DataLoader(
+            Windows(data, settings.size, settings.seed),
+            batch_size=None,
+            sampler=list(indices(run.step, settings.steps, settings.batch, process.rank, process.count)),
+            num_workers=workers,
+            pin_memory=on_gpu,
+            generator=torch.Generator(),  # or it would take its seed from the run's random numbers
+        )
+        losses: list[Tensor] = []
+        start = time.perf_counter()
+        for batch in loader:
+            losses.append(run.advance(*(tensor.to(process.device, non_blocking=on_gpu) for tensor in batch)))
+            if on_step is not None:
+                on_step(run.step, losses[-1])
+            if run.step % settings.every and run.step < settings.steps:
+                continue
+            loss = run.mean(losses)
+            speed = len(losses) * settings.batch / (time.perf_counter() - start)
+            scores = validate(run.averaged, data, settings.dice_weight, process)
+            run.points.append(Point(run.step, settings.lr * settings.rate(run.step - 1), loss, *scores, speed))
+            if process.first:
+                checkpoint.write(out, run.averaged, run.state() | identity, run.points)
+            if on_point is not None:
+                on_point(run.points[-1])
+            losses, start = [], time.perf_counter()
     return run.points
 
 

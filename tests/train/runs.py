@@ -15,6 +15,7 @@ from fastunet.reference import UNet
 from fastunet.train import Settings
 
 CONFIG = UNetConfig(features=(4, 8), norm="batch")
+FILES = {"best.safetensors", "last.safetensors", "last.pt", "curve.csv", "curve.png", ".lock"}
 QUICK = Settings(steps=6, batch=2, size=16, every=2, ema=0.5)
 
 
@@ -53,6 +54,10 @@ def assert_same(a: Any, b: Any) -> None:
 
 class Stop(Exception):
     pass
+
+
+def names_of(out: Path) -> set[str]:
+    return {path.name for path in out.iterdir()}
 
 
 def stop_at(last: int) -> Callable[[int, Tensor], None]:

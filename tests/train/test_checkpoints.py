@@ -15,7 +15,7 @@ from PIL import Image
 from fastunet import FastUNet, UNetConfig, train, weights
 from fastunet.train import checkpoint
 
-from .runs import CONFIG, QUICK, Stop, assert_same, files_of, new_model, stop_at
+from .runs import CONFIG, FILES, QUICK, Stop, assert_same, files_of, names_of, new_model, stop_at
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
@@ -53,7 +53,7 @@ def test_a_kill_between_any_two_files_of_a_checkpoint_costs_nothing(
     assert torch.load(tmp_path / "parts" / "last.pt", weights_only=True)["step"] in (2, 4)
     train.fit(new_model(), data, tmp_path / "parts", QUICK, resume=True)
     assert_same(files_of(tmp_path / "parts"), files_of(tmp_path / "whole"))
-    assert len(list((tmp_path / "parts").iterdir())) == 5
+    assert names_of(tmp_path / "parts") == FILES
 
 
 def no_space(*_: object, **__: object) -> None:
@@ -77,7 +77,7 @@ def test_a_file_that_cannot_be_written_is_named_and_was_not_touched(
     out = tmp_path / "out"
     with pytest.raises(train.TrainingError, match=f"^{out / name}: cannot be written \\(No space left on device\\)$"):
         train.fit(new_model(), data, out, QUICK)
-    assert not list(out.glob(".*"))
+    assert not list(out.glob(".*.tmp"))
     monkeypatch.setattr(os, "replace", replace)
     train.fit(new_model(), data, out, QUICK, resume=True)
     assert_same(files_of(out), files_of(tmp_path / "whole"))
@@ -94,7 +94,7 @@ def test_a_full_disk_is_said_to_be_one(data: train.Data, tmp_path: Path, monkeyp
             train.fit(new_model(), data, tmp_path, QUICK)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, small)
-    assert not list(tmp_path.glob("*.pt")) and not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob("*.pt")) and not list(tmp_path.glob(".*.tmp"))
 
 
 def test_a_folder_that_is_read_only_is_found_before_the_first_step(
@@ -132,6 +132,20 @@ def test_a_run_is_not_overwritten_nor_continued_as_another(folder: Path, data: t
     (out / "last.pt").write_bytes((out / "last.pt").read_bytes()[:-100])
     with pytest.raises(train.TrainingError, match="last.pt: cannot be read"):
         train.fit(new_model(), data, out, QUICK, resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_is_trained_in_by_one_at_a_time(data: train.Data, tmp_path: Path, resume: bool) -> None:
+    """And is free again however that one ends."""
+
+    def intrude(step: int, loss: object) -> None:
+        with pytest.raises(train.TrainingError, match=f"^{tmp_path / 'out'}: another process is training there"):
+            train.fit(new_model(), data, tmp_path / "out", QUICK, resume=resume)
+        raise Stop
+
+    with pytest.raises(Stop):
+        train.fit(new_model(), data, tmp_path / "out", QUICK, on_step=intrude)
+    assert len(train.fit(new_model(), data, tmp_path / "out", QUICK)) == 3
 
 
 def test_resume_where_nothing_is_begins(data: train.Data, tmp_path: Path) -> None:

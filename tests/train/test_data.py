@@ -44,12 +44,13 @@ def test_masks_are_read_as_stored(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_mask(tmp_path / "bits.png", 3), wanted > 0)
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a.png"])  # told by its content, as images are
+@pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a.png", "a.tif"])  # told by its content, as images are
 def test_a_mask_in_a_jpeg_is_refused(folder: Path, name: str) -> None:
     labels = folder / "train" / "labels"
     label = np.asarray(Image.open(labels / "a.png"))
     (labels / "a.png").unlink()
-    Image.fromarray((label > 0).astype(np.uint8) * 255).save(labels / name, format="JPEG")
+    options = {"format": "TIFF", "compression": "jpeg"} if name == "a.tif" else {"format": "JPEG"}
+    Image.fromarray((label > 0).astype(np.uint8) * 255).save(labels / name, **options)
     with pytest.raises(train.DataError) as caught:
         train.find(folder, 1, 2)
     assert caught.value.problems == [
