@@ -136,8 +136,8 @@ def launches(dtype: torch.dtype, tf32: bool) -> Iterator[Callable[[], Any]]:
     for config, size in networks():
         for launch in launches_of_network(config, size, t, tf32=tf32):
             yield launch.run
-            if launch.commutes:
-                yield lambda launch=launch: launch.run("commuted")
+            for name in launch.commuted(hopper=False):
+                yield lambda launch=launch, name=name: launch.run(name)
             # Of the upsamplings those that are launched otherwise, of the sizes one: compiling takes long.
             if config.align_corners and config.upsample in ("bilinear", "transpose") and size[1] % 2 == 0:
                 for step in gradients(launch, t, tf32=tf32):
@@ -190,6 +190,15 @@ def hopper_launches(dtype: torch.dtype, full: bool) -> Iterator[Callable[[], Any
         t(16, 128, 64, 64),
         t(16, 128, 128, 128),
         t(128, 256, 3, 3),
+        t(128),
+        mode="bilinear",
+        align_corners=True,
+        slope=0.0,
+    )
+    yield lambda: hopper.upconcat_conv3x3_commuted_fwd(
+        t(16, 256, 32, 32),
+        t(16, 128, 64, 64),
+        t(128, 384, 3, 3),
         t(128),
         mode="bilinear",
         align_corners=True,

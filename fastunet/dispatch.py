@@ -1,9 +1,9 @@
 """Which implementation serves a tensor of this dtype and device, or a layer, and why.
 
 A layer is served by ``"hopper"`` (Gluon, compute capability 9.0), ``"triton"`` (portable),
-``"commuted"`` (portable, a decoder's upsampling behind its products) or ``"torch"`` (cuDNN), as a
-measured table has it; where none was measured, by ``"triton"``. Tables are read once, so a choice
-depends on shapes alone, under ``torch.compile`` and graph capture as elsewhere.
+``"hopper commuted"`` or ``"commuted"`` (the same two, with a decoder's upsampling behind its products)
+or ``"torch"`` (cuDNN), as a measured table has it; where none was measured, by ``"triton"``. Tables are
+read once, so a choice depends on shapes alone, under ``torch.compile`` and graph capture as elsewhere.
 
 A convolution has three steps that may be served apart: ``"forward"``, ``"dgrad"`` (the gradient of its
 input) and ``"wgrad"`` (of its weight). On a GPU, ``"torch"`` is cuDNN.
@@ -31,7 +31,8 @@ HOPPER = (9, 0)
 MINIMUM_CAPABILITY = (8, 0)  # Ampere: the first with bf16, tf32 and asynchronous copies
 
 STEPS = ("forward", "dgrad", "wgrad")
-_FOR_SOME_LAYERS = ("hopper", "commuted")  # the others are served by "triton"
+_HOPPERS = ("hopper", "hopper commuted")
+_FOR_SOME_LAYERS = (*_HOPPERS, "commuted")  # the others are served by "triton"
 
 _forced: ContextVar[dict[str, str]] = ContextVar("fastunet_forced_implementation", default={})  # noqa: B039
 
@@ -112,13 +113,13 @@ def choose_layer(
 
     Args:
         key: of :func:`measured.layer_key`.
-        obstacle: why ``"hopper"`` or ``"commuted"`` cannot serve the layer's forward pass, on a device where they
-            run; None if they can.
+        obstacle: why one of those that serve some layers cannot serve this one's forward pass, on a device where
+            it runs; None if it can.
     """
     choice = choose(device, dtype, step)
     forced = _forced.get().get(step)
     if forced in _FOR_SOME_LAYERS and step == "forward":
-        why = why_not_hopper(device) if forced == "hopper" else None
+        why = why_not_hopper(device) if forced in _HOPPERS else None
         if why is not None:
             raise RuntimeError(f"the Hopper kernels were asked for, but {why}")
         why = obstacle(forced)
@@ -131,7 +132,7 @@ def choose_layer(
         what = "this layer's shape" if layers else "this device"
         return Choice("triton", f"{choice.reason}; no measurement of {what} yet")
     if entry.implementation in _FOR_SOME_LAYERS:
-        why = (why_not_hopper(device) if entry.implementation == "hopper" else None) or obstacle(entry.implementation)
+        why = (why_not_hopper(device) if entry.implementation in _HOPPERS else None) or obstacle(entry.implementation)
         if why is not None:
             return Choice("triton", f"{choice.reason}; a table says {entry.implementation}, but {why}")
     times = ", ".join(f"{name} {time:.0f}" for name, time in sorted(entry.microseconds.items(), key=lambda i: i[1]))
@@ -147,8 +148,8 @@ def asked_for() -> str | None:
 def forced(implementation: str, *steps: str) -> Iterator[None]:
     """Within the block every operator takes one of :data:`measured.IMPLEMENTATIONS`, for checks and timing.
 
-    What ``"hopper"`` (a stem, a head of two classes, a gradient) and ``"commuted"`` (all that upsamples nothing)
-    cannot serve takes ``"triton"``.
+    What ``"hopper"`` (a stem, a head of two classes, a gradient), ``"commuted"`` (all that upsamples nothing) and
+    ``"hopper commuted"`` cannot serve takes ``"triton"``.
 
     Args:
         steps: those to which it applies; all by default. Of a backward pass the operators that ran

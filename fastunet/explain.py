@@ -19,8 +19,9 @@ from .trace import Layer, Shape, describe_bytes, describe_flops, totals, trace
 class Row:
     """One layer and what serves it.
 
-    ``choice.implementation`` is ``"hopper"``, ``"commuted"`` or ``"triton"`` (kernels of :mod:`fastunet.kernels`),
-    ``"cudnn"`` (PyTorch's convolution on a GPU) or ``"reference"`` (plain PyTorch on another device).
+    ``choice.implementation`` is ``"hopper"``, ``"hopper commuted"``, ``"commuted"`` or ``"triton"`` (kernels of
+    :mod:`fastunet.kernels`), ``"cudnn"`` (PyTorch's convolution on a GPU) or ``"reference"`` (plain PyTorch on
+    another device).
     """
 
     layer: Layer

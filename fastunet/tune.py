@@ -114,12 +114,13 @@ def _fastest(parts: list[Launch], device: torch.device, timer: Timer) -> Entry:
 
 def _times(launch: Launch, device: torch.device, timer: Timer) -> dict[str, tuple[float, Any]]:
     """Microseconds and launch configuration of each implementation that is right, and gradients the same twice."""
-    hopper = launch.hopper if dispatch.why_not_hopper(device) is None else ()
+    on_hopper = dispatch.why_not_hopper(device) is None
+    hopper = launch.hopper if on_hopper else ()
     candidates: list[tuple[str, Any, Callable[[], Any]]] = [
         ("triton", None, launch.run),
         ("torch", None, lambda: launch.function(*launch.tensors)),
         *(("hopper", config, lambda config=config: launch.run(config)) for config in hopper),
-        *([("commuted", None, lambda: launch.run("commuted"))] if launch.commutes else []),
+        *((name, None, lambda name=name: launch.run(name)) for name in launch.commuted(on_hopper)),
     ]
     truth = _first(launch.function(*(t.double() for t in launch.tensors)))
     baseline = _first(launch.function(*launch.tensors))

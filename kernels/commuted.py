@@ -4,7 +4,7 @@
     z_ij = weight[:, :C1, i, j] x    at x's resolution, t = b + weight[:, C1:] * skip    (* is 3x3, zeros around)
 
 which is exact, for a product mixes channels and ``up`` mixes pixels. z and t are two convolutions of
-conv3x3.py, kept in float32 so that nothing is rounded twice; what is left is a gather.
+conv3x3.py or hopper/conv3x3.py, kept in float32 so that nothing is rounded twice; what is left is a gather.
 
 Tiling: one program makes BLOCK_P pixels x BLOCK_C channels, of 36 reads each (9 for nearest).
 
@@ -13,6 +13,8 @@ float16, bfloat16 or float32.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import triton
@@ -61,19 +63,20 @@ def upconcat_conv3x3_commuted_fwd(
     align_corners: bool,
     slope: float,
     tf32: bool = True,
+    conv: Callable[..., Tensor] = conv_fwd,
 ) -> Tensor:
     """Launch the two convolutions and the gather.
 
     Args and result: those of :func:`upconcat_conv3x3_fwd`, whose sums in another order these are;
-    ``mode`` is ``"bilinear"`` or ``"nearest"``.
+    ``mode`` is ``"bilinear"`` or ``"nearest"``, ``conv`` the launcher of the convolutions.
     """
     (_, c1, h, w), (n, _, height, width), o = x.shape, skip.shape, weight.shape[0]
     y = empty_channels_last(skip, o, height, width)
     if y.numel() == 0:
         return y
     taps = weight[:, :c1].permute(2, 3, 0, 1).reshape(9 * o, c1, 1, 1)
-    z = conv_fwd(x, taps, None, slope=1.0, tf32=tf32, out_dtype=torch.float32)
-    t = conv_fwd(skip, weight[:, c1:], bias, slope=1.0, tf32=tf32, out_dtype=torch.float32)
+    z = conv(x, taps, None, slope=1.0, tf32=tf32, out_dtype=torch.float32)
+    t = conv(skip, weight[:, c1:], bias, slope=1.0, tf32=tf32, out_dtype=torch.float32)
     config, pixels = gather_config(o), n * height * width
     _gather_taps_kernel[(triton.cdiv(pixels, config.block_p) * triton.cdiv(o, config.block_c),)](
         z, t, y, pixels, o, h, w, height, width, (height - 2 * h) // 2, (width - 2 * w) // 2,

@@ -60,19 +60,21 @@ class TestChoice:
         other = ops.choose("conv2d_relu", ((2, 64, 32, 32),), (64, 64, 3, 3), GPU, BF16)
         assert other == dispatch.Choice("triton", "fused kernel; no measurement of this layer's shape yet")
 
-    def test_upsampling_behind_the_products_is_for_layers_that_upsample(self, monkeypatch):
+    @pytest.mark.parametrize("implementation", ["commuted", "hopper commuted"])
+    def test_upsampling_behind_the_products_is_for_layers_that_upsample(self, implementation):
         layer = "upsample_concat_conv2d_relu", ((1, 128, 16, 16), (1, 64, 32, 32)), (64, 192, 3, 3), GPU, BF16
-        entry = Entry("commuted", {"commuted": 3.0, "triton": 4.0})
+        entry = Entry(implementation, {implementation: 3.0, "triton": 4.0})
         keys = [measured.layer_key(*layer[:3], BF16, mode) for mode in ("bilinear", "none")]
         save(measured.cache_path(GPU), GPU, dict.fromkeys((*keys, KEY), entry))
         assert ops.choose(*layer, "bilinear") == dispatch.Choice(
-            "commuted", "measured, in microseconds: commuted 3, triton 4", entry
+            implementation, f"measured, in microseconds: {implementation} 3, triton 4", entry
         )
         for other in (ops.choose(*layer, "none"), choice()):
-            assert (other.implementation, "says commuted, but it upsamples nothing" in other.reason) == ("triton", True)
-        with dispatch.forced("commuted"):
-            assert ops.choose(*layer, "nearest") == dispatch.Choice("commuted", "asked for")
-            assert choice() == dispatch.Choice("triton", "commuted was asked for, but it upsamples nothing")
+            assert other.implementation == "triton"
+            assert f"says {implementation}, but it upsamples nothing" in other.reason
+        with dispatch.forced(implementation):
+            assert ops.choose(*layer, "nearest") == dispatch.Choice(implementation, "asked for")
+            assert choice() == dispatch.Choice("triton", f"{implementation} was asked for, but it upsamples nothing")
             assert ops.choose(*layer, "nearest", "dgrad").implementation == "triton"
 
     def test_a_table_decides_each_step_by_itself(self):

@@ -35,9 +35,11 @@ def choose(
     key = measured.layer_key(op, maps, weight, dtype, mode, step)
 
     def obstacle(implementation: str) -> str | None:
-        if implementation == "hopper":
-            return kernels.hopper.why_not_layer(op, maps, weight, dtype, mode=mode, tf32=tf32())
-        return None if op == "upsample_concat_conv2d_relu" and mode != "none" else "it upsamples nothing"
+        if implementation != "hopper" and (op != "upsample_concat_conv2d_relu" or mode == "none"):
+            return "it upsamples nothing"
+        if implementation == "commuted":
+            return None
+        return kernels.hopper.why_not_layer(op, maps, weight, dtype, mode=mode, tf32=tf32())
 
     return dispatch.choose_layer(device, dtype, key, obstacle, step)
 
@@ -50,6 +52,8 @@ def launcher(name: str, op: str, maps: tuple[Tensor, ...], weight: Tensor, mode:
         return None
     if choice.implementation == "commuted":
         return kernels.upconcat_conv3x3_commuted_fwd
+    if choice.implementation == "hopper commuted":
+        return kernels.hopper.upconcat_conv3x3_commuted_fwd
     if choice.implementation == "triton":
         stem = name == "conv_fwd" and shapes[0][1] <= kernels.STEM_CHANNELS and weight.shape[-1] == 3
         return kernels.stem_fwd if stem else getattr(kernels, name)

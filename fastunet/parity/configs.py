@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..config import UNetConfig
 from ..kernels import tuning
-from .launches import Config, Launch, Make, gradients, launches
+from .launches import Commuted, Config, Launch, Make, gradients, launches
 from .measures import distance
 from .repeatability import poisoned_memory, same
 from .report import Comparison, Errors
@@ -46,9 +45,9 @@ def check_configs(
             if not tf32 and "tf32" not in launch.options:
                 continue  # a pass over memory is the same in either case
             # Gluon has no interpreter; tests/hopper/ has an emulator.
-            hopper = launch.hopper if device != "cpu" and capability == tuning.HOPPER else ()
-            commuted: tuple[Literal["commuted"], ...] = ("commuted",) if launch.commutes else ()
-            for choice in (*launch.configs(capability), *hopper, *commuted):
+            on_hopper = device != "cpu" and capability == tuning.HOPPER
+            hopper = launch.hopper if on_hopper else ()
+            for choice in (*launch.configs(capability), *hopper, *launch.commuted(on_hopper)):
                 text = "its only configuration" if choice is None else str(choice)
                 text += f", {'tf32' if tf32 else 'ieee'}" * (dtype == torch.float32 and "tf32" in launch.options)
                 yield _check_config(launch, choice, text, tf32, rounds and "tf32" in launch.options)
@@ -63,9 +62,7 @@ def _both_passes(config: UNetConfig, size: tuple[int, int, int], make: Make, tf3
         yield from gradients(trained, make, tf32=tf32)
 
 
-def _check_config(
-    launch: Launch, choice: Config | Literal["commuted"] | None, text: str, tf32: bool, rounds: bool
-) -> Comparison:
+def _check_config(launch: Launch, choice: Config | Commuted | None, text: str, tf32: bool, rounds: bool) -> Comparison:
     """One configuration, over memory filled with NaN, and once more: the same to the bit.
 
     Args:

@@ -18,6 +18,7 @@ from ..kernels import tuning
 from ..trace import Layer, trace
 
 Config = tuning.ConvConfig | kernels.hopper.HopperConfig
+Commuted = Literal["commuted", "hopper commuted"]
 Make = Callable[..., Tensor]
 
 
@@ -54,15 +55,17 @@ class Launch:
         what = f", gradient of {self.gradient}" if self.gradient else ", in training" if self.training else ""
         return self.layer.name + what
 
-    @property
-    def commutes(self) -> bool:
-        """Whether its upsampling may stand behind its products."""
-        return self.launcher is kernels.upconcat_conv3x3_fwd and self.options["mode"] != "none"
+    def commuted(self, hopper: bool) -> tuple[Commuted, ...]:
+        """The implementations that have its upsampling behind its products, with Hopper's if they are asked for."""
+        if self.launcher is not kernels.upconcat_conv3x3_fwd or self.options["mode"] == "none":
+            return ()
+        return ("commuted", "hopper commuted") if hopper and self.hopper else ("commuted",)
 
-    def run(self, config: Config | Literal["commuted"] | None = None) -> Any:
+    def run(self, config: Config | Commuted | None = None) -> Any:
         """Launch; without ``config`` the launcher chooses."""
-        if config == "commuted":
-            return kernels.upconcat_conv3x3_commuted_fwd(*self.tensors, **self.options)
+        if isinstance(config, str):
+            module = kernels if config == "commuted" else kernels.hopper
+            return module.upconcat_conv3x3_commuted_fwd(*self.tensors, **self.options)
         if config is None:
             return self.launcher(*self.tensors, **self.options)
         launcher = self.launcher

@@ -1,6 +1,12 @@
 """Hopper kernels in Gluon (sm_90a): the launchers of the portable ones, for what TMA can address."""
 
-from .conv3x3 import conv_fwd, conv_pool_fwd, conv_transpose2x2_fwd, upconcat_conv3x3_fwd
+from .conv3x3 import (
+    conv_fwd,
+    conv_pool_fwd,
+    conv_transpose2x2_fwd,
+    upconcat_conv3x3_commuted_fwd,
+    upconcat_conv3x3_fwd,
+)
 from .tuning import HopperConfig, hopper_configs, layer_configs, why_not, why_not_layer
 
 __all__ = [
@@ -10,6 +16,7 @@ __all__ = [
     "conv_transpose2x2_fwd",
     "hopper_configs",
     "layer_configs",
+    "upconcat_conv3x3_commuted_fwd",
     "upconcat_conv3x3_fwd",
     "why_not",
     "why_not_layer",

@@ -12,7 +12,7 @@ BLOCK_H rows x BLOCK_W columns (implicit_gemm.py). SPLITS > 1: a tile is a share
 and split_k.py sums the shares.
 
 Shapes: x (N, C, H, W), weight (O, C, K, K), bias (O,); float16, bfloat16, or float32 in tf32; C and O multiples of
-16 bytes.
+16 bytes. y is of x's dtype, or float32.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import commuted
 from ..tensors import bias_or_zeros, empty_channels_last, packed_weight
 from ..tuning import pointwise_config
 from ..upsample_concat import upsample_concat_fwd
@@ -108,7 +109,7 @@ def _launch(
     config: HopperConfig | None,
 ) -> None:
     """Fill ``y`` (N, O, H, W), of any strides that TMA takes, and ``pooled``. ``weight``: (O, C, K, K)."""
-    (n, o, h, w), ksize, dtype = y.shape, weight.shape[-1], y.dtype
+    (n, o, h, w), ksize, dtype = y.shape, weight.shape[-1], sources[0].dtype
     channels = tuple(x.shape[1] for x in sources)
     top, left = ((a - b) // 2 for a, b in zip(y.shape[2:], sources[0].shape[2:], strict=True))
     obstacle = why_not(channels, o, dtype, tf32=tf32, padding=(top, left))
@@ -117,7 +118,8 @@ def _launch(
     if y.numel() == 0:
         return
     if config is None:
-        config = hopper_configs(channels, o, n, h, w, dtype, ksize=ksize, pool=pooled is not None)[0]
+        options = {"ksize": ksize, "pool": pooled is not None, "out_dtype": y.dtype}
+        config = hopper_configs(channels, o, n, h, w, dtype, **options)[0]
     maps = [tma_ready(x).permute(0, 2, 3, 1) for x in sources]
     rows = packed_weight(weight).view(o, ksize**2, sum(channels))
     width, tile = block_k(dtype), [config.block_n, config.block_h, config.block_w]
@@ -152,9 +154,10 @@ def conv_fwd(
     slope: float,
     tf32: bool = True,
     config: HopperConfig | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Convolution, bias, activation; ValueError for what :func:`why_not` names."""
-    y = empty_channels_last(x, weight.shape[0], x.shape[2], x.shape[3])
+    y = empty_channels_last(x, weight.shape[0], x.shape[2], x.shape[3], out_dtype)
     _launch((x,), weight, bias, y, None, slope, tf32, config)
     return y
 
@@ -194,6 +197,22 @@ def upconcat_conv3x3_fwd(
         x = upsample_concat_fwd(x, no_skip, mode=mode, align_corners=align_corners, config=pointwise)
     _launch((x, skip), weight, bias, y, None, slope, tf32, config)
     return y
+
+
+def upconcat_conv3x3_commuted_fwd(
+    x: Tensor,
+    skip: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    mode: str,
+    align_corners: bool,
+    slope: float,
+    tf32: bool = True,
+) -> Tensor:
+    """As :func:`upconcat_conv3x3_fwd`, with the upsampling behind the products (../commuted.py)."""
+    options = {"mode": mode, "align_corners": align_corners, "slope": slope, "tf32": tf32}
+    return commuted.upconcat_conv3x3_commuted_fwd(x, skip, weight, bias, conv=conv_fwd, **options)
 
 
 def conv_transpose2x2_fwd(

@@ -76,14 +76,22 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def _config(
-    block_co: int, pixels: int, height: int, width: int, ksize: int, dtype: torch.dtype, pool: bool, splits: int = 1
+    block_co: int,
+    pixels: int,
+    height: int,
+    width: int,
+    *,
+    ksize: int,
+    pool: bool,
+    out_itemsize: int,
+    splits: int = 1,
 ) -> HopperConfig:
     """Fill the shared memory with stages."""
     block_w = power_of_2(width, 2, 16)
     block_h = power_of_2(height, 2, min(16, pixels // block_w))
     block_n = pixels // (block_w * block_h)
     halo = OVERLAPPING_WINDOWS and ksize == 3 and block_n == 1 and block_w >= 8
-    out = 2 * pixels * 64 * (4 if splits > 1 else dtype.itemsize)
+    out = 2 * pixels * 64 * (4 if splits > 1 else out_itemsize)
     left = SHARED_MEMORY - _RESERVED - out - (out // 4 if pool and splits == 1 else 0)
     x_bytes, w_bytes = (pixels + 2 * block_w * halo) * 128, block_co * 128
     if halo:  # three products a box: two boxes are six products deep
@@ -95,25 +103,37 @@ def _config(
 
 
 def hopper_configs(
-    channels: tuple[int, ...], out_channels: int, n: int, h: int, w: int, dtype: torch.dtype, *, ksize: int, pool: bool
+    channels: tuple[int, ...],
+    out_channels: int,
+    n: int,
+    h: int,
+    w: int,
+    dtype: torch.dtype,
+    *,
+    ksize: int,
+    pool: bool,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[HopperConfig, ...]:
     """Every configuration worth timing for a layer, the one argued to be best first.
 
     Args:
         channels: input channels of each source. n, h, w: images and size of the map.
+        out_dtype: of the result; ``dtype`` by default.
     """
+    out_itemsize = (out_dtype or dtype).itemsize
     # 256 pixels of float32 would leave no room for stages beside the result.
-    most = 256 if dtype.itemsize == 2 else 128
+    most = 256 if out_itemsize == 2 else 128
+    options = {"ksize": ksize, "pool": pool, "out_itemsize": out_itemsize}
     widths = (64,) if out_channels <= 64 else (128, 64)
     tile = [(co, pixels) for pixels in (most, 128) for co in widths]
-    plain = [_config(co, pixels, h, w, ksize, dtype, pool) for co, pixels in dict.fromkeys(tile)]
+    plain = [_config(co, pixels, h, w, **options) for co, pixels in dict.fromkeys(tile)]
     # Fewer tiles than multiprocessors: smaller ones first, then shares of the K loop.
     plain.sort(key=lambda config: config.tiles(n, h, w, out_channels) < _MULTIPROCESSORS)
     blocks = sum(-(-c // block_k(dtype)) for c in channels)
-    small = _config(widths[0], 128, h, w, ksize, dtype, pool)
+    small = _config(widths[0], 128, h, w, **options)
     tiles = small.tiles(n, h, w, out_channels)
     shares = [s for s in (8, 4, 2) if blocks % s == 0 and blocks >= 2 * s and tiles * s <= 2 * _MULTIPROCESSORS]
-    split = [_config(widths[0], 128, h, w, ksize, dtype, pool, s) for s in shares]
+    split = [_config(widths[0], 128, h, w, **options, splits=s) for s in shares]
     # A split pays for a pass over its shares; it is tried first where not even half the chip works.
     ordered = [*split, *plain] if 2 * tiles <= _MULTIPROCESSORS else [*plain, *split]
     return tuple(dict.fromkeys(ordered))

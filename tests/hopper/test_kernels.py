@@ -89,6 +89,25 @@ def test_two_sources(config, mode, precision, make):
     check(precision, y, reference.upsample_concat_conv2d_relu, x, skip, weight, bias, mode, True, 0.0)
 
 
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[3], CONFIGS[4]])
+def test_a_float32_result_is_not_rounded_to_less(config, make):
+    x, weight, bias = make("bf16", 2, 128, 5, 9), make("bf16", 72, 128, 3, 3, fan_in=1152), make("bf16", 72)
+    y = hopper.conv_fwd(x, weight, bias, slope=0.0, config=config, out_dtype=torch.float32)
+    assert y.dtype == torch.float32
+    check("ieee", y, conv2d_relu, x.float(), weight.float(), bias.float(), 0.0)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("mode, corners", [("nearest", False), ("bilinear", False), ("bilinear", True)])
+def test_upsampling_behind_the_products(mode, corners, precision, make):
+    c1, c2 = (40, 24) if precision == "tf32" else (72, 40)
+    x, skip = make(precision, 2, c1, 3, 4), make(precision, 2, c2, 7, 7)  # a row too few, a column too many
+    weight, bias = make(precision, 16, c1 + c2, 3, 3, fan_in=9 * (c1 + c2)), make(precision, 16)
+    options = {"mode": mode, "align_corners": corners, "slope": 0.1}
+    y = hopper.upconcat_conv3x3_commuted_fwd(x, skip, weight, bias, **options)
+    check(precision, y, reference.upsample_concat_conv2d_relu, x, skip, weight, bias, mode, corners, 0.1)
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_one_by_one_and_transposed(precision, make):
     config = config_of(128, (2, 4, 8), False, 2, 2)
