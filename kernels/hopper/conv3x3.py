@@ -24,7 +24,7 @@ from .. import commuted
 from ..tensors import bias_or_zeros, empty_channels_last, packed_weight
 from ..tuning import pointwise_config
 from ..upsample_concat import upsample_concat_fwd
-from .compat import TensorDescriptor, gl, gluon, mbarrier
+from .compat import TensorDescriptor, gdc_launch_dependents, gdc_wait, gl, gluon, mbarrier
 from .implicit_gemm import load_tiles, multiply_tiles
 from .split_k import sum_splits
 from .tuning import HopperConfig, block_k, hopper_configs, multiprocessors, tma_ready, why_not
@@ -38,6 +38,9 @@ def _conv_fwd_kernel(
     BLOCK_CO: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr,
     BLOCK_K: gl.constexpr, X_STAGES: gl.constexpr, W_STAGES: gl.constexpr, SPLITS: gl.constexpr,
 ):  # fmt: skip
+    # The next launch may begin here, as far as its own wait: what it allocates and initialises takes as long as
+    # this one's last tiles. Nothing of a launch may touch global memory before its wait.
+    gdc_launch_dependents()
     dtype: gl.constexpr = x1.dtype
     warpgroups: gl.constexpr = BLOCK_CO // 64  # that read one stage
     if HALO:
@@ -73,6 +76,7 @@ def _conv_fwd_kernel(
     steps = KSIZE * KSIZE // (KSIZE if HALO else 1) * blocks // SPLITS
     pixel_tiles = gl.cdiv(N, BLOCK_N) * gl.cdiv(H, BLOCK_H) * gl.cdiv(W, BLOCK_W)
     tiles = pixel_tiles * gl.cdiv(O, BLOCK_CO) * SPLITS
+    gdc_wait()
     gl.warp_specialize([
         (multiply_tiles, (
             bias_ptr, y, pooled, steps, tiles, H, W, O,
@@ -140,7 +144,7 @@ def _launch(
         *operands, *(operands if len(maps) == 1 else ()), bias_or_zeros(bias, y), out, small or out,
         n, h, w, o, channels[0], sum(channels[1:]), top, left,
         KSIZE=ksize, TWO_SOURCES=len(maps) == 2, SLOPE=slope, POOL=small is not None, BLOCK_K=width,
-        num_warps=4, **config.options(),
+        num_warps=4, launch_pdl=True, **config.options(),
     )  # fmt: skip
     if shares is not None:
         sum_splits(shares, bias_or_zeros(bias, y), y, pooled, slope)

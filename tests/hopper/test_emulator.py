@@ -7,8 +7,8 @@ import pytest
 from fastunet.kernels import hopper
 
 from ..kernels.conftest import make
+from .block import Deadlock, Hazard, MissingFence, TooEarly
 from .conftest import config_of
-from .emulator import Deadlock, Hazard, MissingFence
 
 __all__ = ["make"]
 
@@ -48,6 +48,9 @@ MUTANTS = {
     "never-frees-a-stage": (MULTIPLY, LAST_X, "pass\n", Deadlock, "2 load_tiles: parity"),
     "expects-too-few-bytes": (
         LOAD, "x.block_type.nbytes + x_tail.block_type.nbytes", "x.block_type.nbytes", (Hazard, Deadlock), None,
+    ),
+    "begins-before-the-last-launch-has-ended": (
+        "_conv_fwd_kernel", "    gdc_wait()", "    pass", TooEarly, "before it waited for the launch before",
     ),
     "takes-no-turns": (
         MULTIPLY, "mbarrier.wait(turns.index(CONSUMER), (turn & 1) ^ (1 - CONSUMER))", "pass", AssertionError, None,

@@ -111,8 +111,8 @@ class Gluon:
     def where(condition: Tile, a: Any, b: Any) -> Tile:
         return Tile(torch.where(condition.data, _data(a), _data(b)), condition.layout)
 
-    @staticmethod
-    def load(pointer: Pointer, mask: Tile, other: float) -> Tile:
+    def load(self, pointer: Pointer, mask: Tile, other: float) -> Tile:
+        self.block.touch_global()
         flat = pointer.tensor.as_strided((pointer.tensor.numel(),), (1,))
         inside = pointer.offset.data.masked_fill(~mask.data, 0)
         return Tile(flat[inside].masked_fill(~mask.data, other), None)
