@@ -106,7 +106,7 @@ def read_mask(path: Path, classes: int) -> np.ndarray:
         if path.suffix.lower() in (".tif", ".tiff"):
             with tifffile.TiffFile(path) as file:
                 lossy = file.pages.first.compression in (tifffile.COMPRESSION.OJPEG, tifffile.COMPRESSION.JPEG)
-                mask = np.empty((0, 0)) if lossy else file.asarray()
+                mask = np.empty([0, 0]) if lossy else file.asarray()
         else:
             with Image.open(path) as file:
                 mask, lossy = np.asarray(file), file.format in ("JPEG", "MPO")
