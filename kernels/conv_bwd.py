@@ -55,6 +55,7 @@ def _conv_wgrad_kernel(
     co = (block % blocks_o) * BLOCK_CO + tl.arange(0, BLOCK_CO)
     k = tl.arange(0, BLOCK_C)
     if ALL_TAPS:  # (tap, channel), as in the packed weight
+        k += block // blocks_o * BLOCK_C
         tap, c = (k // C)[None, :], (k % C)[None, :]
         inside_c = (k < KSIZE * KSIZE * C)[None, :]
     else:

@@ -41,6 +41,7 @@ def repeated(launch: Callable[[], Tensor]) -> Tensor:
 SHAPES = [
     pytest.param((1, 1, 5, 7, 3), id="one-channel"),
     pytest.param((2, 3, 6, 9, 17), id="rgb"),
+    pytest.param((1, 4, 6, 5, 18), id="all-taps-of-four-channels"),
     pytest.param((2, 5, 9, 6, 17), id="odd-everything"),
     pytest.param((1, 17, 3, 18, 33), id="channels-not-of-16-bytes"),
     pytest.param((3, 130, 4, 4, 129), id="two-channel-tiles-several-images-a-step"),
@@ -167,7 +168,7 @@ def test_upsample(shape, size, mode, precision, make):
 @pytest.mark.parametrize(
     "sizes", [((6, 8), (7, 9)), ((6, 6), (5, 6)), ((4, 4), (4, 4))], ids=["padded", "cropped", "alike"]
 )
-@pytest.mark.parametrize("channels", [(3, 5), (18, 2)], ids=str)
+@pytest.mark.parametrize("channels", [(3, 5), (18, 2), (4, 4)], ids=str)
 def test_wgrad_of_two_sources(channels, sizes, precision, make):
     check_two_sources((*channels, 6), sizes, precision, make)
 
