@@ -39,9 +39,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     if not path.is_file():
         raise ImageError(f"{path}: no such file")
     try:
-        with path.open("rb") as file:
-            tiff = file.read(2) in (b"II", b"MM")  # its byte order comes first
-        image = _read_tiff(path) if tiff else _read_pillow(path)
+        image = _read_tiff(path) if is_tiff(path) else _read_pillow(path)
     except (UnidentifiedImageError, tifffile.TiffFileError):
         raise ImageError(f"{path}: not an image, expected a PNG, JPEG or TIFF") from None
     except Exception as error:  # decoders raise many types on corrupt files; each is one line to the user
@@ -50,6 +48,18 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3) or image.size == 0:
         raise ImageError(f"{path}: expected one grey or RGB plane, got an array of shape {image.shape}")
     return image
+
+
+def is_tiff(path: Path) -> bool:
+    """By the file's content: its byte order comes first."""
+    with path.open("rb") as file:
+        return file.read(2) in (b"II", b"MM")
+
+
+def is_turned(page: tifffile.TiffPage | tifffile.TiffFrame) -> bool:
+    """Whether the page is stored in another orientation than it is to be seen in."""
+    tag = page.tags.get("Orientation") if isinstance(page, tifffile.TiffPage) else None
+    return tag is not None and tag.value != 1
 
 
 def _read_pillow(path: Path) -> np.ndarray:
@@ -70,11 +80,10 @@ def _read_tiff(path: Path) -> np.ndarray:
     with tifffile.TiffFile(path) as file:
         page = file.pages.first
         photometric = page.photometric
-        turned = 274 in page.tags and page.tags[274].value != 1  # Orientation
         plain = photometric in (
             tifffile.PHOTOMETRIC.MINISWHITE, tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB
         )  # fmt: skip
-        if turned or not plain:  # tifffile would give what is stored: palette indices, CMYK, YCbCr
+        if is_turned(page) or not plain:  # tifffile would give what is stored: palette indices, CMYK, YCbCr
             return _read_pillow(path)
         try:
             image = page.asarray()

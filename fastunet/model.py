@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import checkpoint, dispatch, hub, ops
 from .graph import Graphs
 from .origin import Origin
-from .reference import UNet, activate_, fit, upsample
+from .reference import UNet, activate_, center_crop, fit, upsample
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing.Self is new in Python 3.11
@@ -206,7 +206,10 @@ class FastUNet(UNet):
             x, mode = self._unit(conv, norm, upsample(x, "nearest", corners)), "none"
         (conv, norm), *others = _units(up.conv.net)
         scale = 1 if mode == "none" else 2
-        matches = all(scale * x.shape[axis] == skip.shape[axis] for axis in (2, 3))
+        size = torch.Size(scale * side for side in x.shape[2:])
+        if up.match == "center_crop":
+            skip = center_crop(skip, *size)
+        matches = size == skip.shape[2:]
         # The operator upsamples too, and pads with zeros.
         if not _served(conv) or not (matches or up.match == "zero_pad"):
             x, skip = fit(upsample(x, mode, corners), skip, up.match)

@@ -62,6 +62,12 @@ def pad_to(x: Tensor, height: int, width: int) -> Tensor:
     return F.pad(x, pad) if any(pad) else x
 
 
+def center_crop(x: Tensor, height: int, width: int) -> Tensor:
+    """The middle of x (N, C, H, W), a view; the odd row or column to cut is the last."""
+    top, left = (x.shape[-2] - height) // 2, (x.shape[-1] - width) // 2
+    return x[..., top : top + height, left : left + width]
+
+
 def fit(x: Tensor, skip: Tensor, match: str) -> tuple[Tensor, Tensor]:
     """Bring an upsampled map and its skip to one size: that of the skip, or with ``"center_crop"`` the map's.
 
@@ -69,8 +75,7 @@ def fit(x: Tensor, skip: Tensor, match: str) -> tuple[Tensor, Tensor]:
     """
     (h, w), (height, width) = x.shape[-2:], skip.shape[-2:]
     if match == "center_crop":
-        top, left = (height - h) // 2, (width - w) // 2
-        return x, skip[..., top : top + h, left : left + w]
+        return x, center_crop(skip, h, w)
     if match == "replicate_pad":
         pad = padding((h, w), (height, width))
         return (F.pad(x, pad, mode="replicate") if any(pad) else x), skip

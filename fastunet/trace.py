@@ -135,9 +135,9 @@ class _Tracer:
             mode = kind
         scale = 1 if mode == "none" else 2
         size = scale * x[2], scale * x[3]
-        matches = size == skip[2:]
         if c.match == "center_crop":
             skip = (*skip[:2], *size)
+        matches = size == skip[2:]
         if c.padding == "valid" or not (matches or c.match == "zero_pad"):
             x, mode = (*x[:2], *skip[2:]), "none"
         middle, out = c.decoder_channels(level)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ import torch
 from PIL import Image
 
 import fastunet
-from fastunet import UNetConfig, weights
+from fastunet import UNetConfig, train, weights
+from fastunet.train import processes
 
 from .blobs import write_pairs, write_split
 from .train.runs import FILES, assert_same, files_of, names_of
@@ -168,6 +170,35 @@ def test_divergence_is_exit_code_1(run, folder: Path, tmp_path: Path) -> None:
     done = run("train", folder, "--out", tmp_path / "out", *QUICK, "--lr", 1e30)
     assert done.code == 1
     assert re.fullmatch(r"fastunet: loss or weights are NaN or infinite after \d steps; try a lower lr\n", done.err)
+
+
+def test_a_file_that_is_lost_while_it_trains_is_named(run, folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("fastunet.train.data.MEMORY", 0)  # too many images to keep
+    found = train.find
+
+    def then_lost(*arguments: Any) -> train.Data:
+        data = found(*arguments)
+        for pair in data.train:
+            pair.image_path.unlink()
+        return data
+
+    monkeypatch.setattr("fastunet.cli.train.find", then_lost)
+    for workers in (0, 1):
+        done = run("train", folder, "--out", tmp_path / str(workers), "--workers", workers, *QUICK)
+        assert done.code == 2
+        assert re.fullmatch(r"fastunet: .*/train/images/[a-d]\.png: no such file\n", done.err)
+        for path in (folder / "train" / "labels").iterdir():
+            Image.fromarray(np.zeros_like(np.asarray(Image.open(path)))).save(folder / "train" / "images" / path.name)
+
+
+def test_more_processes_than_gpus(run, folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("torch.distributed.is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("fastunet.cli.train.processes", lambda device: processes("cuda"))
+    done = run("train", folder, "--out", tmp_path / "out", *QUICK)
+    assert done.code == 2
+    assert done.err == "fastunet: --device: expected a GPU for each of torchrun's processes here, got 1\n"
 
 
 def test_a_missing_package_is_named(run, folder: Path, tmp_path: Path, monkeypatch) -> None:

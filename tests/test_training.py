@@ -106,6 +106,26 @@ def test_frozen_parameters_and_the_input(frozen, double_pair, x):
         assert_close(found[1], found[0])
 
 
+@pytest.mark.parametrize("frozen", FROZEN)
+def test_frozen_parameters_and_the_input_through_the_kernels(frozen, seed, device):
+    x = torch.randn(1, 1, 5, 6, device=device)
+    found, pairs = [], [model.to(device) for model in small_pair()]
+    for model, implementation in zip(pairs, ("torch", "triton"), strict=True):
+        for name, p in model.named_parameters():
+            p.requires_grad_(not FROZEN[frozen](name))
+        leaf = x.clone().requires_grad_(frozen != "nothing")
+        with dispatch.forced(implementation):
+            loss_of(model, leaf).backward()
+        found.append(leaf.grad)
+    for (name, p), expected in zip(pairs[1].named_parameters(), pairs[0].parameters(), strict=True):
+        assert (p.grad is None) == (expected.grad is None) == FROZEN[frozen](name), name
+        if p.grad is not None:
+            assert_close(p.grad, expected.grad, 1e-4)
+    assert (found[1] is None) == (frozen == "nothing")
+    if found[1] is not None:
+        assert_close(found[1], found[0], 1e-4)
+
+
 def test_channels_last_parameters(double_pair, x):
     reference, fast = double_pair
     fast.to(memory_format=torch.channels_last)  # pyright: ignore
@@ -250,6 +270,13 @@ def kept_bytes(model: nn.Module, x: Tensor) -> int:
 def test_what_is_saved_is_at_most_six_tenths_of_eagers(features, size):
     ours, theirs = (kept_bytes(net(1, 2, features), torch.randn(1, 1, size, size)) for net in (FastUNet, UNet))
     print(f"saved for backward: {ours:,} bytes, eager {theirs:,}, {ours / theirs:.3f} of it")  # noqa: T201
+    assert ours <= 0.6 * theirs
+
+
+@pytest.mark.parametrize("match", ["zero_pad", "center_crop"])
+def test_no_less_is_saved_where_a_map_and_its_skip_differ(match):
+    nets = (net(1, 2, (8, 16, 32), match=match) for net in (FastUNet, UNet))
+    ours, theirs = (kept_bytes(net, torch.randn(1, 1, 39, 39)) for net in nets)
     assert ours <= 0.6 * theirs
 
 

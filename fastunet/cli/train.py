@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import time
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from .. import weights
 from ..config import UNetConfig
+from ..images import ImageError
 from ..model import FastUNet
 from ..train import DataError, DivergedError, Point, Processes, Settings, TrainingError, find, fit, processes
 from .shared import (
@@ -108,12 +110,17 @@ def train(arguments: argparse.Namespace) -> int:
     for package in ("filelock", "matplotlib", "torchmetrics"):
         if importlib.util.find_spec(package) is None:
             raise SetupError(f"train: needs {package} (pip install 'fastunet[train]')")
-    with processes(arguments.device) as process:
+    with contextlib.ExitStack() as stack:
+        try:
+            process = stack.enter_context(processes(arguments.device))
+        except TrainingError as error:
+            raise SetupError(f"--{error}") from None
         try:
             _train(arguments, process)
-        except (SetupError, weights.WeightsError, DataError, TrainingError) as error:
-            lines = [f"fastunet: {line}" for line in str(error).splitlines()]
-            process.once(str(error), lambda: new_console(stderr=True).print(*lines, sep="\n", soft_wrap=True))
+        except (SetupError, weights.WeightsError, DataError, TrainingError, ImageError) as error:
+            message = _message(error)
+            lines = [f"fastunet: {line}" for line in message.splitlines()]
+            process.once(message, lambda: new_console(stderr=True).print(*lines, sep="\n", soft_wrap=True))
             return 1 if isinstance(error, DivergedError) else 2
     return 0
 
@@ -171,6 +178,12 @@ def _train(arguments: argparse.Namespace, process: Processes) -> None:
         )
     best = max(points, key=lambda point: point.dice)
     say(f"best Dice {best.dice:.4f}, at step {best.step}: {arguments.out / 'best.safetensors'}", soft_wrap=True)
+
+
+def _message(error: Exception) -> str:
+    """What to say of it; one of a worker process comes within that process's traceback."""
+    name = f"{type(error).__module__}.{type(error).__qualname__}: "
+    return str(error).rpartition(name)[2].strip()
 
 
 def _settings(arguments: argparse.Namespace, config: UNetConfig) -> Settings:

@@ -45,8 +45,8 @@ def _take(out: Path, stack: contextlib.ExitStack | None) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if stack is not None:
             stack.enter_context(FileLock(out / ".lock", timeout=0))
-        for left in out.glob(".????????????????.tmp"):  # of a process that was killed while it wrote
-            left.unlink(missing_ok=True)
+            for left in out.glob(".????????????????.tmp"):  # of a process that was killed while it wrote
+                left.unlink(missing_ok=True)
         tempfile.TemporaryFile(dir=out).close()  # permission bits do not tell of a read-only disk
     except Timeout:
         raise TrainingError(f"{out}: another process is training there; take another folder") from None

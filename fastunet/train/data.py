@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import tifffile
-from PIL import Image
+from PIL import Image, ImageOps
 
-from ..images import ImageError, limits, list_images, read_image
+from ..images import ImageError, is_tiff, is_turned, limits, list_images, read_image
 
 MASKS = ("labels", "masks")  # names of the folder beside images/
 MEMORY = 4 * 2**30  # bytes of pixels that are kept after checking; the files of larger sets are read again
@@ -36,7 +37,7 @@ class Pair:
     mask_path: Path
     shape: tuple[int, int]  # (H, W)
     limits: tuple[float, float]  # grey levels that become 0 and 1
-    mask_hash: str  # of the mask's classes
+    hashes: tuple[str, str]  # of the image's pixels and the mask's classes
     kept: tuple[np.ndarray, np.ndarray] | None = None
 
     def read(self, classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -54,9 +55,9 @@ class Data:
     classes: int
 
     def fingerprint(self) -> str:
-        """Names, sizes and exposure of all images, and their masks, as a short hash: the same wherever they lie."""
+        """Names, pixels and exposure of all images, and their masks, as a short hash: the same wherever they lie."""
         sets = self.train, self.val
-        parts = [[(p.image_path.name, p.shape, p.limits, p.mask_hash) for p in pairs] for pairs in sets]
+        parts = [[(p.image_path.name, p.shape, p.limits, p.hashes) for p in pairs] for pairs in sets]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -102,18 +103,11 @@ def read_mask(path: Path, classes: int) -> np.ndarray:
     if not path.is_file():
         raise ImageError(f"{path}: no such file")
     try:
-        # As stored: a palette's indices are the classes, and nothing is scaled.
-        if path.suffix.lower() in (".tif", ".tiff"):
-            with tifffile.TiffFile(path) as file:
-                lossy = file.pages.first.compression in (tifffile.COMPRESSION.OJPEG, tifffile.COMPRESSION.JPEG)
-                mask = np.empty([0, 0]) if lossy else file.asarray()
-        else:
-            with Image.open(path) as file:
-                mask, lossy = np.asarray(file), file.format in ("JPEG", "MPO")
+        mask = _stored(path)
+    except ImageError:
+        raise
     except Exception as error:  # decoders raise many types on corrupt files
         raise ImageError(f"{path}: cannot be read ({str(error).partition(chr(10))[0] or repr(error)})") from None
-    if lossy:
-        raise ImageError(f"{path}: a JPEG, whose compression changes classes; expected a mask in a PNG or TIFF")
     if mask.ndim == 3 and mask.shape[2] in (3, 4) and (mask[..., 1:3] == mask[..., :1]).all():
         mask = mask[..., 0]  # grey, stored as colour
     if mask.ndim != 2 or mask.size == 0:
@@ -123,6 +117,30 @@ def read_mask(path: Path, classes: int) -> np.ndarray:
     if mask.dtype.kind not in "uib" or mask.min() < 0 or mask.max() >= classes:
         raise ImageError(f"{path}: expected classes 0 to {classes - 1}, got {mask.min()} to {mask.max()}")
     return mask.astype(np.uint8)
+
+
+def _hash(array: np.ndarray) -> str:
+    return hashlib.sha256(array.tobytes()).hexdigest()[:16]
+
+
+def _stored(path: Path) -> np.ndarray:
+    """The values of a mask as they are stored, but upright, as its image is: a palette's indices are the classes."""
+    jpeg = f"{path}: a JPEG, whose compression changes classes; expected a mask in a PNG or TIFF"
+    if is_tiff(path):
+        with tifffile.TiffFile(path) as file:
+            page = file.pages.first
+            if page.compression in (tifffile.COMPRESSION.OJPEG, tifffile.COMPRESSION.JPEG):
+                raise ImageError(jpeg)
+            if not is_turned(page):
+                # LZW needs a codec package in tifffile; Pillow, which does not know every integer, brings libtiff.
+                with contextlib.suppress(ValueError):
+                    return file.asarray()
+    with path.open("rb") as handle, Image.open(handle) as file:  # through a handle: as read_image does
+        if file.format in ("JPEG", "MPO"):
+            raise ImageError(jpeg)
+        if (pages := getattr(file, "n_frames", 1)) > 1:
+            raise ImageError(f"{path}: expected a mask of one plane, got {pages} pages")
+        return np.asarray(ImageOps.exif_transpose(file))
 
 
 def _checked(folder: Path, channels: int, classes: int, problems: list[str]) -> list[Pair]:
@@ -141,8 +159,8 @@ def _checked(folder: Path, channels: int, classes: int, problems: list[str]) -> 
                 return f"{paths[0]}: {str(error).removeprefix('image: ')}"
         except ImageError as error:
             return str(error)
-        mask_hash = hashlib.sha256(mask.tobytes()).hexdigest()[:16]
-        return Pair(*paths, mask.shape, between, mask_hash, (image, mask))
+        hashes = _hash(image), _hash(mask)
+        return Pair(*paths, mask.shape, between, hashes, (image, mask))
 
     pairs, size = [], 0
     with ThreadPoolExecutor() as pool:

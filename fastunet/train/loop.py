@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -71,9 +72,11 @@ def fit(
 
     Raises:
         TrainingError: ``out`` or a file in it cannot be written to; another process trains there; ``out``
-            holds a run and ``resume`` is false, or holds another run than this; ``data``, ``batch`` or
-            ``size`` does not fit the model or the processes; the model's output is smaller than its input.
-        DivergedError: the loss or a weight became NaN or infinite.
+            holds a run and ``resume`` is false, or holds another run than this, or not the same for all
+            processes; ``data``, ``batch`` or ``size`` does not fit the model or the processes; the model's
+            output is smaller than its input.
+        ImageError: a file can no longer be read, of those too many to be kept in memory.
+        DivergedError: the loss, a weight or a running statistic became NaN or infinite.
     """
     settings, process, out = settings or Settings(), process or Processes(torch.device("cpu")), Path(out)
     config = model.config
@@ -87,6 +90,9 @@ def fit(
         raise TrainingError(f"data: expected a validation image for each of {process.count} processes")
     identity = {"settings": dataclasses.asdict(settings), "config": config.to_json(), "data": data.fingerprint()}
     with checkpoint.open_run(out, identity, resume, process.first) as state:
+        steps = process.gathered(0 if state is None else state["step"])
+        if len(set(steps)) > 1:
+            raise TrainingError(f"{out}: expected one folder for all processes, but they would go on at steps {steps}")
         run = _Run(model.to(process.device), settings, process, state)
 
         on_gpu = process.device.type == "cuda"
@@ -171,13 +177,14 @@ class _Run:
         """Of the finite losses, over all processes: a loss scale is found by steps that overflow and are skipped.
 
         Raises:
-            DivergedError: none is finite, or not every weight is.
+            DivergedError: none is finite, or not every weight and running statistic is.
         """
         loss = torch.stack(losses).double()
         if self.process.count > 1:
             dist.all_reduce(loss)
             loss /= self.process.count
-        sound = torch.stack([p.isfinite().all() for p in self.model.parameters()]).all()
+        values = itertools.chain(self.model.parameters(), self.model.buffers())
+        sound = torch.stack([value.isfinite().all() for value in values]).all()
         if not (sound and loss.isfinite().any()):
             raise DivergedError(f"loss or weights are NaN or infinite after {self.step} steps; try a lower lr")
         return loss[loss.isfinite()].mean().item()

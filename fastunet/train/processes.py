@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
+
+from .settings import TrainingError
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,13 @@ class Processes:
     def first(self) -> bool:
         """Whether this is the one that writes and talks."""
         return self.rank == 0
+
+    def gathered(self, value: Any) -> list[Any]:
+        """``value`` of every process, by rank."""
+        values = [value] * self.count
+        if self.count > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def once(self, text: str, say: Callable[[], None]) -> None:
         """Call ``say`` if no other process has come with the same text, else return when that one has said it.
@@ -48,13 +57,19 @@ class Processes:
 
 @contextmanager
 def processes(device: str) -> Iterator[Processes]:
-    """Join the group of ``torchrun``, by NCCL on GPUs (one each) and Gloo on CPUs; alone, do nothing."""
+    """Join the group of ``torchrun``, by NCCL on GPUs (one each) and Gloo on CPUs; alone, do nothing.
+
+    Raises:
+        TrainingError: this machine has fewer GPUs than processes.
+    """
     if not dist.is_torchelastic_launched():
         yield Processes(torch.device(device))
         return
     own = torch.device(device)
     if own.type == "cuda":
-        own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        own, found = torch.device("cuda", int(os.environ["LOCAL_RANK"])), torch.cuda.device_count()
+        if own.index >= found:
+            raise TrainingError(f"device: expected a GPU for each of torchrun's processes here, got {found}")
         torch.cuda.set_device(own)
     store, rank, count = next(dist.rendezvous("env://"))  # pyright: ignore[reportPrivateImportUsage]
     backend = "nccl" if own.type == "cuda" else "gloo"

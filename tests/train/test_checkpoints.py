@@ -134,6 +134,35 @@ def test_a_run_is_not_overwritten_nor_continued_as_another(folder: Path, data: t
         train.fit(new_model(), data, out, QUICK, resume=True)
 
 
+def test_an_image_of_the_same_name_size_and_exposure_is_another(folder: Path, data: train.Data) -> None:
+    path = folder / "train" / "images" / "c.png"
+    image = np.asarray(Image.open(path))
+    Image.fromarray(np.ascontiguousarray(image[::-1])).save(path)
+    assert train.find(folder, 1, 2).fingerprint() != data.fingerprint()
+
+
+def test_a_process_that_does_not_write_removes_no_half_written_file(tmp_path: Path) -> None:
+    """It holds no lock: the file may be that of another run, which is writing it."""
+    left = tmp_path / ".0123456789abcdef.tmp"
+    left.write_bytes(b"half a file")
+    with checkpoint.open_run(tmp_path, {}, resume=False, writes=False):
+        assert left.exists()
+    with checkpoint.open_run(tmp_path, {}, resume=False, writes=True):
+        assert not left.exists()
+
+
+def test_processes_that_see_different_runs_do_not_go_on(data: train.Data, tmp_path: Path) -> None:
+    class OneOfTwo(train.Processes):
+        def gathered(self, value: int) -> list[int]:
+            return [value, 0]  # the other machine's folder is empty
+
+    with pytest.raises(Stop):
+        train.fit(new_model(), data, tmp_path, QUICK, on_step=stop_at(3))
+    process = OneOfTwo(torch.device("cpu"), count=2)
+    with pytest.raises(train.TrainingError, match=r"one folder for all processes.* at steps \[2, 0\]"):
+        train.fit(new_model(), data, tmp_path, QUICK, process=process, resume=True)
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_folder_is_trained_in_by_one_at_a_time(data: train.Data, tmp_path: Path, resume: bool) -> None:
     """And is free again however that one ends."""

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from fastunet import train
-from fastunet.images import read_image
+from fastunet.images import ImageError, read_image
 from fastunet.train.augment import Windows, indices, window
-from fastunet.train.data import read_mask
+from fastunet.train.data import Pair, read_mask
 
 from ..blobs import write_pairs
 
@@ -56,6 +56,28 @@ def test_a_mask_in_a_jpeg_is_refused(folder: Path, name: str) -> None:
     assert caught.value.problems == [
         f"{labels / name}: a JPEG, whose compression changes classes; expected a mask in a PNG or TIFF"
     ]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
+def test_a_compressed_tiff_is_read_as_images_are(tmp_path: Path, dtype: type) -> None:
+    wanted = np.arange(12, dtype=dtype).reshape(3, 4) % 5
+    Image.fromarray(wanted).save(tmp_path / "a.tif", compression="tiff_lzw")
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.tif", 5), wanted)
+    Image.fromarray(wanted).save(
+        tmp_path / "b.tif", compression="tiff_lzw", save_all=True, append_images=[Image.fromarray(wanted)]
+    )
+    with pytest.raises(ImageError, match="b.tif: expected a mask of one plane"):
+        read_mask(tmp_path / "b.tif", 5)
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".png"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_mask_is_turned_as_its_image_is(tmp_path: Path, orientation: int, suffix: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = (np.arange(12, dtype=np.uint8) % 5).reshape(3, 4)
+    Image.fromarray(stored).save(tmp_path / f"a{suffix}", exif=exif)
+    np.testing.assert_array_equal(read_mask(tmp_path / f"a{suffix}", 5), read_image(tmp_path / f"a{suffix}"))
 
 
 def test_plain_pairs_are_split_the_same_way_every_time(rng: np.random.Generator, tmp_path: Path) -> None:
@@ -173,3 +195,40 @@ def test_a_window_keeps_mask_and_image_together(rng: np.random.Generator, data: 
             assert x[0][y == 1].mean() > x[0][y == 0].mean() + 0.3
             turned.add(tuple(y.flatten().tolist()))
     assert len(turned) > 5
+
+
+@pytest.fixture
+def levels(monkeypatch) -> Pair:
+    """Grey levels 0 and 0.5 side by side, 1 below them; a window is all of it."""
+    monkeypatch.setattr("fastunet.train.augment.ZOOM", (1.0, 1.0))
+    image = np.zeros((16, 16), np.uint8)
+    image[:8, 8:], image[8:] = 50, 100
+    mask = np.zeros((16, 16), np.uint8)
+    mask[:8, 8:], mask[8:] = 1, 2
+    return Pair(Path("a.png"), Path("a.png"), (16, 16), (0.0, 100.0), ("", ""), (image, mask))
+
+
+def test_windows_show_all_eight_symmetries(levels: Pair, seed: int) -> None:
+    image, mask = levels.read(3)
+    turned = [np.rot90(m, turns) for m in (mask, mask[:, ::-1]) for turns in range(4)]
+    seen = np.zeros(8, int)
+    for draw in range(160):
+        _, y = window(levels, 16, 1, 3, np.random.default_rng([seed, draw]))
+        seen += [np.array_equal(y, m) for m in turned]
+    assert seen.sum() == 160
+    assert seen.min() > 3  # of 20 expected
+
+
+def test_windows_vary_in_gamma_gain_offset_and_noise(levels: Pair, seed: int) -> None:
+    """Each by as much as it is meant to, so that none is lost and none explains another."""
+    found = []
+    for draw in range(400):
+        x, y = window(levels, 16, 1, 3, np.random.default_rng([seed, draw]))
+        dark, half, full = (x[0][y == level].double() for level in range(3))
+        offset, gain = dark.mean(), full.mean() - dark.mean()
+        gamma = ((half.mean() - offset) / gain).clamp(1e-3).log() / np.log(0.5)
+        found.append([gamma.log(), gain.log(), offset, dark.std()])
+    gamma, gain, offset, noise = torch.tensor(found).T
+    for values, deviation in ((gamma, 0.3), (gain, 0.15), (offset, 0.03), (noise, 0.02 * (1 - 2 / np.pi) ** 0.5)):
+        assert deviation / 1.3 < values.std() < deviation * 1.3
+    assert all(values.mean().abs() < 0.08 for values in (gamma, gain, offset))

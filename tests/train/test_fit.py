@@ -196,6 +196,20 @@ def test_of_several_processes_one_says_what_several_have_to_say(monkeypatch) -> 
     assert said[2:] == ["after all"]
 
 
+def test_a_running_statistic_that_is_lost_ends_the_run(data: train.Data, tmp_path: Path) -> None:
+    """In train mode nothing is computed with it, so the loss knows nothing of it."""
+    model = new_model()
+
+    def lose(step: int, loss: Tensor) -> None:
+        if step == 3:
+            for buffer in model.buffers():
+                buffer.fill_(torch.nan if buffer.is_floating_point() else 0)
+
+    with pytest.raises(train.DivergedError, match="NaN or infinite after 4 steps"):
+        train.fit(model, data, tmp_path, QUICK, on_step=lose)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 2
+
+
 def test_wrong_data_for_the_model_is_refused(data: train.Data, tmp_path: Path) -> None:
     with pytest.raises(train.TrainingError, match="^data: expected 3 channels and 2 classes"):
         train.fit(UNet(3, 2, (4, 8)), data, tmp_path, QUICK)
