@@ -114,6 +114,10 @@ def main() -> None:
     arguments = parser.parse_args()
 
     data = train.find(arguments.data, CONFIG.in_channels, CONFIG.out_channels)
+    if not any(min(pair.shape) >= SHOWN for pair in data.val):
+        parser.error(
+            f"data: expected a validation image of at least {SHOWN}x{SHOWN} pixels to show a detail of, got none"
+        )
     models: dict[str, UNet] = {}
     print(f"| skips | parameters | Dice, all pixels | Dice, mean of images | boundary F1 within {TOLERANCE} px |")
     print("|---|---|---|---|---|")

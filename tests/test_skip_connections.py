@@ -93,3 +93,13 @@ def test_the_network_that_is_scored_is_the_one_of_the_curve(
     model, last = example.trained(skip, data, steps=3, seed=1)
     scores = validate(model, data, 1.0, train.Processes(torch.device("cpu")))
     assert scores.loss == pytest.approx(last.val_loss, rel=1e-6)  # of the latest weights it is another
+
+
+def test_images_too_small_to_show_are_said_before_anything_is_trained(
+    seed: int, example: ModuleType, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    folder = write_split(tmp_path / "data", np.random.default_rng(seed))
+    monkeypatch.setattr("sys.argv", ["skip_connections.py", str(folder), "--out", str(tmp_path / "a.png")])
+    with pytest.raises(SystemExit):
+        example.main()
+    assert "data: expected a validation image of at least 128x128 pixels" in capsys.readouterr().err

@@ -80,6 +80,21 @@ def test_checkpointing_gives_the_same_bits(use_reentrant, double_pair, x):
         assert g is not None and torch.equal(g, expected[name]), name
 
 
+def test_accumulated_checkpointed_and_channels_last_through_the_kernels(seed, device):
+    reference, fast = (model.to(device) for model in small_pair())
+    fast.to(memory_format=torch.channels_last)  # pyright: ignore
+    x = torch.randn(2, 1, 5, 6, device=device)
+    for part in x.split(1):
+        loss_of(reference, part).backward()
+    with dispatch.forced("triton"):
+        loss_of(fast, x[:1]).backward()
+        part = x[1:].contiguous(memory_format=torch.channels_last)
+        checkpoint(loss_of, fast, part, use_reentrant=False).backward()  # pyright: ignore
+    for (name, p), expected in zip(fast.named_parameters(), reference.parameters(), strict=True):
+        assert p.grad is not None and expected.grad is not None, name
+        assert_close(p.grad, expected.grad, 1e-4)
+
+
 FROZEN: dict[str, Callable[[str], bool]] = {
     "nothing": lambda name: False,
     "everything": lambda name: True,
