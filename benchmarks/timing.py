@@ -176,7 +176,7 @@ def capture(call: Callable[[], tuple[torch.Tensor, ...]]) -> Graph:
     torch.cuda.empty_cache()  # as capturing does, so that the pool alone makes the difference
     before = torch.cuda.memory_reserved()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):  # by default one of the device that was captured on first
         results = call()
     return Graph(graph.replay, results, (torch.cuda.memory_reserved() - before) / 2**20)
 

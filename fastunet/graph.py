@@ -2,75 +2,79 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
 from . import dispatch, ops
+from .sources import Sources
 
 Run = Callable[[Tensor], Tensor]
 
+_ours: ContextVar[bool] = ContextVar("fastunet_capturing", default=False)
 
-@dataclass
-class _Captured:
-    """A graph and what it was captured from: it holds while every source is the same tensor, unchanged."""
 
-    run: Run
-    sources: list[tuple[Tensor, int]]
-
-    def fresh(self, tensors: list[Tensor]) -> bool:
-        return len(tensors) == len(self.sources) and all(
-            t.data_ptr() == old.data_ptr() and t._version == version and t.dtype == old.dtype
-            for t, (old, version) in zip(tensors, self.sources, strict=True)
-        )
+def in_a_users_capture(x: Tensor) -> bool:
+    """Whether launches on ``x`` go into a CUDA graph that is not one of ours."""
+    return _on_gpu(x) and torch.cuda.is_current_stream_capturing() and not _ours.get()
 
 
 class Graphs:
-    """Captured graphs of one model, by input signature; the least recently used of more than ``limit`` is dropped."""
+    """Captured graphs of one model, by input signature; the least recently used of more than ``limit`` is dropped.
 
-    def __init__(self, limit: int) -> None:
+    Threads take turns: a graph has one input and one output.
+
+    Args:
+        outer: those of the block around this one's.
+    """
+
+    def __init__(self, limit: int, outer: Graphs | None = None) -> None:
         if limit < 1:
             raise ValueError(f"limit: expected at least 1, got {limit}")
-        self.limit = limit
-        self.captured: OrderedDict[Hashable, _Captured] = OrderedDict()
+        self.limit, self.outer = limit, outer
+        self.captured: OrderedDict[Hashable, tuple[Run, Sources]] = OrderedDict()
+        self.lock = threading.Lock()
 
-    def __call__(self, forward: Run, x: Tensor, tensors: Iterable[Tensor]) -> Tensor:
+    def clear(self) -> None:
+        """Forget the graphs, of the blocks around this one too."""
+        self.captured.clear()
+        if self.outer is not None:
+            self.outer.clear()
+
+    def __call__(self, forward: Run, x: Tensor, sources: list[Tensor]) -> Tensor:
         """``forward(x)``, replayed where a graph can say the same.
 
         Args:
-            tensors: parameters and buffers that the forward pass reads.
+            sources: parameters and buffers that the forward pass reads; a change of one counts a version.
         """
-        sources = list(tensors)
-        if not _capturable(x, sources):
+        if not _capturable(x):
             return forward(x)
         key = _signature(x)
-        found = self.captured.get(key)
-        if found is None or not found.fresh(sources):
-            # Aliases keep the sources' memory alive, so that a new tensor cannot appear at an old address.
-            aliases = [(t.detach(), t._version) for t in sources]
-            found = self.captured[key] = _Captured(_capture(forward, x), aliases)
-        self.captured.move_to_end(key)
-        while len(self.captured) > self.limit:
-            self.captured.popitem(last=False)
-        return found.run(x)
+        with self.lock:
+            run, made_from = self.captured.get(key, (None, None))
+            if run is None or made_from is None or not made_from.are(sources):
+                run = _capture(forward, x)
+                self.captured[key] = run, Sources(sources)
+            self.captured.move_to_end(key)
+            while len(self.captured) > self.limit:
+                self.captured.popitem(last=False)
+            return run(x)
 
 
 def _on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def _capturable(x: Tensor, sources: list[Tensor]) -> bool:
+def _capturable(x: Tensor) -> bool:
     if not _on_gpu(x) or torch.compiler.is_compiling():
         return False
     if torch.cuda.is_current_stream_capturing():  # the user's own capture takes the launches as they come
         return False
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *sources)):
-        return False
-    # An inference tensor has no version to tell by whether it changed.
-    return not any(t.is_inference() for t in sources)
+    return not (torch.is_grad_enabled() and x.requires_grad)
 
 
 def _signature(x: Tensor) -> Hashable:
@@ -82,7 +86,7 @@ def _signature(x: Tensor) -> Hashable:
 def _capture(forward: Run, x: Tensor) -> Run:
     """Capture ``forward`` on a copy of ``x``; the result copies in, replays, copies out."""
     with torch.cuda.device(x.device), torch.inference_mode(False), torch.no_grad():
-        static = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+        static = torch.empty_like(x)  # of x's strides, unless those let elements share memory
         static.copy_(x)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -90,8 +94,13 @@ def _capture(forward: Run, x: Tensor) -> Run:
             forward(static)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = forward(static)
+        token = _ours.set(True)
+        try:
+            # On a stream of this device: the one by default is of the device that was captured on first.
+            with torch.cuda.graph(graph, stream=side):
+                output = forward(static)
+        finally:
+            _ours.reset(token)
         done = torch.cuda.Event()
 
     def run(x: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint, dispatch, hub, ops
-from .graph import Graphs
+from .graph import Graphs, in_a_users_capture
 from .origin import Origin
 from .reference import UNet, activate_, center_crop, fit, upsample
+from .sources import Sources
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing.Self is new in Python 3.11
@@ -83,7 +84,7 @@ class FastUNet(UNet):
         """Forget the prepared weights; the next forward prepares them anew."""
         self._prepared.clear()
         if self._graphs is not None:
-            self._graphs.captured.clear()
+            self._graphs.clear()
 
     @property
     def _graphs(self) -> Graphs | None:
@@ -96,13 +97,15 @@ class FastUNet(UNet):
         The first input of each signature (shape, strides, dtype, device, autocast) is captured. A graph
         whose weights or running statistics have changed since is captured anew, by the rule of the
         class: call :meth:`refresh` after writing through ``.data``. In train mode, on a CPU, where
-        gradients are wanted, under ``torch.compile`` and in a capture of the user's own, the forward pass
-        is the usual one.
+        gradients are wanted, under ``torch.compile``, in a process group and in a capture of the user's own,
+        the forward pass is the usual one. (Such a capture lays the weights out in each replay, and so takes
+        those of then.)
 
         Args:
             limit: how many signatures are kept, each with the memory of a forward pass.
         """
-        before, self.__dict__["_captured_graphs"] = self._graphs, Graphs(limit)
+        before = self._graphs
+        self.__dict__["_captured_graphs"] = Graphs(limit, before)
         try:
             yield self
         finally:
@@ -121,9 +124,10 @@ class FastUNet(UNet):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
-        if self._graphs is None or self.training:
+        if self._graphs is None or any(module.training for module in self.modules()):
             return self._forward(x)
-        return self._graphs(self._forward, x, [*self.parameters(), *self.buffers()])
+        sources = [*self.parameters(), *self.buffers()]
+        return self._graphs(self._forward, x, sources) if _cacheable(sources) else self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
         if _plain_torch(x) and (self._takes_statistics() or self.config.padding == "valid" or self._trains_on_a_cpu(x)):
@@ -227,16 +231,19 @@ class FastUNet(UNet):
             # Training updates the running statistics without counting a version; the batch counter tells.
             sources += [norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked]
         tensors = [t for t in sources if t is not None]
-        if torch.compiler.is_compiling() or not _cacheable(tensors):
+        if torch.compiler.is_compiling() or not _cacheable(tensors) or in_a_users_capture(conv.weight):
             return _fold(_rolled(conv.weight, roll), conv.bias, norm)
         device = conv.weight.device.type
         dtype = conv.weight.dtype
         if torch.is_autocast_enabled(device) and dtype != torch.float64:  # as the operators do
             dtype = torch.get_autocast_dtype(device)
         found = self._prepared.get(conv)
-        if found is None or not found.fresh(tensors, dtype):
-            found = self._prepared[conv] = _Prepared(conv, norm, roll, tensors, dtype)
-        return found.weight, found.bias
+        if found is None or not found.sources.are(tensors):
+            found = _Prepared(tensors)
+        if dtype not in found.weights:
+            found.add(dtype, conv, norm, roll)
+            self._prepared[conv] = found
+        return found.weights[dtype]
 
 
 def _units(layers: Iterable[nn.Module]) -> list[tuple[Any, Any]]:
@@ -332,12 +339,14 @@ def _fold(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tenso
 
 
 class _Prepared:
-    """Folded weights in the kernels' layout, and what they were made from."""
+    """A convolution's weight and bias, folded and in the kernels' layout, by dtype, and what they were made from."""
 
-    def __init__(self, conv: Any, norm: Any, roll: int, tensors: list[Tensor], dtype: torch.dtype) -> None:
-        # Aliases keep the sources' memory alive, so that a new tensor cannot appear at an old address.
-        self.sources = [(t.detach(), t._version) for t in tensors]
-        self.dtype = dtype
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.sources = Sources(tensors)
+        self.weights: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
+
+    def add(self, dtype: torch.dtype, conv: Any, norm: Any, roll: int) -> None:
+        """Make those of ``dtype``, finished on return."""
         # Not inference tensors, even when made in inference mode: autograd may save them later.
         with torch.inference_mode(False), torch.no_grad():
             weight, bias = _fold(_rolled(conv.weight, roll), conv.bias, norm)
@@ -345,16 +354,7 @@ class _Prepared:
                 weight = weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
             else:
                 weight = weight.contiguous(memory_format=torch.channels_last)
-            self.weight = weight.to(dtype)
-            self.bias = None if bias is None else bias.to(dtype)
-
-    def fresh(self, tensors: list[Tensor], dtype: torch.dtype) -> bool:
-        """Whether nothing changed since."""
-        return (
-            dtype == self.dtype
-            and len(tensors) == len(self.sources)
-            and all(
-                t.data_ptr() == old.data_ptr() and t._version == version and t.dtype == old.dtype
-                for t, (old, version) in zip(tensors, self.sources, strict=True)
-            )
-        )
+            self.weights[dtype] = weight.to(dtype), None if bias is None else bias.to(dtype)
+        if weight.is_cuda and not torch.cuda.is_current_stream_capturing():
+            # Other streams may be about to read these, or still read those before them, whose memory is let go.
+            torch.cuda.synchronize(weight.device)

@@ -105,6 +105,46 @@ def test_where_a_graph_cannot_say_the_same(model, captures, monkeypatch):
 
 
 @torch.no_grad()
+def test_refresh_reaches_the_blocks_around(model, captures):
+    x = torch.rand(1, 1, 8, 8)
+    with model.cuda_graph():
+        model(x)
+        with model.cuda_graph():
+            model.head.weight.data.add_(1)
+            model.refresh()
+        assert same(model, x, model(x))
+
+
+@torch.no_grad()
+def test_a_norm_in_train_mode_is_not_replayed(model, captures):
+    x = torch.rand(1, 1, 8, 8)
+    with model.cuda_graph():
+        model(x)
+        model.bottleneck.net[1].train()
+        assert same(model, x, model(x)) and not torch.equal(model(x), model.eval()(x))
+
+
+@torch.no_grad()
+def test_nothing_is_captured_where_processes_work_together(model, captures, monkeypatch):
+    """Fully sharded weights come and go in the same memory without counting a version."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with model.cuda_graph():
+        model(torch.rand(1, 1, 8, 8))
+    assert not captures
+
+
+@torch.no_grad()
+def test_a_users_capture_prepares_weights_in_each_replay(model, captures, monkeypatch):
+    """Kept ones would be let go with the next change; what is laid out in a capture is there in its replays alone."""
+    x = torch.rand(1, 1, 8, 8)
+    expected = model(x)
+    model.refresh()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert torch.allclose(model(x), expected, atol=1e-6)
+    assert not model._prepared
+
+
+@torch.no_grad()
 def test_on_a_cpu_it_is_the_usual_forward(model):
     x = torch.rand(1, 1, 8, 8)
     with model.cuda_graph() as same_model:
@@ -130,5 +170,10 @@ def test_on_a_gpu(seed):
         with torch.cuda.graph(own):
             output = model(static)
         own.replay()
+        assert torch.equal(output, model(xs[1]))
+        wide = xs[0][:1].expand(2, -1, -1, -1)
+        assert torch.equal(model(wide), model(wide.contiguous()))
     assert torch.equal(changed, model(xs[0])) and not torch.equal(changed, expected[0])
+    model.head.weight.add_(1)  # the user's graph takes the weights of now
+    own.replay()
     assert torch.equal(output, model(xs[1]))

@@ -23,6 +23,7 @@ ROOMS: dict[str, set[str]] = {
     "files": set(),
     "kernels": set(),
     "measured": set(),
+    "sources": set(),
     "images": {"files"},
     "trace": {"config"},
     # Files, and where what is in them comes from.
@@ -33,8 +34,8 @@ ROOMS: dict[str, set[str]] = {
     "reference": {"config"},
     "dispatch": {"config", "measured"},
     "ops": {"config", "dispatch", "measured", "reference", "kernels"},
-    "graph": {"dispatch", "ops"},
-    "model": {"config", "reference", "dispatch", "graph", "ops", "checkpoint", "hub", "origin"},
+    "graph": {"dispatch", "ops", "sources"},
+    "model": {"config", "reference", "dispatch", "graph", "ops", "checkpoint", "hub", "origin", "sources"},
     # What is done with a model.
     "parity": {"config", "dispatch", "kernels", "reference", "ops", "model", "trace"},
     "convert": {"config", "reference", "model", "checkpoint", "origin"},
