@@ -7,7 +7,7 @@
    and over poisoned memory (``fastunet verify --all-configs`` does the same).
 2. The time of every layer under the Hopper, the portable and cuDNN's kernels; each result is compared by the
    parity rule before it is timed.
-3. The table, written after each network, so that a run that is cut off leaves what it had.
+3. The table, written after each layer, so that a run that is cut off leaves what it had.
 
 Exits 1 if a configuration breaks the rule. Prints a line a layer; TFLOP/s are those of the fastest.
 """
@@ -15,8 +15,12 @@ Exits 1 if a configuration breaks the rule. Prints a line a layer; TFLOP/s are t
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
 import time
+from collections.abc import Callable
+from queue import Empty
+from typing import Any
 
 import torch
 
@@ -31,17 +35,58 @@ PARITY_SIZE = (2, 131, 197)
 SIZES = ((1, 256, 256), (16, 256, 256), (8, 512, 512))
 
 
-def check(dtype: torch.dtype, deadline: float) -> tuple[int, int]:
-    """How many configurations held, and how many did not."""
-    held = broken = 0
-    for comparison in check_configs(UNetConfig(), PARITY_SIZE, "cuda", dtype, seed=0):
-        held, broken = held + comparison.parity.ok, broken + (not comparison.parity.ok)
-        if not comparison.parity.ok:
-            print(f"  {comparison.name}, {comparison.implementation}: {comparison.parity}", flush=True)
-        if time.monotonic() > deadline:
-            print("  out of time: the rest is not checked")
-            broken += 1
-            break
+Say = Callable[[str, bool | None], None]
+
+
+def check_share(rank: int, count: int, dtype: torch.dtype, say: Say) -> None:
+    """Check every ``count``-th configuration; say each one's name with None before, a line and if it held after."""
+    for comparison in check_configs(
+        UNetConfig(), PARITY_SIZE, "cuda", dtype, seed=0, share=(rank, count), on_try=lambda text: say(text, None)
+    ):
+        say(f"{comparison.name}, {comparison.implementation}: {comparison.parity}", comparison.parity.ok)
+
+
+def _in_a_process(share: Callable[..., None], rank: int, count: int, dtype: torch.dtype, queue: Any) -> None:
+    share(rank, count, dtype, lambda text, held: queue.put((rank, text, held)))
+    queue.put((rank, "", None))
+
+
+def check(
+    share: Callable[..., None], dtype: torch.dtype, deadline: float, workers: int, method: str = "spawn"
+) -> tuple[int, int]:
+    """How many configurations held, how many did not, of shares in as many processes: compiling is most of the time.
+
+    What a process was at when it died or time ran out is printed, and counts as one that did not hold.
+    """
+    context: Any = multiprocessing.get_context(method)
+    queue = context.Queue()
+    processes = [
+        context.Process(target=_in_a_process, args=(share, rank, workers, dtype, queue)) for rank in range(workers)
+    ]
+    for process in processes:
+        process.start()
+    held, broken, at = 0, 0, dict.fromkeys(range(workers), "its start")
+    while at and time.monotonic() < deadline:
+        try:
+            rank, text, ok = queue.get(timeout=1)
+        except Empty:
+            for rank in [rank for rank in at if not processes[rank].is_alive()]:
+                broken += 1
+                print(f"  process {rank} died at {at.pop(rank)}", flush=True)
+            continue
+        if not text:
+            del at[rank]
+        elif ok is None:
+            at[rank] = text
+        else:
+            held, broken = held + ok, broken + (not ok)
+            if not ok:
+                print(f"  {text}", flush=True)
+    for text in at.values():
+        broken += 1
+        print(f"  out of time at {text}; what would follow is not checked", flush=True)
+    for process in processes:
+        process.kill()
     return held, broken
 
 
@@ -61,6 +106,7 @@ def main() -> int:
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="default bf16, then fp16")
     parser.add_argument("--size", action="append", metavar="NxHxW", help="of the inputs; default the three of the aim")
     parser.add_argument("--budget", type=float, default=450.0, metavar="SECONDS", help="of all; default 450")
+    parser.add_argument("--workers", type=int, default=8, metavar="N", help="processes that check parity; default 8")
     parser.add_argument("--skip-parity", action="store_true", help="time at once")
     parser.add_argument("--one-layer", action="store_true", help="only launch each kind of tile, for other tools")
     arguments = parser.parse_args()
@@ -79,8 +125,9 @@ def main() -> int:
     path = measured.SHIPPED / measured.shipped_name(torch.cuda.get_device_name(device))
     print(*(f"{name} {value}" for name, value in measured.versions(device).items()), sep=", ")
     wrong = 0
-    for dtype in [] if arguments.skip_parity else dtypes:
-        held, broken = check(DTYPES[dtype], start + arguments.budget / 2)
+    for i, dtype in enumerate([] if arguments.skip_parity else dtypes):
+        deadline = start + arguments.budget / 2 * (i + 1) / len(dtypes)
+        held, broken = check(check_share, DTYPES[dtype], deadline, arguments.workers)
         wrong += broken
         print(f"parity, {dtype}: {held} of {held + broken} launch configurations hold", flush=True)
     for dtype in dtypes:
@@ -89,15 +136,14 @@ def main() -> int:
             flops = {
                 measured.layer_key(x.op, x.in_shapes, x.weight_shape, DTYPES[dtype], x.mode): x.flops for x in layers
             }
-            entries = {}
-            for key, entry in measure(
-                UNetConfig(), (n, h, w), DTYPES[dtype], device, deadline=start + arguments.budget
-            ):
-                entries[key] = entry
+            # On standard error what is tried: who hangs says nothing afterwards.
+            trying = lambda text: print(f"  {text}", file=sys.stderr, flush=True)
+            deadline = start + arguments.budget
+            for key, entry in measure(UNetConfig(), (n, h, w), DTYPES[dtype], device, deadline=deadline, on_try=trying):
+                save(path, device, {key: entry})
                 rate = flops[key] / entry.microseconds[entry.implementation] / 1e6
                 times = ", ".join(f"{name} {taken:.1f}" for name, taken in entry.microseconds.items())
                 print(f"{key}: {entry.implementation} ({times} us), {rate:.0f} TFLOP/s, {entry.config}", flush=True)
-            save(path, device, entries)
     print(f"{path}; {time.monotonic() - start:.0f} s")
     return 1 if wrong else 0
 

@@ -130,7 +130,9 @@ def choose_layer(
     entry = layers.get(key)
     if entry is None:
         what = "this layer's shape" if layers else "this device"
-        return Choice("triton", f"{choice.reason}; no measurement of {what} yet")
+        why = why_not_hopper(device) if step == "forward" else None
+        no_hopper = "" if why is None else f"; no Hopper kernels, for {why}"
+        return Choice("triton", f"{choice.reason}; no measurement of {what} yet{no_hopper}")
     if entry.implementation in _FOR_SOME_LAYERS:
         why = (why_not_hopper(device) if entry.implementation in _HOPPERS else None) or obstacle(entry.implementation)
         if why is not None:

@@ -91,15 +91,20 @@ def table(device: torch.device) -> dict[str, Entry]:
     A file that cannot be read, or that was measured elsewhere, is ignored with a warning.
     """
     expected = versions(device)
-    shipped = SHIPPED / shipped_name(expected["device"])
+    paths = [SHIPPED / shipped_name(expected["device"])]
+    try:
+        paths.append(cache_path(device))
+    except RuntimeError as error:  # no home directory
+        warnings.warn(f"no table of this user's measurements: {error}", stacklevel=2)
     entries: dict[str, Entry] = {}
     # Of a shipped table only the device must be this one: it was measured for the package, not for a version.
-    for path, must_match in ((shipped, ("device",)), (cache_path(device), tuple(expected))):
-        if path.is_file():
-            try:
-                entries |= read(path, {name: expected[name] for name in must_match})
-            except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-                warnings.warn(f"{path}: not a table of measurements for this machine, ignored: {error}", stacklevel=2)
+    for path, must_match in zip(paths, (("device",), tuple(expected)), strict=False):
+        try:
+            entries |= read(path, {name: expected[name] for name in must_match})
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            warnings.warn(f"{path}: not a table of measurements for this machine, ignored: {error}", stacklevel=2)
     return entries
 
 
@@ -107,7 +112,7 @@ def read(path: Path, expected: dict[str, str]) -> dict[str, Entry]:
     """The layers of a table.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: no such table, or one measured elsewhere.
+        OSError, ValueError, KeyError, TypeError, AttributeError: no such table, or one measured elsewhere.
     """
     content = json.loads(path.read_text(encoding="utf-8"))
     for name, value in expected.items():
@@ -115,7 +120,10 @@ def read(path: Path, expected: dict[str, str]) -> dict[str, Entry]:
             raise ValueError(f"measured with {name} {content['measured_on'][name]}, not {value}")
     entries = {key: Entry(**fields) for key, fields in content["layers"].items()}
     for key, entry in entries.items():
-        if entry.implementation not in IMPLEMENTATIONS or not isinstance(entry.microseconds, dict):
+        times = entry.microseconds.values()
+        if entry.implementation not in IMPLEMENTATIONS or not all(type(t) in (int, float) and t > 0 for t in times):
+            raise ValueError(f"{key}: {entry}")
+        if entry.config is not None and not all(type(value) in (int, bool) for value in entry.config.values()):
             raise ValueError(f"{key}: {entry}")
     return entries
 

@@ -37,7 +37,8 @@ def tune(
 ) -> dict[str, Entry]:
     """Time each layer of ``model`` under each implementation, and keep the results in the user's cache.
 
-    The next process, and this one from now on, takes the fastest. Minutes: each launch configuration is compiled.
+    The next process, and this one from now on, takes the fastest; of CUDA graphs, those of ``model`` are forgotten.
+    Minutes: each launch configuration is compiled.
 
     Args:
         model: on a CUDA device; in train mode its backward pass is timed too.
@@ -60,6 +61,7 @@ def tune(
     n, _, h, w = input_size
     entries = dict(measure(model.config, (n, h, w), dtype, device, training=model.training))
     save(measured.cache_path(device), device, entries)
+    model.refresh()
     return entries
 
 
@@ -71,6 +73,7 @@ def measure(
     timer: Timer | None = None,
     deadline: float = float("inf"),
     training: bool = False,
+    on_try: Callable[[str], None] = lambda text: None,
 ) -> Iterator[tuple[str, Entry]]:
     """The key of each layer's steps and what was fastest for it, one at a time.
 
@@ -79,6 +82,7 @@ def measure(
         timer: microseconds of a call; by default the median of repeated ones, L2 flushed before each.
         deadline: of :func:`time.monotonic`; after it no other step is begun.
         training: the steps of a training step, backward as well, instead of an inference's.
+        on_try: called with the name of each candidate before it is launched.
     """
 
     def make(*shape: int, fan_in: int = 1) -> torch.Tensor:
@@ -97,12 +101,12 @@ def measure(
             key = measured.layer_key(launch.layer.op, shapes[:-2], shapes[-2], dtype, launch.layer.mode, step)
             if key not in seen and time.monotonic() < deadline:
                 seen.add(key)
-                yield key, _fastest(parts, device, timer or _median)
+                yield key, _fastest(parts, device, timer or _median, on_try)
 
 
-def _fastest(parts: list[Launch], device: torch.device, timer: Timer) -> Entry:
+def _fastest(parts: list[Launch], device: torch.device, timer: Timer, on_try: Callable[[str], None]) -> Entry:
     """Of a step that takes these launches, one after another."""
-    times = [_times(part, device, timer) for part in parts]
+    times = [_times(part, device, timer, on_try) for part in parts]
     total = {name: sum(t[name][0] for t in times) for name in times[0] if all(name in t for t in times)}
     if not total:
         raise RuntimeError(f"{parts[0].name}: no implementation can run")
@@ -112,7 +116,9 @@ def _fastest(parts: list[Launch], device: torch.device, timer: Timer) -> Entry:
     return Entry(name, microseconds, None if config is None else dataclasses.asdict(config))
 
 
-def _times(launch: Launch, device: torch.device, timer: Timer) -> dict[str, tuple[float, Any]]:
+def _times(
+    launch: Launch, device: torch.device, timer: Timer, on_try: Callable[[str], None]
+) -> dict[str, tuple[float, Any]]:
     """Microseconds and launch configuration of each implementation that is right, and gradients the same twice."""
     on_hopper = dispatch.why_not_hopper(device) is None
     hopper = launch.hopper if on_hopper else ()
@@ -122,16 +128,20 @@ def _times(launch: Launch, device: torch.device, timer: Timer) -> dict[str, tupl
         *(("hopper", config, lambda config=config: launch.run(config)) for config in hopper),
         *((name, None, lambda name=name: launch.run(name)) for name in launch.commuted(on_hopper)),
     ]
-    truth = _first(launch.function(*(t.double() for t in launch.tensors)))
-    baseline = _first(launch.function(*launch.tensors))
+    truth = _all(launch.function(*(t.double() for t in launch.tensors)))
+    baseline = _all(launch.function(*launch.tensors))
+    tf32_counts = baseline[0].dtype == torch.float32 and tf32()
     times: dict[str, tuple[float, Any]] = {}
     for name, config, call in candidates:
+        on_try(f"{launch.name}, {name}, {config}")
         try:
             with repeatable_cudnn() if launch.gradient else contextlib.nullcontext():
-                result = _first(call())
-                parity = compare(result, baseline, truth, tf32=baseline.dtype == torch.float32 and tf32())
-                problem = "" if parity.ok else str(parity)
-                if launch.gradient and not problem and not torch.equal(result, _first(call())):
+                results = _all(call())
+                parities = [
+                    compare(*tensors, tf32=tf32_counts) for tensors in zip(results, baseline, truth, strict=True)
+                ]
+                problem = next((str(parity) for parity in parities if not parity.ok), "")
+                if launch.gradient and not problem and not all(map(torch.equal, results, _all(call()))):
                     problem = "another result the second time"
                 taken = math.inf if problem else timer(call)
         except Exception as error:  # too much shared memory, say: the others go on
@@ -164,5 +174,5 @@ def _median(call: Callable[[], Any]) -> float:
     return 1000 * milliseconds
 
 
-def _first(result: Any) -> torch.Tensor:
-    return result[0] if isinstance(result, tuple) else result
+def _all(result: Any) -> tuple[torch.Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)

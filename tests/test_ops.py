@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastunet import dispatch, ops, reference
-from fastunet.ops import backward
+from fastunet.ops import backward, commuted
 from fastunet.parity import compare
 
 # name -> (call on float inputs, the same with plain torch, input shapes)
@@ -111,6 +112,38 @@ def test_kernel_path(case, seed, device):
     for got, baseline, true in zip(result, outputs(plain(*inputs)), truth, strict=True):
         parity = compare(got, baseline, true, tf32=got.is_cuda)
         assert parity.ok, str(parity)
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("name", CASES)
+def test_results_may_be_changed_in_place(name, implementation, seed, device):
+    """As PyTorch's own may: by whoever calls, but not where they are kept for backward."""
+    op, _, shapes = CASES[name]
+    inputs = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
+    with dispatch.forced(implementation):
+        *_, y = outputs(op(*inputs))
+    y.add_(1)
+    if name in ("conv2d_relu", "upsample_concat_conv2d_relu"):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+    else:
+        y.sum().backward()
+        assert all(t.grad is not None for t in inputs)
+
+
+@torch.no_grad()
+def test_whatever_the_default_device_is(seed):
+    """And under a mode that computes shapes alone, of the wide level that a CPU upsamples behind its products."""
+    shapes = (1, 128, 3, 5), (1, 2, 7, 10), (4, 130, 3, 3)
+    x, skip, weight = (torch.randn(shape) for shape in shapes)
+    expected = reference.upsample_concat_conv2d_relu(x, skip, weight, None, "bilinear", True, 0.0)
+    commuted._blocks.cache_clear()
+    with torch.device("meta"):
+        got = ops.upsample_concat_conv2d_relu(x, skip, weight)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    with FakeTensorMode():
+        fake = ops.upsample_concat_conv2d_relu(*(torch.empty(shape) for shape in shapes))
+    assert (fake.shape, fake.stride()) == (got.shape, got.stride())
 
 
 def test_gradients_against_finite_differences(case, seed):
@@ -256,7 +289,9 @@ def zeros(*shapes, **options):
 
 X, W = (1, 3, 4, 4), (2, 3, 3, 3)
 BAD = {
-    "rank": (lambda: ops.conv2d_relu(*zeros((3, 4, 4), W)), r"x: expected shape \(N, C, H, W\), got \(3, 4, 4\)"),
+    "rank": (lambda: ops.conv2d_relu(*zeros((3, 4, 4), W)), r"x: expected shape \(N, C, H, W\), .*got \(3, 4, 4\)"),
+    "no channel": (lambda: ops.conv2d_relu(*zeros((1, 0, 4, 4), (2, 0, 3, 3))), r"C at least 1, got \(1, 0, 4, 4\)"),
+    "empty source": (lambda: ops.upsample_concat(*zeros((1, 0, 4, 4), X)), r"x: .*C at least 1, got \(1, 0, 4, 4\)"),
     "filter": (lambda: ops.conv2d_relu(*zeros(X, (1, 3, 5, 5))), "weight: expected a 1x1 or 3x3 filter, got .*5, 5"),
     "channels": (
         lambda: ops.conv2d_relu(*zeros(X, (1, 2, 3, 3))),

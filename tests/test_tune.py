@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,6 +96,18 @@ class TestChoice:
         assert launcher.func is kernels.hopper.conv_fwd
         assert launcher.keywords == {"config": CONFIG}
 
+    @pytest.mark.parametrize(
+        "changes", [{"block_co": 7}, {"halo": not CONFIG.halo}, {"stages": 3}], ids=["tile", "triton", "field"]
+    )
+    def test_a_configuration_that_is_not_offered_is_not_launched(self, monkeypatch, changes):
+        """A shipped table may come from another version, or a Triton that takes other ones."""
+        save(measured.cache_path(GPU), GPU, {KEY: Entry("hopper", {"hopper": 1.0}, CONFIG_FIELDS | changes)})
+        x = torch.empty(1, 64, 32, 32, dtype=BF16, device="meta")
+        monkeypatch.setattr(launchers, "choose", lambda *a, real=ops.choose: real(*a[:3], GPU, *a[4:]))
+        launcher = launchers.launcher("conv_fwd", "conv2d_relu", (x,), torch.empty(64, 64, 3, 3))
+        assert launcher.func is kernels.hopper.conv_fwd
+        assert launcher.keywords == {"config": None}
+
     def test_forced(self):
         with dispatch.forced("hopper"):
             assert choice() == dispatch.Choice("hopper", "asked for")
@@ -108,6 +122,8 @@ class TestChoice:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
         assert choice().implementation == "triton"
         assert "compute capability 8.0 is not 9.0" in choice().reason
+        other = ops.choose("conv2d_relu", ((2, 64, 32, 32),), (64, 64, 3, 3), GPU, BF16)  # of which no table speaks
+        assert other.reason.endswith("yet; no Hopper kernels, for compute capability 8.0 is not 9.0")
         with dispatch.forced("hopper"), pytest.raises(RuntimeError, match=r"asked for, but compute capability 8\.0"):
             choice()
 
@@ -159,13 +175,41 @@ class TestFiles:
         assert choice().implementation == "triton"
 
     @pytest.mark.parametrize(
-        "entry", [{"implementation": "magic", "microseconds": {}}, {"implementation": "triton"}, {"x": 1}, 3]
+        "entry",
+        [
+            {"implementation": "magic", "microseconds": {}},
+            {"implementation": "triton"},
+            {"x": 1},
+            3,
+            {"implementation": "triton", "microseconds": {"triton": "fast"}},
+            {"implementation": "triton", "microseconds": {"triton": 1.0, "torch": None}},
+            {"implementation": "triton", "microseconds": [1.0]},
+            {"implementation": "hopper", "microseconds": {"hopper": 1.0}, "config": [64]},
+            {"implementation": "hopper", "microseconds": {"hopper": 1.0}, "config": {"block_co": "64"}},
+        ],
+        ids=str,
     )
     def test_so_is_one_with_an_entry_that_means_nothing(self, entry):
         path = measured.cache_path(GPU)
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps({"measured_on": measured.versions(GPU), "layers": {KEY: entry}}))
         with pytest.warns(UserWarning, match="ignored"):
+            assert measured.table(GPU) == {}
+
+    def test_so_is_one_that_may_not_be_read(self, monkeypatch):
+        save(measured.cache_path(GPU), GPU, {KEY: Entry("torch", {"torch": 1.0})})
+
+        def refused(self, **_):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(Path, "read_text", refused)
+        with pytest.warns(UserWarning, match="ignored: .*Permission denied"):
+            assert measured.table(GPU) == {}
+
+    def test_nobodys_home_has_no_table(self, monkeypatch):
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home")))
+        with pytest.warns(UserWarning, match="no table of this user's measurements: Could not determine home"):
             assert measured.table(GPU) == {}
 
 
@@ -192,6 +236,20 @@ def test_the_fastest_right_one_is_kept(monkeypatch, seed):
     monkeypatch.setattr("fastunet.parity.launches.Launch.run", lambda self, config=None: self.function(*self.tensors))
     entries = dict(measure(config, (1, 8, 8), torch.float32, device, timer))
     assert all(entry.microseconds == {"triton": 10.0, "torch": 5.0} for entry in entries.values())
+
+
+def test_a_wrong_pooled_map_is_left_out_too(monkeypatch, seed):
+    def wrong(self, config=None):
+        result = self.function(*self.tensors)
+        return (result[0], -result[1]) if isinstance(result, tuple) else result
+
+    monkeypatch.setattr(Launch, "run", wrong)
+    config, tried = UNetConfig(8, 8, features=(8, 16)), list[str]()
+    with pytest.warns(UserWarning, match="left out: NO parity"):
+        found = dict(measure(config, (1, 8, 8), torch.float32, torch.device("cpu"), lambda _: 1, on_try=tried.append))
+    assert {"triton" in entry.microseconds for key, entry in found.items() if "pool" in key} == {False}
+    assert all("triton" in entry.microseconds for key, entry in found.items() if "pool" not in key)
+    assert tried[:2] == ["downs.0.conv.net.0, triton, None", "downs.0.conv.net.0, torch, None"]
 
 
 def test_upsampling_behind_the_products_is_timed_too(monkeypatch, seed):
@@ -238,13 +296,41 @@ def test_there_is_nothing_to_tune_on_a_cpu():
         tune(3, (1, 1, 8, 8))  # pyright: ignore[reportArgumentType]
 
 
+def a_share(rank, count, dtype, say):
+    """As of benchmarks/hopper.py: the first process ends, the second dies, the third hangs."""
+    say(f"{rank} a", None)
+    say(f"{rank} a", rank != 2)
+    say(f"{rank} b", None)
+    if rank == 1:
+        time.sleep(0.2)  # what it said is on its way
+        os._exit(1)
+    if rank == 2:
+        time.sleep(60)
+
+
+def test_of_processes_that_check_the_one_that_dies_or_hangs_is_told_by_what_it_was_at(capsys):
+    found = hopper_script.check(a_share, BF16, time.monotonic() + 4, 3, method="fork")
+    assert found == (2, 3)
+    assert sorted(capsys.readouterr().out.splitlines()) == [
+        "  2 a",
+        "  out of time at 2 b; what would follow is not checked",
+        "  process 1 died at 1 b",
+    ]
+
+
 @pytest.mark.usefixtures("hopper")
 def test_the_script_for_a_hopper_gpu_checks_times_and_writes_the_table(monkeypatch, capsys):
     """benchmarks/hopper.py with a stand-in for what needs the GPU."""
+    wrong, said = 0, list[tuple[str, bool | None]]()
     comparison = SimpleNamespace(parity=SimpleNamespace(ok=True), name="head", implementation="a config")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(hopper_script, "check_configs", lambda *a, **k: iter([comparison, comparison]))
+    monkeypatch.setattr(hopper_script, "check", lambda share, dtype, *_: share(0, 1, dtype, record) or (2, wrong))
+
+    def record(text: str, held: bool | None) -> None:
+        said.append((text, held))
+
     key = "conv2d_relu 1x64x32x32 by 64x64x3x3 bfloat16"
     entry = Entry("hopper", {"hopper": 1.0, "torch": 2.0}, CONFIG_FIELDS)
     monkeypatch.setattr(hopper_script, "measure", lambda *a, **k: iter([(key, entry)]))
@@ -254,5 +340,6 @@ def test_the_script_for_a_hopper_gpu_checks_times_and_writes_the_table(monkeypat
     assert "2 of 2 launch configurations hold" in out
     assert "hopper (hopper 1.0, torch 2.0 us), 75 TFLOP/s" in out  # 2 x 9 x 64 x 64 x 1024 in a microsecond
     assert measured.table(GPU) == {key: entry}
-    comparison.parity.ok = False
+    assert [held for _, held in said] == [True, True] and said[0][0].startswith("head, a config: ")
+    wrong = 1
     assert hopper_script.main() == 1

@@ -41,7 +41,7 @@ def _check(condition: bool, argument: str, expected: str, got: object) -> None:
 
 
 def _check_conv(x: Tensor, channels: int, weight: Tensor, bias: Tensor | None) -> None:
-    _check(x.dim() == 4, "x", "shape (N, C, H, W)", tuple(x.shape))
+    _check(x.dim() == 4 and x.shape[1] > 0, "x", "shape (N, C, H, W), C at least 1", tuple(x.shape))
     _check(weight.dim() == 4, "weight", "shape (O, C, K, K)", tuple(weight.shape))
     k = weight.shape[2]
     _check(k in (1, 3) and weight.shape[3] == k, "weight", "a 1x1 or 3x3 filter", tuple(weight.shape))
@@ -59,7 +59,7 @@ def _check_alike(x: Tensor, **others: Tensor | None) -> None:
 
 def _check_sources(x: Tensor, skip: Tensor, mode: str, modes: tuple[str, ...]) -> None:
     _check(mode in modes, "mode", f"one of {modes}", repr(mode))
-    _check(x.dim() == 4, "x", "shape (N, C, H, W)", tuple(x.shape))
+    _check(x.dim() == 4 and x.shape[1] > 0, "x", "shape (N, C, H, W), C at least 1", tuple(x.shape))
     _check(skip.dim() == 4, "skip", "shape (N, C, H, W)", tuple(skip.shape))
     _check(skip.shape[0] == x.shape[0], "skip", f"x's batch of {x.shape[0]}", tuple(skip.shape))
 
@@ -196,7 +196,7 @@ def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
         (N, O, 2H, 2W), channels_last. Errors as in :func:`conv2d_relu`.
     """
     x, weight, bias = _autocast(x, weight, bias)
-    _check(x.dim() == 4, "x", "shape (N, C, H, W)", tuple(x.shape))
+    _check(x.dim() == 4 and x.shape[1] > 0, "x", "shape (N, C, H, W), C at least 1", tuple(x.shape))
     _check(
         weight.dim() == 4 and weight.shape[0] == x.shape[1] and tuple(weight.shape[2:]) == (2, 2),
         "weight", f"shape ({x.shape[1]}, O, 2, 2)", tuple(weight.shape),

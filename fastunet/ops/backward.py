@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch, reference
-from .common import channels_last, empty, on_device, repeatable_cudnn, tf32
+from .common import channels_last, empty, on_device, repeatable_cudnn, result, tf32
 from .launchers import choose
 
 if TYPE_CHECKING or dispatch.has_triton():
@@ -221,7 +221,7 @@ def _upsample_backward(grad: Tensor, height: int, width: int, mode: str, align_c
         grad = aten.upsample_bilinear2d_backward(grad, size, [n, c, height, width], align_corners, 2.0, 2.0)
     elif mode == "nearest":
         grad = aten.upsample_nearest2d_backward(grad, [2 * height, 2 * width], [n, c, height, width], 2.0, 2.0)
-    return channels_last(grad.clone() if mode == "none" else grad)
+    return result(grad.clone() if mode == "none" else grad)
 
 
 @_upsample_backward.register_fake

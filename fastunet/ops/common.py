@@ -6,6 +6,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from .. import dispatch
 
@@ -36,7 +37,7 @@ def at_once(x: Tensor) -> bool:
     """Whether torch's operators serve ``x`` without the dispatcher: on a CPU, without gradients, in eager."""
     if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or is_watched():
         return False
-    return not takes_triton(x)
+    return not isinstance(x, FakeTensor) and not takes_triton(x)
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -72,7 +73,19 @@ def channels_last(x: Tensor) -> Tensor:
     Fake kernels promise these strides, and torch goes by them: strides of axes of size 1 are
     arbitrary, and a grey image with the wrong one would send its convolution to the slow layout.
     """
-    if x.is_contiguous(memory_format=torch.channels_last):
-        n, c, h, w = x.shape
-        return x.as_strided(x.shape, (h * w * c, 1, w * c, c))
-    return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
+    strides = _strides(x)
+    return x if x.stride() == strides else x.as_strided(x.shape, strides)
+
+
+def result(x: Tensor) -> Tensor:
+    """:func:`channels_last` of what an operator gives: no view, which autograd would not let be changed in place."""
+    if not x.is_contiguous(memory_format=torch.channels_last) or x.stride() == _strides(x):
+        return channels_last(x)
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, _strides(x))
+
+
+def _strides(x: Tensor) -> tuple[int, int, int, int]:
+    _, c, h, w = x.shape
+    return h * w * c, 1, w * c, c

@@ -56,7 +56,7 @@ def _blocks(size: int, out: int, mode: str, align_corners: bool) -> list[tuple[s
     """
     with torch.inference_mode(False):  # they outlive the call
         options: Any = {"mode": "linear", "align_corners": align_corners} if mode == "bilinear" else {"mode": mode}
-        upsampled = F.interpolate(torch.eye(size, dtype=torch.float64)[None], scale_factor=2, **options)
+        upsampled = F.interpolate(torch.eye(size, dtype=torch.float64, device="cpu")[None], scale_factor=2, **options)
         padded = F.pad(reference.pad_to(upsampled, size, out), (1, 1))[0].t().float()  # and by the convolution
         taps = torch.stack([padded[k : k + out] for k in range(3)], 1)
         blocks = []

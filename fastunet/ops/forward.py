@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import dispatch, reference
 from . import backward, commuted
-from .common import channels_last, empty, on_device, takes_triton, tf32
+from .common import channels_last, empty, on_device, result, takes_triton, tf32
 from .launchers import launcher
 
 if TYPE_CHECKING or dispatch.has_triton():
@@ -24,7 +24,7 @@ if TYPE_CHECKING or dispatch.has_triton():
 
 def conv2d_relu_torch(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> Tensor:
     # channels_last is the faster layout of torch's CPU convolutions as well.
-    return channels_last(reference.conv2d_relu(channels_last(x), weight, bias, slope))
+    return result(reference.conv2d_relu(channels_last(x), weight, bias, slope))
 
 
 @torch.library.custom_op("fastunet::conv2d_relu", mutates_args=())
@@ -43,7 +43,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> Tensor:
 
 def conv2d_relu_pool_torch(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> tuple[Tensor, Tensor]:
     y = conv2d_relu_torch(x, weight, bias, slope)
-    return y, channels_last(F.max_pool2d(y, 2))
+    return y, result(F.max_pool2d(y, 2))
 
 
 @torch.library.custom_op("fastunet::conv2d_relu_pool", mutates_args=())
@@ -65,7 +65,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> tuple[Ten
 
 
 def upsample_concat_torch(x: Tensor, skip: Tensor, mode: str, align_corners: bool) -> Tensor:
-    return channels_last(reference.upsample_concat(x, skip, mode, align_corners))
+    return result(reference.upsample_concat(x, skip, mode, align_corners))
 
 
 @torch.library.custom_op("fastunet::upsample_concat", mutates_args=())
@@ -89,7 +89,7 @@ def upsample_concat_conv2d_relu_torch(
 ) -> Tensor:
     x, skip = channels_last(x), channels_last(skip)
     serve = commuted if commuted.pays(x, skip, mode) else reference
-    return channels_last(serve.upsample_concat_conv2d_relu(x, skip, weight, bias, mode, align_corners, slope))
+    return result(serve.upsample_concat_conv2d_relu(x, skip, weight, bias, mode, align_corners, slope))
 
 
 @torch.library.custom_op("fastunet::upsample_concat_conv2d_relu", mutates_args=())
@@ -114,7 +114,7 @@ def _(
 
 
 def conv_transpose2x2_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return channels_last(reference.conv_transpose2x2(channels_last(x), weight, bias))
+    return result(reference.conv_transpose2x2(channels_last(x), weight, bias))
 
 
 @torch.library.custom_op("fastunet::conv_transpose2x2", mutates_args=())

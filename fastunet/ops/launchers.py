@@ -1,5 +1,6 @@
 """Which implementation serves a step of an operator, and a forward pass's launcher."""
 
+import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,15 @@ def launcher(name: str, op: str, maps: tuple[Tensor, ...], weight: Tensor, mode:
     if choice.implementation == "triton":
         stem = name == "conv_fwd" and shapes[0][1] <= kernels.STEM_CHANNELS and weight.shape[-1] == 3
         return kernels.stem_fwd if stem else getattr(kernels, name)
-    config = choice.entry and choice.entry.config
-    found = kernels.hopper.HopperConfig(**config) if config else None
-    return functools.partial(getattr(kernels.hopper, name), config=found)
+    fields = choice.entry.config if choice.entry is not None else None
+    config = _offered(tuple(fields.items()), op, shapes, tuple(weight.shape), maps[-1].dtype, mode) if fields else None
+    return functools.partial(getattr(kernels.hopper, name), config=config)
+
+
+@functools.cache
+def _offered(
+    fields: tuple[tuple[str, int], ...], op: str, maps: Shapes, weight: tuple[int, ...], dtype: torch.dtype, mode: str
+) -> Any:
+    """The launch configuration of these fields, if this version offers it for the layer, with this Triton."""
+    offered = kernels.hopper.layer_configs(op, maps, weight, dtype, mode=mode)
+    return next((config for config in offered if dataclasses.asdict(config) == dict(fields)), None)

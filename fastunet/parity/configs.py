@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,13 +19,22 @@ from .rule import Parity, compare, tf32_convolutions, truncating_stages
 
 
 def check_configs(
-    config: UNetConfig, size: tuple[int, int, int], device: str, dtype: torch.dtype, seed: int
+    config: UNetConfig,
+    size: tuple[int, int, int],
+    device: str,
+    dtype: torch.dtype,
+    seed: int,
+    *,
+    share: tuple[int, int] = (0, 1),
+    on_try: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Comparison]:
     """Each layer of a network, forward and backward, under each configuration its launchers may choose on ``device``.
 
     Args:
         size: (batch, height, width).
         seed: of the random tensors.
+        share: (rank, count) of a process among those that check every ``count``-th each.
+        on_try: called with the name of each before it is launched: who hangs says nothing afterwards.
 
     Returns:
         Comparisons of kind ``"config"``, one at a time; of a kernel with a pooled result, of both
@@ -38,7 +48,7 @@ def check_configs(
         values = torch.randn(shape, generator=generator) / fan_in**0.5
         return torch.empty(shape, dtype=dtype, device=device, memory_format=layout).copy_(values)
 
-    capability = tuning.capability(torch.device(device))
+    capability, turn = tuning.capability(torch.device(device)), itertools.count()
     for tf32 in (True, False) if dtype == torch.float32 else (True,):
         rounds = tf32 and dtype == torch.float32 and device != "cpu"  # the interpreter does not
         for launch in _both_passes(config, size, make, tf32):
@@ -48,8 +58,11 @@ def check_configs(
             on_hopper = device != "cpu" and capability == tuning.HOPPER
             hopper = launch.hopper if on_hopper else ()
             for choice in (*launch.configs(capability), *hopper, *launch.commuted(on_hopper)):
+                if next(turn) % share[1] != share[0]:
+                    continue
                 text = "its only configuration" if choice is None else str(choice)
                 text += f", {'tf32' if tf32 else 'ieee'}" * (dtype == torch.float32 and "tf32" in launch.options)
+                on_try(f"{launch.name}, {text}")
                 yield _check_config(launch, choice, text, tf32, rounds and "tf32" in launch.options)
 
 

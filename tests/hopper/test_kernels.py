@@ -151,6 +151,13 @@ def test_any_strides(layout, make):
     check("fp16", y, conv2d_relu, x, weight, None, 0.0)
 
 
+def test_a_weight_that_begins_anywhere(make):
+    x, weight = make("fp16", 1, 16, 5, 6), make("fp16", 16, 16, 3, 3, fan_in=144)
+    odd = weight.new_empty(weight.numel() + 1)[1:].view(16, 3, 3, 16).permute(0, 3, 1, 2).copy_(weight)
+    y = hopper.conv_fwd(x, odd, None, slope=0.0, config=config_of(64, (1, 4, 8), True, 2, 3))
+    check("fp16", y, conv2d_relu, x, weight, None, 0.0)
+
+
 def test_empty_batch(make):
     x, weight = make("fp16", 0, 16, 4, 6), make("fp16", 8, 16, 3, 3)
     y, pooled = hopper.conv_pool_fwd(x, weight, None, slope=0.0)

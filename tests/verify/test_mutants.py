@@ -15,6 +15,7 @@ from fastunet import FastUNet, dispatch, kernels, reference
 from fastunet.ops import backward, common, forward
 from fastunet.parity.fuzz import randomise
 from fastunet.reference import UNet
+from fastunet.sources import Sources
 
 from .networks import Faulty, pair
 
@@ -292,7 +293,7 @@ def test_the_forward_pass_of_training_is_compared_too(x):
 
 def test_weights_prepared_once_and_for_all_are_caught(x, monkeypatch):
     model, plain = pair(norm="batch")
-    monkeypatch.setattr(fastunet.model._Prepared, "fresh", lambda *_: True)
+    monkeypatch.setattr(Sources, "are", lambda *_: True)
     report = fastunet.verify(model, plain, x)
     broken = {check.name for check in report.checks if not check.ok}
     assert "after weights changed in place" in broken and "the model itself, not a copy" not in broken, str(report)
@@ -301,17 +302,17 @@ def test_weights_prepared_once_and_for_all_are_caught(x, monkeypatch):
 def test_weights_prepared_for_other_statistics_are_caught(x, monkeypatch):
     """A cache that looks at the convolution alone: the norm folded into it is stale after a step of training."""
     model, plain = pair(norm="batch")
-    right = fastunet.model._Prepared.fresh
+    right = Sources.are
 
-    def blind(self, tensors, dtype):
-        known = self.sources
-        self.sources = known[:2]
+    def blind(self, tensors):
+        known = self._seen
+        self._seen = known[:2]
         try:
-            return right(self, tensors[:2], dtype)
+            return right(self, tensors[:2])
         finally:
-            self.sources = known
+            self._seen = known
 
-    monkeypatch.setattr(fastunet.model._Prepared, "fresh", blind)
+    monkeypatch.setattr(Sources, "are", blind)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         report = fastunet.verify(model, plain, x, dtype=dtype)
         broken = {check.name for check in report.checks if not check.ok}
