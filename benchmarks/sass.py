@@ -44,6 +44,8 @@ from fastunet.parity.launches import launches as launches_of_network
 ARCHES = {80: "sm_80", 90: "sm_90a"}
 # Bytes a block. What is compiled for sm_80 also serves sm_86, sm_89 and sm_120, which have less.
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024}
+# (batch, height, width): of an odd size, and those that benchmarks/hopper.py makes a table for.
+TUNED_SIZES = ((2, 131, 197), (1, 256, 256), (16, 256, 256), (8, 512, 512))
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 
 
@@ -161,14 +163,24 @@ def hopper_launches(dtype: torch.dtype, full: bool) -> Iterator[Callable[[], Any
     """Each kind of tile of the Hopper kernels, with and without what their epilogue and K loop may have.
 
     Args:
-        full: every configuration, not only the first of each layer.
+        full: every configuration that is offered for a layer of the seed's network at the sizes that are timed.
     """
 
-    def t(*shape: int) -> torch.Tensor:
+    def t(*shape: int, fan_in: int = 1) -> torch.Tensor:
         layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
         return torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
 
     hopper = kernels.hopper
+    kinds: set[Any] = set()
+    for size in TUNED_SIZES if full else ():
+        for upsample in ("bilinear", "transpose"):
+            for launch in launches_of_network(UNetConfig(upsample=upsample), size, t):
+                for config in launch.hopper:
+                    one_code = dataclasses.replace(config, splits=min(config.splits, 2))  # 2, 4 or 8 shares
+                    kind = launch.launcher, launch.layer.op, one_code, launch.tensors[-2].shape[2:]
+                    if kind not in kinds:
+                        kinds.add(kind)
+                        yield lambda launch=launch, config=config: launch.run(config)
     for op, n, c, h, o, slope in (
         ("pool", 16, 64, 256, 64, 0.0),  # 64 channels, in turns
         ("pool", 16, 128, 128, 128, 0.01),  # cooperative
@@ -179,13 +191,9 @@ def hopper_launches(dtype: torch.dtype, full: bool) -> Iterator[Callable[[], Any
         ksize = 1 if op == "head" else 3
         configs = hopper.hopper_configs((c,), o, n, h, h, dtype, ksize=ksize, pool=op == "pool")
         launcher = hopper.conv_pool_fwd if op == "pool" else hopper.conv_fwd
-        kinds = {
-            (dataclasses.replace(found, splits=1), found.splits > 1): found for found in configs
-        }  # 2, 4 or 8 shares: one code
-        for config in kinds.values() if full else configs[:1]:
-            yield lambda n=n, c=c, h=h, o=o, k=ksize, s=slope, config=config, launcher=launcher: launcher(
-                t(n, c, h, h), t(o, c, k, k), t(o), slope=s, config=config
-            )
+        yield lambda n=n, c=c, h=h, o=o, k=ksize, s=slope, config=configs[0], launcher=launcher: launcher(
+            t(n, c, h, h), t(o, c, k, k), t(o), slope=s, config=config
+        )
     yield lambda: hopper.upconcat_conv3x3_fwd(
         t(16, 128, 64, 64),
         t(16, 128, 128, 128),

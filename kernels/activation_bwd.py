@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .reduce_slabs import reduce_slabs
-from .tensors import empty_channels_last
+from .tensors import empty_channels_last, without_graph
 from .tuning import PointwiseConfig, cell_config, slabs
 
 
@@ -78,6 +78,7 @@ def _activation_bwd_kernel(
         tl.store(sums_ptr + slab.to(tl.int64) * O + c, tl.sum(total, 0), mask=c < O)
 
 
+@without_graph
 def activation_bwd(
     grad: Tensor,
     grad_pooled: Tensor | None,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .conv3x3 import conv_fwd
 from .implicit_gemm import activate
-from .tensors import empty_channels_last
+from .tensors import empty_channels_last, without_graph
 from .tuning import gather_config
 from .upsample_concat import load_upsampled
 
@@ -53,6 +53,7 @@ def _gather_taps_kernel(
     tl.store(y_ptr + offset, activate(acc, SLOPE).to(y_ptr.dtype.element_ty), mask=mask)
 
 
+@without_graph
 def upconcat_conv3x3_commuted_fwd(
     x: Tensor,
     skip: Tensor,

@@ -28,6 +28,7 @@ from .tensors import (
     tma_serves,
     unit_channel_stride,
     weight_descriptor,
+    without_graph,
 )
 from .tuning import ConvConfig, capability, conv_config
 
@@ -54,6 +55,7 @@ def _conv_fwd_kernel(
         store_pooled(pooled_ptr, acc, n0, h0, w0, co0, N, H, W, O, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W)
 
 
+@without_graph
 def conv_fwd(
     x: Tensor,
     weight: Tensor,
@@ -78,6 +80,7 @@ def conv_fwd(
     return _launch(x, weight, bias, None, slope, tf32, config, out_dtype)
 
 
+@without_graph
 def conv_pool_fwd(
     x: Tensor,
     weight: Tensor,

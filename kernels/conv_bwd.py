@@ -30,11 +30,12 @@ from .conv3x3 import conv_fwd
 from .implicit_gemm import INTERPRETED, tile_pixels
 from .reduce_slabs import reduce_slabs
 from .stem import STEM_CHANNELS
-from .tensors import unit_channel_stride
+from .tensors import unit_channel_stride, without_graph
 from .tuning import ConvConfig, WgradConfig, slabs, wgrad_configs
 from .upconcat_conv3x3 import upconcat_conv3x3_fwd
 
 
+@without_graph
 def conv_dgrad(g: Tensor, weight: Tensor, *, tf32: bool = True, config: ConvConfig | None = None) -> Tensor:
     """Gradient of the input, (N, C, H, W), channels_last. ``tf32`` and ``config`` as in :func:`conv_fwd`."""
     return conv_fwd(g, weight.flip(2, 3).transpose(0, 1), None, slope=1.0, tf32=tf32, config=config)
@@ -88,6 +89,7 @@ def _conv_wgrad_kernel(
     tl.store(row_of + tap * channels + channel0 + c, acc.to(partial_ptr.dtype.element_ty), mask=mask)
 
 
+@without_graph
 def conv_wgrad(
     g: Tensor, sources: Sequence[Tensor], ksize: int, *, tf32: bool = True, config: WgradConfig | None = None
 ) -> Tensor:
@@ -135,6 +137,7 @@ def _even_and_odd_rows(grad: Tensor) -> list[Tensor]:
     return [rows[:, :, i].permute(0, 3, 1, 2) for i in range(2)]
 
 
+@without_graph
 def conv_transpose2x2_dgrad(
     grad: Tensor, weight: Tensor, *, tf32: bool = True, config: ConvConfig | None = None
 ) -> Tensor:
@@ -155,6 +158,7 @@ def conv_transpose2x2_dgrad(
     )
 
 
+@without_graph
 def conv_transpose2x2_wgrad(grad: Tensor, x: Tensor, *, tf32: bool = True, config: WgradConfig | None = None) -> Tensor:
     """Gradient of the weight, (C, O, 2, 2), of the same convolution, in which x and ``grad`` change places."""
     c, o = x.shape[1], grad.shape[1]

@@ -26,6 +26,7 @@ from .tensors import (
     tma_serves,
     unit_channel_stride,
     weight_descriptor,
+    without_graph,
 )
 from .tuning import ConvConfig, capability, conv_config
 
@@ -50,6 +51,7 @@ def _conv_transpose2x2_fwd_kernel(
     store_tile(y_ptr, acc, n, 2 * h + tap // 2, 2 * col + tap % 2, co0, N, 2 * H, 2 * W, O, BLOCK_CO)
 
 
+@without_graph
 def conv_transpose2x2_fwd(
     x: Tensor,
     weight: Tensor,

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .implicit_gemm import add_bias_activate, dot, store_tile, tile_origin, tile_pixels
-from .tensors import bias_or_zeros, empty_channels_last, packed_weight
+from .tensors import bias_or_zeros, empty_channels_last, packed_weight, without_graph
 from .tuning import ConvConfig, stem_config
 
 STEM_CHANNELS = 4
@@ -49,6 +49,7 @@ def _stem_fwd_kernel(
     store_tile(y_ptr, acc, n, h, col, co0, N, H, W, O, BLOCK_CO)
 
 
+@without_graph
 def stem_fwd(
     x: Tensor,
     weight: Tensor,

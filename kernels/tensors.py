@@ -2,11 +2,42 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .tuning import ConvConfig
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def without_graph(launcher: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """A launcher that refuses what wants a gradient: autograd would not see the launch, and it would be missing."""
+
+    @functools.wraps(launcher)
+    def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if torch.is_grad_enabled() and any(map(_wants_gradient, (*args, *kwargs.values()))):
+            given = inspect.signature(launcher).bind(*args, **kwargs).arguments
+            name = next(name for name, value in given.items() if _wants_gradient(value))
+            raise ValueError(
+                f"{name}: expected what wants no gradient, for {launcher.__name__} gives none; "
+                "call fastunet.ops, or this under torch.no_grad()"
+            )
+        return launcher(*args, **kwargs)
+
+    return checked
+
+
+def _wants_gradient(value: object) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_wants_gradient, value))
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def unit_channel_stride(x: Tensor) -> Tensor:

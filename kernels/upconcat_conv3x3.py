@@ -27,6 +27,7 @@ from .tensors import (
     tma_serves,
     unit_channel_stride,
     weight_descriptor,
+    without_graph,
 )
 from .tuning import ConvConfig, capability, conv_config
 from .upsample_concat import load_upsampled
@@ -95,6 +96,7 @@ def _upconcat_conv3x3_fwd_kernel(
     store_tile(y_ptr, acc, n, h, col, co0, N, H, W, O, BLOCK_CO)
 
 
+@without_graph
 def upconcat_conv3x3_fwd(
     x: Tensor,
     skip: Tensor,

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tensors import empty_channels_last
+from .tensors import empty_channels_last, without_graph
 from .tuning import PointwiseConfig, gather_config
 from .upsample_concat import source_pixels
 
@@ -65,6 +65,7 @@ def _upsample_bwd_kernel(
     tl.store(grad_x_ptr + pixel[:, None] * C + c[None, :], acc.to(grad_x_ptr.dtype.element_ty), mask=here)
 
 
+@without_graph
 def upsample_bwd(
     grad: Tensor, height: int, width: int, *, mode: str, align_corners: bool, config: PointwiseConfig | None = None
 ) -> Tensor:

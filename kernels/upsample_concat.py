@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tensors import empty_channels_last
+from .tensors import empty_channels_last, without_graph
 from .tuning import PointwiseConfig, pointwise_config
 
 
@@ -107,6 +107,7 @@ def _upsample_concat_fwd_kernel(
         tl.store(y_row + C1 + c[None, :], copied, mask=mask)
 
 
+@without_graph
 def upsample_concat_fwd(
     x: Tensor,
     skip: Tensor,
@@ -133,6 +134,7 @@ def upsample_concat_fwd(
     return y
 
 
+@without_graph
 def upsample_fwd(x: Tensor, height: int, width: int, *, mode: str, align_corners: bool) -> Tensor:
     """The upsampled map alone, (N, C1, height, width): the kernel with a skip of no channels."""
     nothing = x.new_empty((x.shape[0], 0, height, width))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import commuted
-from ..tensors import bias_or_zeros, empty_channels_last, packed_weight
+from ..tensors import bias_or_zeros, empty_channels_last, packed_weight, without_graph
 from ..tuning import pointwise_config
 from ..upsample_concat import upsample_concat_fwd
 from .compat import TensorDescriptor, gdc_launch_dependents, gdc_wait, gl, gluon, mbarrier
@@ -151,6 +151,7 @@ def _launch(
         sum_splits(shares, bias_or_zeros(bias, y), y, pooled, slope)
 
 
+@without_graph
 def conv_fwd(
     x: Tensor,
     weight: Tensor,
@@ -167,6 +168,7 @@ def conv_fwd(
     return y
 
 
+@without_graph
 def conv_pool_fwd(
     x: Tensor,
     weight: Tensor,
@@ -183,6 +185,7 @@ def conv_pool_fwd(
     return y, pooled
 
 
+@without_graph
 def upconcat_conv3x3_fwd(
     x: Tensor,
     skip: Tensor,
@@ -204,6 +207,7 @@ def upconcat_conv3x3_fwd(
     return y
 
 
+@without_graph
 def upconcat_conv3x3_commuted_fwd(
     x: Tensor,
     skip: Tensor,
@@ -220,6 +224,7 @@ def upconcat_conv3x3_commuted_fwd(
     return commuted.upconcat_conv3x3_commuted_fwd(x, skip, weight, bias, conv=conv_fwd, **options)
 
 
+@without_graph
 def conv_transpose2x2_fwd(
     x: Tensor,
     weight: Tensor,
