@@ -49,6 +49,15 @@ def test_an_error_everywhere_shows_in_the_root_mean_square(dtype, seed):
     assert scaled.reason.startswith("root-mean-square error")
 
 
+def test_zeros_average_nothing():
+    """Of a single element alive after a ReLU the largest error is the whole one."""
+    truth = torch.zeros(10_000, dtype=torch.float64)
+    truth[17] = 1
+    baseline, eps = truth.float(), torch.finfo(torch.float32).eps
+    assert compare((truth * (1 + 3 * eps)).float(), baseline, truth).ok
+    assert not compare((truth * (1 + 5 * eps)).float(), baseline, truth).ok
+
+
 def test_tf32_has_its_own_floor(truth):
     baseline = truth.float()
     off = baseline + TF32_EPS / 2 * truth.abs().max().float()
