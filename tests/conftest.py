@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -34,6 +35,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def no_search_for_overflow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter looks for one in every sum of indices, for a third of its time: for that, tests/kernels do."""
+    if not CUDA and "kernels" not in request.path.parts:
+        from triton.runtime.interpreter import interpreter_builder
+
+        options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
+        monkeypatch.setattr(interpreter_builder, "options", options)
 
 
 @pytest.fixture

@@ -121,7 +121,7 @@ def test_frozen_parameters_and_the_input(frozen, double_pair, x):
         assert_close(found[1], found[0])
 
 
-@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize("frozen", ["nothing", "everything", "weights"])
 def test_frozen_parameters_and_the_input_through_the_kernels(frozen, seed, device):
     x = torch.randn(1, 1, 5, 6, device=device)
     found, pairs = [], [model.to(device) for model in small_pair()]
