@@ -37,11 +37,12 @@ class Graphs:
             raise ValueError(f"limit: expected at least 1, got {limit}")
         self.limit, self.outer = limit, outer
         self.captured: OrderedDict[Hashable, tuple[Run, Sources]] = OrderedDict()
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
 
     def clear(self) -> None:
         """Forget the graphs, of the blocks around this one too."""
-        self.captured.clear()
+        with self.lock:
+            self.captured.clear()
         if self.outer is not None:
             self.outer.clear()
 

@@ -26,7 +26,7 @@ def without_graph(launcher: Callable[Arguments, Result]) -> Callable[Arguments, 
             given = inspect.signature(launcher).bind(*args, **kwargs).arguments
             name = next(name for name, value in given.items() if _wants_gradient(value))
             raise ValueError(
-                f"{name}: expected what wants no gradient, for {launcher.__name__} gives none; "
+                f"{name}: expected no tensor that requires a gradient, got one, and {launcher.__name__} gives none; "
                 "call fastunet.ops, or this under torch.no_grad()"
             )
         return launcher(*args, **kwargs)
