@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import io
 import json
 import re
 import subprocess
@@ -64,6 +65,15 @@ class Row:
     faults: tuple[str, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A kernel, the options of its launch and what ptxas said of it: nothing if it was in Triton's cache."""
+
+    options: dict[str, Any]
+    kernel: Any
+    report: str
+
+
 class StandInDriver:
     """As much of a driver as compiling needs: which device, which target."""
 
@@ -81,13 +91,13 @@ class StandInDriver:
 
 
 @contextlib.contextmanager
-def compiled_for(arch: int, *, once: bool = False) -> Iterator[list[tuple[dict[str, Any], Any]]]:
+def compiled_for(arch: int, *, once: bool = False) -> Iterator[list[Compiled]]:
     """Within the block every launch is compiled for ``arch`` and collected, and none is made.
 
     Args:
         once: of the kernels that differ only in which of their arguments divide by 16 or are 1, the first.
     """
-    collected: list[tuple[dict[str, Any], Any]] = []
+    collected: list[Compiled] = []
     configurations: set[Any] = set()
     run, capability = JITFunction.run, tuning.capability
 
@@ -97,10 +107,11 @@ def compiled_for(arch: int, *, once: bool = False) -> Iterator[list[tuple[dict[s
         if once and configuration in configurations:
             return None
         configurations.add(configuration)
-        compiled = run(self, *args, grid=grid, warmup=True, **options)
-        if all(compiled is not seen for _, seen in collected):
-            collected.append((options, compiled))
-        return compiled
+        with contextlib.redirect_stdout(io.StringIO()) as report:
+            kernel = run(self, *args, grid=grid, warmup=True, **options)
+        if all(kernel is not seen.kernel for seen in collected):
+            collected.append(Compiled(options, kernel, report.getvalue()))
+        return kernel
 
     modules = [module for module in vars(kernels).values() if hasattr(module, "capability")]
     JITFunction.run = compile_only  # type: ignore[method-assign]
@@ -108,7 +119,9 @@ def compiled_for(arch: int, *, once: bool = False) -> Iterator[list[tuple[dict[s
         module.capability = lambda device: divmod(arch, 10)
     driver.set_active(StandInDriver(arch))  # pyright: ignore[reportArgumentType]
     try:
-        yield collected
+        with triton.knobs.nvidia.scope():
+            triton.knobs.nvidia.dump_ptxas_log = True
+            yield collected
     finally:
         JITFunction.run = run  # type: ignore[method-assign]
         for module in modules:
@@ -215,24 +228,26 @@ def hopper_launches(dtype: torch.dtype, full: bool) -> Iterator[Callable[[], Any
     yield lambda: hopper.conv_transpose2x2_fwd(t(16, 256, 64, 64), t(256, 128, 2, 2), t(128))
 
 
-def examine(options: dict[str, Any], compiled: Any, arch: int, dtype: str) -> Row:
-    """Assemble the PTX once more, for ptxas's own report, and count the instructions that it names."""
-    ptx = compiled.asm["ptx"]
+def assemble(ptx: str, arch: int) -> str:
+    """The report of ptxas."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
-        report = subprocess.run(
-            [get_ptxas(arch).path, "-v", f"--gpu-name={ARCHES[arch]}", source, "-o", Path(folder, "kernel.cubin")],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stderr
+        command = [get_ptxas(arch).path, "-v", f"--gpu-name={ARCHES[arch]}", source, "-o", Path(folder, "kernel.cubin")]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def examine(compiled: Compiled, arch: int, dtype: str) -> Row:
+    """What ptxas reports, and the instructions that the PTX names."""
+    options, kernel = compiled.options, compiled.kernel
+    ptx = kernel.asm["ptx"]
+    report = compiled.report or assemble(ptx, arch)
     registers = int(re.findall(r"Used (\d+) registers", report)[0])
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report))
     found = set(re.findall(r"\bwgmma\.mma_async|\bmma\.sync|\bfma\.rn\.f32|\bcp\.async\.bulk\.tensor", ptx))
     # A WGMMA names its accumulators, then its left operand: registers in braces, or a descriptor of shared memory.
     from_registers = len(re.findall(r"wgmma\.mma_async[^{;]*\{[^}]*\},\s*\{", ptx))
-    shared = int(compiled.metadata.shared)
+    shared = int(kernel.metadata.shared)
     faults = []
     if spills:
         faults.append(f"spills {spills} bytes")
@@ -255,7 +270,7 @@ def examine(options: dict[str, Any], compiled: Any, arch: int, dtype: str) -> Ro
     if options.get("SPLITS", 1) > 1:
         stages += f" /{options['SPLITS']}"
     return Row(
-        kernel=compiled.metadata.name.strip("_").removesuffix("_kernel") + (f" {mode}" if mode else ""),
+        kernel=kernel.metadata.name.strip("_").removesuffix("_kernel") + (f" {mode}" if mode else ""),
         arch=ARCHES[arch],
         dtype=dtype,
         tile=f"{tile} w{options['num_warps']}" + stages,
@@ -276,7 +291,7 @@ def compile_all(job: tuple[int, str, bool]) -> list[Row]:
         if arch == 90 and dtype != "ieee":
             for launch in hopper_launches(DTYPES[dtype], full=dtype != "bf16"):  # bf16 has fp16's instructions
                 launch()
-    return [examine(options, compiled, arch, dtype) for options, compiled in collected]
+    return [examine(compiled, arch, dtype) for compiled in collected]
 
 
 def main() -> int:
