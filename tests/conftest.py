@@ -38,9 +38,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_search_for_overflow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter looks for one in every sum of indices, for a third of its time: for that, tests/kernels do."""
-    if not CUDA and "kernels" not in request.path.parts:
+def search_for_overflow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter looks for one in every sum of indices, for a third of its time: only where tests ask for it."""
+    if not CUDA and request.node.get_closest_marker("overflow") is None:
         from triton.runtime.interpreter import interpreter_builder
 
         options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)

@@ -245,6 +245,7 @@ def test_nan_and_inf_go_where_torch_lets_them(value, make):
     check("ieee", got, gradient(upsampled, 0), g[:, :, 1:], x[:, :1, :3, :4].expand(1, 9, 3, 4), 6, 8, "bilinear", True)
 
 
+@pytest.mark.overflow
 @pytest.mark.parametrize("axis", [0, 2], ids=["images", "rows"])
 def test_offsets_beyond_2_to_31(axis, make):
     n = 3 if axis == 0 else 1

@@ -123,6 +123,7 @@ def test_nan_and_inf_go_where_torch_lets_them(value, precision, make):
     check(precision, y, conv2d_relu, x, weight, bias, 0.0)
 
 
+@pytest.mark.overflow
 @pytest.mark.parametrize("axis", [0, 2], ids=["images", "rows"])
 def test_offsets_beyond_2_to_31(axis, make):
     x, weight = make("fp16", 3 if axis == 0 else 1, 8, 4, 3), make("fp16", 8, 8, 3, 3, fan_in=72)

@@ -147,6 +147,7 @@ def test_nan_in_the_upsampled_map(precision, make):
     )
 
 
+@pytest.mark.overflow
 @pytest.mark.parametrize("axis", [0, 2], ids=["images", "rows"])
 @pytest.mark.parametrize("source", ["x", "skip"])
 @pytest.mark.parametrize("mode", MODES)
@@ -162,6 +163,7 @@ def test_offsets_beyond_2_to_31(mode, source, axis, make):
         check("fp16", y, reference.upsample_concat_conv2d_relu, x, skip, weight, None, mode, corners, 0.0)
 
 
+@pytest.mark.overflow
 @pytest.mark.parametrize("axis", [0, 2], ids=["images", "rows"])
 def test_offsets_beyond_2_to_31_of_what_is_upsampled_already(axis, make):
     n = 3 if axis == 0 else 1
