@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -38,13 +37,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def search_for_overflow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter looks for one in every sum of indices, for a third of its time: only where tests ask for it."""
-    if not CUDA and request.node.get_closest_marker("overflow") is None:
-        from triton.runtime.interpreter import interpreter_builder
+def quick_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks for overflow only where a test asks for that."""
+    if not CUDA:
+        from . import interpreter
 
-        options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
-        monkeypatch.setattr(interpreter_builder, "options", options)
+        interpreter.patching_once_a_launch(monkeypatch)
+        if request.node.get_closest_marker("overflow") is None:
+            interpreter.without_search_for_overflow(monkeypatch)
 
 
 @pytest.fixture
