@@ -165,10 +165,12 @@ class FastUNet(UNet):
         *first, (conv, norm) = _units(block.net)
         for unit in first:
             x = self._unit(*unit, x)
-        in_one = _is_2x2_max_pool(pool) and _served(conv)
-        if in_one and (norm is None or self._folds(conv, norm)):
+        halves = isinstance(pool, nn.MaxPool2d) and pool.kernel_size == (2, 2)
+        if halves and _served(conv) and (norm is None or self._folds(conv, norm)):
             return self._unit(conv, norm, x, pool=True)
         x = self._unit(conv, norm, x)
+        if halves:
+            return x, ops.max_pool2x2(x)
         return x, x if pool is None else pool(x)
 
     def _folds(self, conv: nn.Module, norm: nn.Module) -> bool:
@@ -260,10 +262,6 @@ def _units(layers: Iterable[nn.Module]) -> list[tuple[Any, Any]]:
 def _served(conv: Any) -> bool:
     """Whether there is an operator for a 3x3 convolution: one that keeps the size."""
     return conv.stride == (1, 1) and conv.padding == (1, 1)
-
-
-def _is_2x2_max_pool(pool: Any) -> bool:
-    return isinstance(pool, nn.MaxPool2d) and pool.kernel_size == (2, 2)
 
 
 def _joined(x: Tensor, skip: Tensor | None, concat: str) -> Tensor:

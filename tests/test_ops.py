@@ -29,6 +29,11 @@ CASES = {
         lambda x, w: reference.conv2d_relu(x, w, None, 1.0),
         [(2, 3, 1, 4), (1, 3, 1, 1)],
     ),
+    "max_pool2x2": (
+        ops.max_pool2x2,
+        lambda x: F.max_pool2d(x, 2),
+        [(2, 3, 5, 6)],
+    ),
     "upsample_concat": (
         ops.upsample_concat,
         lambda x, s: reference.upsample_concat(x, s, "bilinear", True),
@@ -247,6 +252,7 @@ OP_ARGUMENTS = {
     "conv2d_relu": lambda t: (OPS.conv2d_relu.default, (t(2, 3, 5, 6), t(4, 3, 3, 3), t(4), 0.1)),
     "conv2d_relu no bias": lambda t: (OPS.conv2d_relu.default, (t(2, 3, 1, 1), t(1, 3, 1, 1), None, 1.0)),
     "conv2d_relu_pool": lambda t: (OPS.conv2d_relu_pool.default, (t(2, 3, 5, 2), t(4, 3, 3, 3), t(4), 0.0)),
+    "max_pool2x2": lambda t: (OPS.max_pool2x2.default, (t(2, 3, 5, 2),)),
     "upsample_concat": lambda t: (OPS.upsample_concat.default, (t(1, 3, 2, 3), t(1, 2, 5, 6), "bilinear", True)),
     "upsample_concat_conv2d_relu": lambda t: (
         OPS.upsample_concat_conv2d_relu.default,
@@ -312,6 +318,7 @@ BAD = {
         lambda: ops.conv2d_relu(*zeros((1, 3, 1, 4), W), pool=True),
         "x: expected H and W of at least 2 to pool, got",
     ),
+    "max-pool": (lambda: ops.max_pool2x2(*zeros((1, 3, 1, 4))), "x: expected .*H and W of at least 2, got"),
     "mode": (
         lambda: ops.upsample_concat(*zeros(X, (1, 3, 8, 8)), mode="cubic"),
         "mode: expected one of .*, got 'cubic'",

@@ -310,3 +310,13 @@ def test_each_map_is_saved_once_and_no_other(kind):
             maps += net.config.upsampled_channels(i) * side**2
         maps += 2 * features[i] * side**2
     assert kept_bytes(net, torch.randn(1, 2, size, size)) == 4 * maps
+
+
+def test_behind_norms_no_places_of_maxima_are_saved(seed, device):
+    """The input and the result of every norm, the pooled maps and the norms' statistics."""
+    features, size = (4, 6), 8
+    maps = 4 * features[0] * size**2 + (features[0] + 4 * features[1]) * (size // 2) ** 2 + 4 * features[0] * size**2
+    statistics = 2 * (2 * features[0] + 2 * features[1] + 2 * features[0])  # mean and deviation, in float32
+    net = FastUNet(1, 2, features, norm="batch").to(device)
+    with dispatch.forced("triton"):
+        assert kept_bytes(net, torch.randn(1, 1, size, size, device=device)) == 4 * (maps + statistics)

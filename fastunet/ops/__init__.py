@@ -26,6 +26,7 @@ __all__ = [
     "conv2d_relu",
     "conv_transpose2x2",
     "is_watched",
+    "max_pool2x2",
     "tf32",
     "upsample_concat",
     "upsample_concat_conv2d_relu",
@@ -134,6 +135,19 @@ def conv2d_relu(
         return (forward.conv2d_relu_torch if at_once(x) else forward.conv2d_relu)(x, weight, bias, slope)
     _check(x.shape[2] >= 2 and x.shape[3] >= 2, "x", "H and W of at least 2 to pool", tuple(x.shape))
     return (forward.conv2d_relu_pool_torch if at_once(x) else forward.conv2d_relu_pool)(x, weight, bias, slope)
+
+
+def max_pool2x2(x: Tensor) -> Tensor:
+    """2x2 max-pool with a stride of 2, of which backward keeps ``x`` alone: behind a norm, where no convolution pools.
+
+    Args:
+        x: (N, C, H, W), H and W of at least 2, any strides.
+
+    Returns:
+        (N, C, H // 2, W // 2), channels_last. Errors as in :func:`conv2d_relu`.
+    """
+    _check(x.dim() == 4 and min(x.shape[2:]) >= 2, "x", "shape (N, C, H, W), H and W of at least 2", tuple(x.shape))
+    return (forward.max_pool2x2_torch if at_once(x) else forward.max_pool2x2)(x)
 
 
 def upsample_concat(x: Tensor, skip: Tensor, *, mode: str = "bilinear", align_corners: bool = True) -> Tensor:

@@ -122,15 +122,18 @@ def _activation_backward(
     if y is None:
         return grad, None
     if grad_pooled is not None:
-        _, places = aten.max_pool2d_with_indices(y, [2, 2], [2, 2])
-        grad = grad + aten.max_pool2d_with_indices_backward(
-            grad_pooled, y, [2, 2], [2, 2], [0, 0], [1, 1], False, places
-        )
+        grad = grad + _through_max_pool(grad_pooled, y)
     if ctx.slope == 0:
         grad = aten.threshold_backward(grad, y, 0)
     elif ctx.slope != 1:
         grad = aten.leaky_relu_backward(grad, y, ctx.slope, True)
     return grad, None
+
+
+def _through_max_pool(grad_pooled: Tensor, y: Tensor) -> Tensor:
+    """Gradient of y from that of its 2x2 max-pool, by PyTorch: the places of the maxima are found again."""
+    _, places = aten.max_pool2d_with_indices(y, [2, 2], [2, 2])
+    return aten.max_pool2d_with_indices_backward(grad_pooled, y, [2, 2], [2, 2], [0, 0], [1, 1], False, places)
 
 
 def _convolution_backward(
@@ -271,6 +274,33 @@ def conv2d_relu(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 @_first_order
 def conv2d_relu_pool(ctx: Any, grad: Tensor, grad_pooled: Tensor) -> tuple[Any, ...]:
     return _conv_gradients(ctx, grad, grad_pooled)
+
+
+# --- max_pool2x2 -----------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fastunet::max_pool2x2_backward", mutates_args=())
+def _max_pool_kernel(grad_pooled: Tensor, x: Tensor) -> Tensor:
+    with on_device(x):
+        nothing_else = x.new_zeros(()).expand(x.shape)
+        return kernels.activation_bwd(nothing_else, grad_pooled, x, slope=1.0, bias=False)[0]
+
+
+@_max_pool_kernel.register_fake
+def _(grad_pooled: Tensor, x: Tensor) -> Tensor:
+    return empty(x, *x.shape[1:])
+
+
+def save_max_pool(ctx: Any, inputs: Any, output: Any) -> None:
+    (x,) = inputs
+    ctx.save_for_backward(x)  # kept by whoever made it anyway; the places would be 8 bytes each
+    ctx.kernel = _ours(x, "dgrad")
+
+
+@_first_order
+def max_pool2x2(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    (x,) = ctx.saved_tensors
+    return ((_max_pool_kernel if ctx.kernel else _through_max_pool)(grad, x),)
 
 
 # --- upsample_concat -------------------------------------------------------------------------

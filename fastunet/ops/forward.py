@@ -43,7 +43,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> Tensor:
 
 def conv2d_relu_pool_torch(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> tuple[Tensor, Tensor]:
     y = conv2d_relu_torch(x, weight, bias, slope)
-    return y, result(F.max_pool2d(y, 2))
+    return y, max_pool2x2_torch(y)
 
 
 @torch.library.custom_op("fastunet::conv2d_relu_pool", mutates_args=())
@@ -59,6 +59,23 @@ def conv2d_relu_pool(x: Tensor, weight: Tensor, bias: Tensor | None, slope: floa
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> tuple[Tensor, Tensor]:
     o, h, w = weight.shape[0], x.shape[2], x.shape[3]
     return empty(x, o, h, w), empty(x, o, h // 2, w // 2)
+
+
+# --- max_pool2x2 -----------------------------------------------------------------------------
+
+
+def max_pool2x2_torch(x: Tensor) -> Tensor:
+    return result(F.max_pool2d(x, 2))
+
+
+@torch.library.custom_op("fastunet::max_pool2x2", mutates_args=())
+def max_pool2x2(x: Tensor) -> Tensor:
+    return max_pool2x2_torch(channels_last(x))
+
+
+@max_pool2x2.register_fake
+def _(x: Tensor) -> Tensor:
+    return empty(x, x.shape[1], x.shape[2] // 2, x.shape[3] // 2)
 
 
 # --- upsample_concat -------------------------------------------------------------------------
@@ -135,6 +152,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 conv2d_relu.register_autograd(backward.conv2d_relu, setup_context=backward.save_conv)
 conv2d_relu_pool.register_autograd(backward.conv2d_relu_pool, setup_context=backward.save_conv)
+max_pool2x2.register_autograd(backward.max_pool2x2, setup_context=backward.save_max_pool)
 upsample_concat.register_autograd(backward.upsample_concat, setup_context=backward.save_upsample)
 upsample_concat_conv2d_relu.register_autograd(
     backward.upsample_concat_conv2d_relu, setup_context=backward.save_upsample_conv

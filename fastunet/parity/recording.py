@@ -79,6 +79,8 @@ class Recorder(TorchFunctionMode):
         elif func in _CONVOLUTIONS:
             # An activation that follows in place is in it.
             self.steps.append(Step((), result.detach(), None, "torch"))
+        elif getattr(func, "namespace", None) == "fastunet" and func.name() == "fastunet::max_pool2x2":
+            self.decisions.append(_places(args[0], 2))
         elif getattr(func, "namespace", None) == "fastunet":
             y, *pooled = (t.detach() for t in (result if isinstance(result, tuple) else (result,)))
             arguments = tuple(t.detach() if isinstance(t, Tensor) else t for t in args)
