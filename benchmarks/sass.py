@@ -31,6 +31,7 @@ import torch
 import triton
 from rich.console import Console
 from rich.table import Table
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
@@ -119,8 +120,8 @@ def compiled_for(arch: int, *, once: bool = False) -> Iterator[list[Compiled]]:
         module.capability = lambda device: divmod(arch, 10)
     driver.set_active(StandInDriver(arch))  # pyright: ignore[reportArgumentType]
     try:
-        with triton.knobs.nvidia.scope():
-            triton.knobs.nvidia.dump_ptxas_log = True
+        with knobs.nvidia.scope():
+            knobs.nvidia.dump_ptxas_log = True
             yield collected
     finally:
         JITFunction.run = run  # type: ignore[method-assign]

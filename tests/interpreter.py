@@ -34,7 +34,12 @@ def patching_once_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
         done.add(modules)
         if first:
             restore = scope.restore
-            scope.restore = lambda: (done.clear(), restore())
+
+            def restore_and_forget() -> None:
+                done.clear()
+                restore()
+
+            scope.restore = restore_and_forget
         return scope
 
     monkeypatch.setattr(interpreter, "_patch_lang", once)
