@@ -4,8 +4,13 @@
     pooled[n, o, h, w] = max of the four y[n, o, 2h + {0, 1}, 2w + {0, 1}]
 
 for K x K filters, K = 1 or 3, r = K // 2, zeros around x; x may be two tensors side by side on channels, which
-are never copied together. The launchers are those of ../conv3x3.py and its neighbours, which this file's docstrings
-do not repeat.
+are never copied together. A 2x2 stride-2 transposed convolution,
+
+    y[n, o, 2h + i, 2w + j] = b[o] + sum over c of weight[c, o, i, j] x[n, c, h, w]
+
+is the product of a 1x1 one whose results are scattered: in a row of y the axes (w, j, o) lie side by side, so that
+(j, o) are the channels, and i, the row of the filter, counts tiles (FILTER_ROWS = 2). The launchers are those of
+../conv3x3.py and its neighbours, which this file's docstrings do not repeat.
 
 Tiling: a persistent program per multiprocessor takes tile after tile of BLOCK_CO output channels x BLOCK_N images x
 BLOCK_H rows x BLOCK_W columns (implicit_gemm.py). SPLITS > 1: a tile is a share of the K loop, written in float32,
@@ -27,7 +32,7 @@ from ..upsample_concat import upsample_concat_fwd
 from .compat import TensorDescriptor, gdc_launch_dependents, gdc_wait, gl, gluon, mbarrier
 from .implicit_gemm import load_tiles, multiply_tiles
 from .split_k import sum_splits
-from .tuning import HopperConfig, block_k, hopper_configs, multiprocessors, tma_ready, why_not
+from .tuning import HopperConfig, block_k, hopper_configs, multiprocessors, tma_ready, transpose_configs, why_not
 
 
 @gluon.jit
@@ -37,6 +42,7 @@ def _conv_fwd_kernel(
     KSIZE: gl.constexpr, TWO_SOURCES: gl.constexpr, SLOPE: gl.constexpr, POOL: gl.constexpr, HALO: gl.constexpr,
     BLOCK_CO: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr,
     BLOCK_K: gl.constexpr, X_STAGES: gl.constexpr, W_STAGES: gl.constexpr, SPLITS: gl.constexpr,
+    FILTER_ROWS: gl.constexpr,
 ):  # fmt: skip
     # The next launch may begin here, as far as its own wait: what it allocates and initialises takes as long as
     # this one's last tiles. Nothing of a launch may touch global memory before its wait.
@@ -75,23 +81,26 @@ def _conv_fwd_kernel(
         blocks = blocks1 + gl.cdiv(C2, BLOCK_K)
     steps = KSIZE * KSIZE // (KSIZE if HALO else 1) * blocks // SPLITS
     pixel_tiles = gl.cdiv(N, BLOCK_N) * gl.cdiv(H, BLOCK_H) * gl.cdiv(W, BLOCK_W)
-    tiles = pixel_tiles * gl.cdiv(O, BLOCK_CO) * SPLITS
+    tiles = pixel_tiles * gl.cdiv(O, BLOCK_CO) * SPLITS * FILTER_ROWS
     gdc_wait()
     gl.warp_specialize([
         (multiply_tiles, (
             bias_ptr, y, pooled, steps, tiles, H, W, O,
             x_ring, x_full, x_empty, w_ring, w_full, w_empty, turns, outs, smalls,
-            KSIZE, SLOPE, POOL, HALO, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K, X_STAGES, W_STAGES, SPLITS, 0,
+            KSIZE, SLOPE, POOL, HALO, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K, X_STAGES, W_STAGES, SPLITS,
+            FILTER_ROWS, 0,
         )),
         (multiply_tiles, (
             bias_ptr, y, pooled, steps, tiles, H, W, O,
             x_ring, x_full, x_empty, w_ring, w_full, w_empty, turns, outs, smalls,
-            KSIZE, SLOPE, POOL, HALO, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K, X_STAGES, W_STAGES, SPLITS, 1,
+            KSIZE, SLOPE, POOL, HALO, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K, X_STAGES, W_STAGES, SPLITS,
+            FILTER_ROWS, 1,
         )),
         (load_tiles, (
             x1, x1_tail, w1, x2, x2_tail, w2, blocks1, top, left, steps, tiles, H, W, O,
             x_ring, x_full, x_empty, w_ring, w_full, w_empty,
             KSIZE, TWO_SOURCES, HALO, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K, X_STAGES, W_STAGES, SPLITS,
+            FILTER_ROWS,
         )),
     ], [4, 1], [232, 40])  # fmt: skip
 
@@ -112,40 +121,52 @@ def _launch(
     tf32: bool,
     config: HopperConfig | None,
 ) -> None:
-    """Fill ``y`` (N, O, H, W), of any strides that TMA takes, and ``pooled``. ``weight``: (O, C, K, K)."""
-    (n, o, h, w), ksize, dtype = y.shape, weight.shape[-1], sources[0].dtype
-    channels = tuple(x.shape[1] for x in sources)
-    top, left = ((a - b) // 2 for a, b in zip(y.shape[2:], sources[0].shape[2:], strict=True))
+    """Fill ``y`` (N, O, H, W) and ``pooled``, channels_last. ``weight``: (O, C, K, K), or (C, O, 2, 2) transposed."""
+    ksize, dtype, o = weight.shape[-1], sources[0].dtype, y.shape[1]
+    channels, (n, _, h, w) = tuple(x.shape[1] for x in sources), sources[-1].shape
+    top, left = ((a - b) // 2 for a, b in zip((h, w), sources[0].shape[2:], strict=True))
     obstacle = why_not(channels, o, dtype, tf32=tf32, padding=(top, left))
     if obstacle is not None:
         raise ValueError(f"x: the Hopper kernels cannot serve it: {obstacle}")
     if y.numel() == 0:
         return
-    if config is None:
+    transposed = ksize == 2
+    if config is None and transposed:
+        config = transpose_configs(channels, o, n, h, w, dtype)[0]
+    elif config is None:
         options = {"ksize": ksize, "pool": pooled is not None, "out_dtype": y.dtype}
         config = hopper_configs(channels, o, n, h, w, dtype, **options)[0]
+    elif transposed and config.splits > 1:
+        raise ValueError(f"config: expected one that does not split the K loop, got {config}")
     maps = [tma_ready(x).permute(0, 2, 3, 1) for x in sources]
-    rows = packed_weight(weight).view(o, ksize**2, sum(channels))
+    out = y.permute(0, 2, 3, 1)
+    if transposed:
+        rows = weight.permute(2, 3, 1, 0).contiguous().view(2, 2 * o, channels[0]).transpose(0, 1)
+        out, o = out.view(n, h, 2, w, 2 * o), 2 * o
+    else:
+        rows = packed_weight(weight).view(o, ksize**2, sum(channels))
     rows = rows.clone() if rows.data_ptr() % 16 else rows  # a view of other weights, from an odd element
     width, tile = block_k(dtype), [config.block_n, config.block_h, config.block_w]
     operands = []
     for x, part in zip(maps, rows.split(channels, 2), strict=True):
         operands += [_descriptor(x, [*tile, width]), _descriptor(x, [1, 2, config.block_w, width])]
         operands += [_descriptor(part, [config.block_co, 1, width])]
-    shares = small = None
+    shares, box = None, [*tile, 64]
     if config.splits > 1:
-        shares = y.new_empty((config.splits, n, h, w, o), dtype=torch.float32)
-        out = _descriptor(shares, [1, *tile, 64])
-    else:
-        out = _descriptor(y.permute(0, 2, 3, 1), [*tile, 64])
-        if pooled is not None:
-            small = _descriptor(pooled.permute(0, 2, 3, 1), [tile[0], tile[1] // 2, tile[2] // 2, 64])
-    grid = min(config.tiles(n, h, w, o), multiprocessors(y.device))
+        out = shares = y.new_empty((config.splits, n, h, w, o), dtype=torch.float32)
+        box.insert(0, 1)
+    elif transposed:
+        box.insert(2, 1)
+    stored, small = _descriptor(out, box), None
+    if pooled is not None and shares is None:
+        small = _descriptor(pooled.permute(0, 2, 3, 1), [tile[0], tile[1] // 2, tile[2] // 2, 64])
+    filter_rows = 2 if transposed else 1
+    grid = min(filter_rows * config.tiles(n, h, w, o), multiprocessors(y.device))
     _conv_fwd_kernel[(grid,)](
-        *operands, *(operands if len(maps) == 1 else ()), bias_or_zeros(bias, y), out, small or out,
+        *operands, *(operands if len(maps) == 1 else ()), bias_or_zeros(bias, y), stored, small or stored,
         n, h, w, o, channels[0], sum(channels[1:]), top, left,
-        KSIZE=ksize, TWO_SOURCES=len(maps) == 2, SLOPE=slope, POOL=small is not None, BLOCK_K=width,
-        num_warps=4, launch_pdl=True, **config.options(),
+        KSIZE=1 if transposed else ksize, TWO_SOURCES=len(maps) == 2, SLOPE=slope, POOL=small is not None,
+        BLOCK_K=width, FILTER_ROWS=filter_rows, num_warps=4, launch_pdl=True, **config.options(),
     )  # fmt: skip
     if shares is not None:
         sum_splits(shares, bias_or_zeros(bias, y), y, pooled, slope)
@@ -233,10 +254,7 @@ def conv_transpose2x2_fwd(
     tf32: bool = True,
     config: HopperConfig | None = None,
 ) -> Tensor:
-    """2x2 stride-2 transposed convolution: a 1x1 convolution for each (i, j), stored to every second row and column."""
+    """2x2 stride-2 transposed convolution and bias."""
     y = empty_channels_last(x, weight.shape[1], 2 * x.shape[2], 2 * x.shape[3])
-    for i in range(2):
-        for j in range(2):
-            product = weight[:, :, i : i + 1, j : j + 1].transpose(0, 1)
-            _launch((x,), product, bias, y[:, :, i::2, j::2], None, 1.0, tf32, config)
+    _launch((x,), weight, bias, y, None, 1.0, tf32, config)
     return y

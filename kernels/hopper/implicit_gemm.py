@@ -36,14 +36,14 @@ from .compat import (
 @gluon.jit
 def tile_origin(
     tile, H, W, O,
-    BLOCK_CO: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr, SPLITS: gl.constexpr,
+    BLOCK_CO: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """Share of the K loop, first image, row, column and output channel of a tile.
+    """Share of the K loop, or row of a transposed filter, then first image, row, column and output channel of a tile.
 
-    Shares and output channels vary fastest: what runs at one time reads the same pixels, from L2.
+    Parts and output channels vary fastest: what runs at one time reads the same pixels, from L2.
     """
-    split = tile % SPLITS
-    tile = tile // SPLITS
+    part = tile % PARTS
+    tile = tile // PARTS
     tiles_o = gl.cdiv(O, BLOCK_CO)
     tiles_w = gl.cdiv(W, BLOCK_W)
     tiles_h = gl.cdiv(H, BLOCK_H)
@@ -51,7 +51,7 @@ def tile_origin(
     tile = tile // tiles_o
     w = (tile % tiles_w) * BLOCK_W
     tile = tile // tiles_w
-    return split, (tile // tiles_h) * BLOCK_N, (tile % tiles_h) * BLOCK_H, w, co
+    return part, (tile // tiles_h) * BLOCK_N, (tile % tiles_h) * BLOCK_H, w, co
 
 
 @gluon.jit
@@ -97,18 +97,21 @@ def load_tiles(
     x_ring, x_full, x_empty, w_ring, w_full, w_empty,
     KSIZE: gl.constexpr, TWO_SOURCES: gl.constexpr, HALO: gl.constexpr, BLOCK_CO: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr, BLOCK_K: gl.constexpr,
-    X_STAGES: gl.constexpr, W_STAGES: gl.constexpr, SPLITS: gl.constexpr,
+    X_STAGES: gl.constexpr, W_STAGES: gl.constexpr, SPLITS: gl.constexpr, FILTER_ROWS: gl.constexpr,
 ):  # fmt: skip
     """The producer. The channels of the first source come first; it lies at (top, left) of the map."""
     COLUMNS: gl.constexpr = KSIZE if HALO else KSIZE * KSIZE  # boxes of pixels for BLOCK_K channels
     step = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        split, n0, h0, w0, co0 = tile_origin(tile, H, W, O, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, SPLITS)
-        for k in range(split * steps, (split + 1) * steps):
+        part, n0, h0, w0, co0 = tile_origin(tile, H, W, O, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, SPLITS * FILTER_ROWS)
+        first = part % SPLITS * steps
+        for k in range(first, first + steps):
             block = k // COLUMNS
             tap = k % COLUMNS
             row = h0 - KSIZE // 2 + tap // KSIZE
             column = w0 - KSIZE // 2 + tap % KSIZE
+            if FILTER_ROWS > 1:
+                tap = part  # which row of the filter, for the weights alone
             if block < blocks1:
                 _load_step(
                     x1, x1_tail, w1, step, n0, row - top, column - left, block * BLOCK_K, co0, tap,
@@ -130,14 +133,17 @@ def _larger(a, b):
 
 @gluon.jit
 def _finish_tile(
-    acc, bias_ptr, y, pooled, split, n0, h0, w0, co0, O, out, small,
-    SLOPE: gl.constexpr, POOL: gl.constexpr, SPLITS: gl.constexpr,
+    acc, bias_ptr, y, pooled, part, n0, h0, w0, co0, O, out, small,
+    SLOPE: gl.constexpr, POOL: gl.constexpr, SPLITS: gl.constexpr, FILTER_ROWS: gl.constexpr,
 ):  # fmt: skip
     """Bias, activation, store; 2x2 max-pool, store. A share of a split K loop is stored as it is."""
     BLOCK_P: gl.constexpr = acc.shape[1]
     if SPLITS == 1:
         co = co0 + gl.arange(0, 64, gl.SliceLayout(1, acc.type.layout))
-        bias = gl.load(bias_ptr + co, mask=co < O, other=0.0).to(gl.float32)
+        channel = co
+        if FILTER_ROWS > 1:
+            channel = co % (O // FILTER_ROWS)
+        bias = gl.load(bias_ptr + channel, mask=co < O, other=0.0).to(gl.float32)
         acc = acc + gl.expand_dims(bias, 1)
         if SLOPE == 0.0:
             acc = gl.where(acc <= 0, 0.0, acc)  # not maximum(): NaN must stay NaN, as in torch
@@ -154,7 +160,9 @@ def _finish_tile(
         small.reshape([rows, columns, 64]).permute([2, 0, 1]).store(largest)
     fence_async_shared()
     if SPLITS > 1:
-        tma_store(y, [split, n0, h0, w0, co0], out)
+        tma_store(y, [part, n0, h0, w0, co0], out)
+    elif FILTER_ROWS > 1:
+        tma_store(y, [n0, h0, part, w0, co0], out)
     else:
         tma_store(y, [n0, h0, w0, co0], out)
     if POOL:
@@ -167,7 +175,8 @@ def multiply_tiles(
     x_ring, x_full, x_empty, w_ring, w_full, w_empty, turns, outs, smalls,
     KSIZE: gl.constexpr, SLOPE: gl.constexpr, POOL: gl.constexpr, HALO: gl.constexpr, BLOCK_CO: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr, BLOCK_K: gl.constexpr,
-    X_STAGES: gl.constexpr, W_STAGES: gl.constexpr, SPLITS: gl.constexpr, CONSUMER: gl.constexpr,
+    X_STAGES: gl.constexpr, W_STAGES: gl.constexpr, SPLITS: gl.constexpr, FILTER_ROWS: gl.constexpr,
+    CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Consumer 0 or 1."""
     TAPS: gl.constexpr = KSIZE if HALO else 1
@@ -222,13 +231,13 @@ def multiply_tiles(
         acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
         mbarrier.arrive(w_empty.index((step * TAPS + W_STAGES - 1) % W_STAGES))
         mbarrier.arrive(x_empty.index((step + X_STAGES - 1) % X_STAGES))
-        split, n0, h0, w0, co0 = tile_origin(tile, H, W, O, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, SPLITS)
+        part, n0, h0, w0, co0 = tile_origin(tile, H, W, O, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, SPLITS * FILTER_ROWS)
         if COOPERATIVE:
             co0 += 64 * CONSUMER
         else:
             step += steps  # the other's tile
         _finish_tile(
-            acc, bias_ptr, y, pooled, split, n0, h0, w0, co0, O, outs.index(CONSUMER), smalls.index(CONSUMER),
-            SLOPE, POOL, SPLITS,
+            acc, bias_ptr, y, pooled, part, n0, h0, w0, co0, O, outs.index(CONSUMER), smalls.index(CONSUMER),
+            SLOPE, POOL, SPLITS, FILTER_ROWS,
         )  # fmt: skip
     tma_store_wait(0)

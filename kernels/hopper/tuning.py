@@ -139,6 +139,17 @@ def hopper_configs(
     return tuple(dict.fromkeys(ordered))
 
 
+def transpose_configs(
+    channels: tuple[int, ...], out_channels: int, n: int, h: int, w: int, dtype: torch.dtype
+) -> tuple[HopperConfig, ...]:
+    """:func:`hopper_configs` of a 2x2 stride-2 transposed convolution of maps of ``h`` x ``w``.
+
+    A filter has two rows, whose tiles are apart, and two columns, which are channels.
+    """
+    found = hopper_configs(channels, 2 * out_channels, 2 * n, h, w, dtype, ksize=1, pool=False)
+    return tuple(config for config in found if config.splits == 1)
+
+
 def why_not(
     channels: tuple[int, ...], out_channels: int, dtype: torch.dtype, *, tf32: bool, padding: tuple[int, int] = (0, 0)
 ) -> str | None:
@@ -174,11 +185,10 @@ def layer_configs(
         return ()
     n, _, h, w = maps[-1]
     channels = tuple(shape[1] for shape in maps)
-    transposed = op == "conv_transpose2x2"
-    return hopper_configs(
-        channels, weight[1] if transposed else weight[0], n, h, w, dtype,
-        ksize=1 if transposed else weight[-1], pool=op == "conv2d_relu_pool",
-    )  # fmt: skip
+    if op == "conv_transpose2x2":
+        return transpose_configs(channels, weight[1], n, h, w, dtype)
+    pool = op == "conv2d_relu_pool"
+    return hopper_configs(channels, weight[0], n, h, w, dtype, ksize=weight[-1], pool=pool)
 
 
 def why_not_layer(

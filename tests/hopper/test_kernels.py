@@ -109,14 +109,35 @@ def test_upsampling_behind_the_products(mode, corners, precision, make):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_one_by_one_and_transposed(precision, make):
+def test_one_by_one(precision, make):
     config = config_of(128, (2, 4, 8), False, 2, 2)
-    x, bias = make(precision, 3, 72, 5, 6), make(precision, 136)
-    weight = make(precision, 136, 72, 1, 1, fan_in=72)
+    x, weight, bias = make(precision, 3, 72, 5, 6), make(precision, 136, 72, 1, 1, fan_in=72), make(precision, 136)
     check(precision, hopper.conv_fwd(x, weight, bias, slope=1.0, config=config), conv2d_relu, x, weight, bias, 1.0)
-    weight = make(precision, 72, 136, 2, 2, fan_in=72)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("o", [16, 72], ids=["both-columns-in-a-tile", "a-tile-of-both-columns"])
+@pytest.mark.parametrize(
+    "config", [config_of(128, (2, 4, 8), False, 2, 2), config_of(64, (1, 4, 16), False, 3, 3)], ids=["128", "64"]
+)
+def test_transposed(config, o, precision, make):
+    x, weight, bias = make(precision, 3, 72, 5, 6), make(precision, 72, o, 2, 2, fan_in=72), make(precision, o)
     y = hopper.conv_transpose2x2_fwd(x, weight, bias, config=config)
     check(precision, y, reference.conv_transpose2x2, x, weight, bias)
+
+
+def test_a_transposed_convolution_of_choice(make):
+    """Its weight as prepared for it, which is not copied, and as PyTorch has it."""
+    x, weight = make("bf16", 5, 64, 4, 3), make("bf16", 64, 32, 2, 2, fan_in=64)
+    prepared = weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+    for w in (weight, prepared):
+        check("bf16", hopper.conv_transpose2x2_fwd(x, w, None), reference.conv_transpose2x2, x, w, None)
+
+
+def test_a_transposed_convolution_does_not_split_its_k_loop(make):
+    x, weight = make("bf16", 1, 64, 4, 4), make("bf16", 64, 32, 2, 2)
+    with pytest.raises(ValueError, match="config: expected one that does not split the K loop, got hopper 64 x"):
+        hopper.conv_transpose2x2_fwd(x, weight, None, config=config_of(64, (1, 4, 8), False, 2, 2, splits=2))
 
 
 @pytest.mark.parametrize("n, h, w", [(1, 17, 9), (5, 4, 4), (2, 1, 3)], ids=["halo", "several-images", "one-row"])

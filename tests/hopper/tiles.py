@@ -51,7 +51,7 @@ def _binary(function: Callable[[Any, Any], Any], swapped: bool = False) -> Calla
     return method
 
 
-for _name in ("add", "sub", "mul", "lt", "le", "gt", "ge", "eq", "ne", "and_", "or_"):
+for _name in ("add", "sub", "mul", "mod", "lt", "le", "gt", "ge", "eq", "ne", "and_", "or_"):
     setattr(Tile, f"__{_name.strip('_')}__", _binary(getattr(operator, _name)))
 for _name in ("add", "sub", "mul"):
     setattr(Tile, f"__r{_name}__", _binary(getattr(operator, _name), swapped=True))
