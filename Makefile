@@ -12,8 +12,8 @@ PIP := $(RUN) -m pip --quiet --disable-pip-version-check
 OTHER_TRITONS := 3.6.0 3.9.0
 # The interpreter of Triton 3.6 makes integers of one-element arrays, which NumPy 2.4 refuses.
 BESIDE_3.6.0 := numpy==2.3.5
-# On those, of the instructions those of fp16 and tf32 on Hopper; of the interpreter one dtype.
-TENSOR_CORES := --once --arch 90 --dtype fp16 --dtype tf32
+# On those, the Hopper kernels in fp16, all kernels in tf32, where most was serialised; of the interpreter one dtype.
+TENSOR_CORES := --once --hopper fp16 --arch 90 --dtype tf32
 TESTED_THERE := fp16
 
 .DEFAULT_GOAL := help

@@ -2,6 +2,7 @@
 
     python benchmarks/sass.py                 # sm_80 and sm_90a, all kernels: about 8 minutes
     python benchmarks/sass.py --once          # each configuration once
+    python benchmarks/sass.py --hopper fp16   # of a dtype the Hopper kernels alone
     python benchmarks/sass.py --json FILE     # the same table as JSON lines
 
 The launchers run as they are, on meta tensors of the shapes that ``fastunet.trace`` gives for the
@@ -283,11 +284,11 @@ def examine(compiled: Compiled, arch: int, dtype: str) -> Row:
     )
 
 
-def compile_all(job: tuple[int, str, bool]) -> list[Row]:
-    """Rows of one architecture and dtype."""
-    arch, dtype, once = job
+def compile_all(job: tuple[int, str, bool, bool]) -> list[Row]:
+    """Rows of one architecture and dtype; of Hopper kernels only, if so asked."""
+    arch, dtype, once, only_hopper = job
     with compiled_for(arch, once=once) as collected:
-        for launch in launches(DTYPES[dtype], tf32=dtype != "ieee"):
+        for launch in () if only_hopper else launches(DTYPES[dtype], tf32=dtype != "ieee"):
             launch()
         if arch == 90 and dtype != "ieee":
             for launch in hopper_launches(DTYPES[dtype], full=dtype != "bf16"):  # bf16 has fp16's instructions
@@ -299,10 +300,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, action="append", choices=sorted(ARCHES), help="80 or 90; default both")
     parser.add_argument("--dtype", action="append", choices=sorted(DTYPES), help="default all")
+    parser.add_argument("--hopper", action="append", choices=("fp16", "bf16", "tf32"), help="only Hopper kernels of it")
     parser.add_argument("--once", action="store_true", help="not for every alignment of arguments")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON lines")
     arguments = parser.parse_args()
-    jobs = [(arch, dtype, arguments.once) for arch in arguments.arch or ARCHES for dtype in arguments.dtype or DTYPES]
+    once, only = arguments.once, arguments.hopper or []
+    dtypes = arguments.dtype or (() if only else DTYPES)
+    jobs = [(arch, dtype, once, False) for arch in arguments.arch or ARCHES for dtype in dtypes]
+    jobs += [(90, dtype, once, True) for dtype in only]
     with ProcessPoolExecutor(max_workers=2) as pool:
         rows = [row for part in pool.map(compile_all, jobs) for row in part]
     table = Table(title=f"Ahead-of-time compilation, Triton {triton.__version__}")

@@ -130,12 +130,8 @@ class FastUNet(UNet):
         return self._graphs(self._forward, x, sources) if _cacheable(sources) else self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        if _plain_torch(x) and (self._takes_statistics() or self.config.padding == "valid" or self._trains_on_a_cpu(x)):
-            # A CPU's norms want NCHW. Instance norm copies channels_last maps there and back, which costs
-            # more than the layout gives; group norm, and batch norm where it trains, take them as they are
-            # and sum over their pixels one by one, with up to 300 times the error. Without padding no
-            # operator serves, and the crops and copies between layers eat what channels_last gives. The
-            # operators' gradients save memory, and time on a GPU alone: a CPU took twice eager's for small maps.
+        if _plain_torch(x) and (self.config.padding == "valid" or self._is_left_to_plain_torch(x)):
+            # Without padding no operator serves, and the crops and copies between layers eat what channels_last gives.
             return super().forward(x).contiguous(memory_format=torch.channels_last)
         skips = []
         for down in self.downs:
@@ -146,10 +142,18 @@ class FastUNet(UNet):
             x = self._up(up, x, skips.pop())
         return self.finish(ops.conv2d_relu(x, *self._weights(self.head), relu=False))
 
-    def _trains_on_a_cpu(self, x: Tensor) -> bool:
-        """Whether gradients are wanted, and neither the operators were asked for nor somebody looks on."""
-        wanted = _wants_gradient([x, *self.parameters()])
-        return wanted and dispatch.asked_for() is None and not ops.is_watched()
+    def _is_left_to_plain_torch(self, x: Tensor) -> bool:
+        """Whether a CPU does better without the operators, and nobody asked for them.
+
+        Its norms want NCHW. Instance norm copies channels_last maps there and back, which costs more than the
+        layout gives; group norm, and batch norm where it trains, take them as they are and sum over their pixels
+        one by one, with up to 300 times the error. The operators' gradients save memory, and time on a GPU alone:
+        a CPU took twice eager's for small maps.
+        """
+        if dispatch.asked_for() is not None:
+            return False
+        trains = _wants_gradient([x, *self.parameters()]) and not ops.is_watched()
+        return trains or self._takes_statistics()
 
     def _takes_statistics(self) -> bool:
         """Whether a norm sums over the map it is given, in its forward pass or for its gradients."""
