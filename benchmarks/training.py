@@ -1,14 +1,16 @@
 """Does FastUNet train as plain PyTorch does? Same seeds, same windows, both networks; a table and a picture.
 
     python benchmarks/training.py DATA --out docs/training_curves.png
+    python benchmarks/training.py DATA --all --steps 1600 --out docs/training_curves_all.png
 
 DATA is a folder for ``fastunet train``. Each seed draws initial weights, which both networks get, and
-windows. Without norm layers, since with batch norm that trains FastUNet runs the reference itself on a CPU.
+windows. FastUNet runs its operators, also on a CPU, which left alone trains with plain PyTorch.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -30,18 +32,21 @@ FIRST, LAST = 10, 50  # steps: compared one by one; averaged
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
+    parser.add_argument("--all", action="store_true", help="all images, with batch norms; else small grey ones")
     parser.add_argument("--out", type=Path, required=True, help="the picture")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
 
-    data = small_and_grey(train.find(arguments.data, CONFIG.in_channels, CONFIG.out_channels))
+    data = train.find(arguments.data, CONFIG.in_channels, CONFIG.out_channels)
+    config = dataclasses.replace(CONFIG, norm="batch") if arguments.all else CONFIG
+    data = data if arguments.all else small_and_grey(data)
     curves: dict[tuple[str, int], list[float]] = {}
     dices: dict[tuple[str, int], list[train.Point]] = {}
     for seed in range(arguments.seeds):
         for name in NETWORKS:
-            curves[name, seed], dices[name, seed] = run(name, seed, data, arguments.steps, arguments.device)
+            curves[name, seed], dices[name, seed] = run(name, config, seed, data, arguments.steps, arguments.device)
     report(curves, dices)
     draw(arguments.out, curves, dices)
 
@@ -54,13 +59,14 @@ def small_and_grey(data: train.Data) -> train.Data:
     return train.Data(small, val, data.channels, data.classes)
 
 
-def run(name: str, seed: int, data: train.Data, steps: int, device: str) -> tuple[list[float], list[train.Point]]:
+def run(
+    name: str, config: UNetConfig, seed: int, data: train.Data, steps: int, device: str
+) -> tuple[list[float], list[train.Point]]:
     """The loss of each step, and the points."""
     torch.manual_seed(seed)
-    model, losses, start = new_model(name), [], time.perf_counter()
+    model, losses, start = new_model(name, config), [], time.perf_counter()
     settings = train.Settings(steps, size=64, lr=1e-3, every=max(1, steps // 4), seed=seed)
     process = train.Processes(torch.device(device))
-    # Left alone, a CPU trains with plain PyTorch in either case.
     operators = dispatch.forced("torch" if device == "cpu" else "triton")
     with tempfile.TemporaryDirectory() as out, operators:
         keep = lambda _, loss: losses.append(loss.item())
@@ -84,9 +90,9 @@ def report(curves: dict[tuple[str, int], list[float]], dices: dict[tuple[str, in
         print(f"| all | {name} | | {ends} | {last} |")
 
 
-def new_model(name: str) -> UNet:
+def new_model(name: str, config: UNetConfig) -> UNet:
     """Weights as He et al. (2015, arXiv:1502.01852): from torch's own, hundreds of steps learn nothing."""
-    model = (FastUNet if name == OURS else UNet).from_config(CONFIG)
+    model = (FastUNet if name == OURS else UNet).from_config(config)
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.bias is not None:
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
