@@ -177,7 +177,7 @@ def _choose(layer: Layer, config: UNetConfig, device: torch.device, dtype: torch
     choice = ops.choose(layer.op, layer.in_shapes, layer.weight_shape, device, dtype, layer.mode)
     if choice.implementation == "torch" and device.type == "cpu":
         cause = "without padding" if config.padding == "valid" else "with instance norm"
-        if config.padding == "valid" or config.norm == "instance":
+        if config.padding == "valid" or (config.norm == "instance" and dispatch.asked_for() is None):
             return dispatch.Choice(plain, f"{choice.reason}; {cause} the reference network runs as it is")
     if layer.unserved:
         return dispatch.Choice(plain, f"no kernel for a convolution {layer.unserved}")

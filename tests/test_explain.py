@@ -174,6 +174,14 @@ def test_where_a_cpu_runs_the_reference(config: UNetConfig) -> None:
     assert "the reference network runs as it is" in rows[0].choice.reason
 
 
+def test_operators_that_were_asked_for_serve_a_norm_on_a_cpu() -> None:
+    with dispatch.forced("torch"):
+        rows = explain_config(
+            UNetConfig(1, 2, (4, 8), norm="instance"), (1, 1, 24, 24), torch.device("cpu"), torch.float32
+        ).rows
+    assert {row.choice for row in rows} == {dispatch.Choice("reference", "asked for")}
+
+
 def test_a_size_that_strides_do_not_divide_is_named() -> None:
     with pytest.raises(ValueError, match="input_size: height: expected a multiple of 2, got 17"):
         explain_config(STRIDED, (1, 1, 17, 16), torch.device("cpu"), torch.float32)

@@ -12,7 +12,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from fastunet import FastUNet, dispatch
+from fastunet.parity.recording import Recorder
 from fastunet.reference import UNet
+from fastunet.trace import trace
 
 from .test_model import KINDS, assert_close, pair
 
@@ -210,6 +212,22 @@ def test_running_statistics_are_eagers(implementation, seed, device):
             assert_close(ours, theirs, tolerance)
         else:
             assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("order", ["conv_norm_act", "conv_act_norm"])
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_norms_between_operators_that_were_asked_for(norm, order, x):
+    reference, fast = (model.double() for model in pair(norm=norm, order=order))
+    x = x.clone().requires_grad_()
+    with Recorder() as recorder:
+        ours = loss_of(fast, x)
+    assert len(recorder.steps) == len(trace(fast.config, *x.shape[-2:]))
+    (input_gradient,) = torch.autograd.grad(ours, x, retain_graph=True)
+    ours.backward()
+    expected = x.detach().requires_grad_()
+    loss_of(reference, expected).backward()
+    assert_same_gradients(fast, reference)
+    assert_close(input_gradient, expected.grad)
 
 
 def test_an_exponential_average_follows(double_pair, x):
