@@ -78,16 +78,19 @@ def run(
 def report(curves: dict[tuple[str, int], list[float]], dices: dict[tuple[str, int], list[train.Point]]) -> None:
     """The table."""
     seeds = sorted({seed for _, seed in curves})
-    print(f"| seed | network | largest difference of the first {FIRST} losses | loss at the end | Dice |")
-    print("|---|---|---|---|---|")
+    print(f"| seed | network | largest difference of the first {FIRST} losses | loss at the end ", end="")
+    print("| Dice, all pixels | Dice, mean of images |")
+    print("|---|---|---|---|---|---|")
     for seed in seeds:
         for name in NETWORKS:
             gap = max(differences(curves, name, seed)[:FIRST])
-            print(f"| {seed} | {name} | {gap:.1e} | {end(curves[name, seed]):.4f} | {dices[name, seed][-1].dice:.4f} |")
+            loss, point = end(curves[name, seed]), dices[name, seed][-1]
+            print(f"| {seed} | {name} | {gap:.1e} | {loss:.4f} | {point.dice:.4f} | {point.mean_dice:.4f} |")
     for name in NETWORKS:
         ends = spread([end(curves[name, seed]) for seed in seeds])
-        last = spread([dices[name, seed][-1].dice for seed in seeds])
-        print(f"| all | {name} | | {ends} | {last} |")
+        points = [dices[name, seed][-1] for seed in seeds]
+        pooled, by_image = spread([p.dice for p in points]), spread([p.mean_dice for p in points])
+        print(f"| all | {name} | | {ends} | {pooled} | {by_image} |")
 
 
 def new_model(name: str, config: UNetConfig) -> UNet:

@@ -146,9 +146,9 @@ class FastUNet(UNet):
         """Whether a CPU does better without the operators, and nobody asked for them.
 
         Its norms want NCHW. Instance norm copies channels_last maps there and back, which costs more than the
-        layout gives; group norm, and batch norm where it trains, take them as they are and sum over their pixels
-        one by one, with up to 300 times the error. The operators' gradients save memory, and time on a GPU alone:
-        a CPU took twice eager's for small maps.
+        layout gives; batch norm where it trains takes them as they are and sums over their pixels one by one,
+        with up to 300 times the error. The operators' gradients save memory, and time on a GPU alone: a CPU took
+        twice eager's for small maps.
         """
         if dispatch.asked_for() is not None:
             return False
@@ -159,10 +159,7 @@ class FastUNet(UNet):
         """Whether a norm sums over the map it is given, in its forward pass or for its gradients."""
         if self.config.norm != "batch":
             return self.config.norm == "instance"
-        norms = (m for m in self.modules() if isinstance(m, nn.BatchNorm2d))
-        return any(
-            norm.training or norm.running_mean is None or _wants_gradient([*norm.parameters()]) for norm in norms
-        )
+        return any(_sums_over_its_map(module) for module in self.modules() if isinstance(module, nn.BatchNorm2d))
 
     def _stage(self, block: Any, x: Tensor, *, pool: Any = None) -> tuple[Tensor, Tensor]:
         """(feature, what ``pool`` makes of it)."""
@@ -276,8 +273,12 @@ def _joined(x: Tensor, skip: Tensor | None, concat: str) -> Tensor:
 
 def _normed(norm: Any, x: Tensor) -> Tensor:
     """``norm(x)``; on a CPU, whose sums over channels_last maps are pixel by pixel and inexact, in NCHW."""
-    takes_statistics = norm.training or norm.running_mean is None
-    return norm(x.contiguous() if takes_statistics and x.device.type == "cpu" else x)
+    return norm(x.contiguous() if _sums_over_its_map(norm) and x.device.type == "cpu" else x)
+
+
+def _sums_over_its_map(norm: Any) -> bool:
+    """For statistics, or for the gradients of its parameters."""
+    return norm.training or norm.running_mean is None or _wants_gradient([*norm.parameters()])
 
 
 def _convolution(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

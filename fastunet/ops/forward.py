@@ -70,7 +70,7 @@ def max_pool2x2_torch(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("fastunet::max_pool2x2", mutates_args=())
 def max_pool2x2(x: Tensor) -> Tensor:
-    return max_pool2x2_torch(channels_last(x))
+    return max_pool2x2_torch(x)
 
 
 @max_pool2x2.register_fake
