@@ -190,7 +190,7 @@ class FastUNet(UNet):
             y = ops.conv2d_relu(x, *self._weights(conv, folded), **act, **options)
         else:
             # The operator concatenates the upsampled map first; to it, the other order is a matter of weights.
-            roll = x.shape[1] if self.config.concat == "skip_first" else 0
+            roll = x.shape[1] if self.config.concat == "skip_first" and skip.shape[1] else 0
             weights = self._weights(conv, folded, roll)
             y = ops.upsample_concat_conv2d_relu(x, skip, *weights, **act, **options)
         if norm is not None and apart:
@@ -210,18 +210,17 @@ class FastUNet(UNet):
             mode = "bilinear"
         elif mode == "nearest_conv":
             ((conv, norm),) = _units(up.up[1:])
-            x, mode = self._unit(conv, norm, upsample(x, "nearest", corners)), "none"
+            nothing = x.new_empty(x.shape[0], 0, 2 * x.shape[2], 2 * x.shape[3])  # of a skip, but the size
+            x, mode = self._unit(conv, norm, x, nothing, mode="nearest"), "none"
         (conv, norm), *others = _units(up.conv.net)
-        scale = 1 if mode == "none" else 2
-        size = torch.Size(scale * side for side in x.shape[2:])
-        if up.match == "center_crop":
-            skip = center_crop(skip, *size)
-        matches = size == skip.shape[2:]
-        # The operator upsamples too, and pads with zeros.
-        if not _served(conv) or not (matches or up.match == "zero_pad"):
-            x, skip = fit(upsample(x, mode, corners), skip, up.match)
-            mode = "none"
-        options = {"mode": mode, "align_corners": corners} if _served(conv) else {}
+        options = {"mode": mode, "align_corners": corners}
+        if not _served(conv):
+            (x, skip), options = fit(upsample(x, mode, corners), skip, up.match), {}
+        elif up.match == "center_crop":
+            scale = 1 if mode == "none" else 2
+            skip = center_crop(skip, scale * x.shape[2], scale * x.shape[3])
+        else:
+            options["match"] = up.match
         x = self._unit(conv, norm, x, skip, **options)
         for unit in others:
             x = self._unit(*unit, x)

@@ -83,9 +83,9 @@ def fit(x: Tensor, skip: Tensor, match: str) -> tuple[Tensor, Tensor]:
 
 
 def upsample_concat(x: Tensor, skip: Tensor, mode: str, align_corners: bool) -> Tensor:
-    """``[upsampled, skip]`` on channels. x (N, C1, h, w), skip (N, C2, H, W) -> (N, C1 + C2, H, W)."""
+    """``[upsampled, skip]`` on channels. x (N, C1, h, w), skip (N, C2, H, W), C2 maybe 0 -> (N, C1 + C2, H, W)."""
     x = pad_to(upsample(x, mode, align_corners), skip.shape[-2], skip.shape[-1])
-    return torch.cat([x, skip], dim=1)
+    return torch.cat([x, skip], dim=1) if skip.shape[1] else x
 
 
 def upsample_concat_conv2d_relu(

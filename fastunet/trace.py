@@ -130,7 +130,9 @@ class _Tracer:
         elif kind == "transpose":
             x = self.transpose(f"{name}.up", x, channels, rows, cols)
         elif kind == "nearest_conv":
-            x = self.unit(f"{name}.up", 0, ((*x[:2], 2 * x[2], 2 * x[3]),), channels, "conv2d_relu", first=1)
+            sources = x, (x[0], 0, 2 * x[2], 2 * x[3])  # no skip comes in
+            op = "upsample_concat_conv2d_relu"
+            x = self.unit(f"{name}.up", 0, sources, channels, op, first=1, mode="nearest")
         else:
             mode = kind
         scale = 1 if mode == "none" else 2
@@ -142,7 +144,7 @@ class _Tracer:
             x, mode = (*x[:2], *skip[2:]), "none"
         middle, out = c.decoder_channels(level)
         last = c.convs_up(level) - 1
-        sources: tuple[Shape, ...] = (x, skip)
+        sources = (x, skip)
         for index in range(last + 1):
             op = "conv2d_relu" if index else "upsample_concat_conv2d_relu"
             x = self.unit(f"{name}.conv.net", index, sources, out if index == last else middle, op, mode=mode)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .conv3x3 import conv_fwd
 from .implicit_gemm import activate
-from .tensors import empty_channels_last, without_graph
+from .tensors import bias_or_zeros, empty_channels_last, without_graph
 from .tuning import gather_config
 from .upsample_concat import load_upsampled
 
@@ -71,13 +71,16 @@ def upconcat_conv3x3_commuted_fwd(
     Args and result: those of :func:`upconcat_conv3x3_fwd`, whose sums in another order these are;
     ``mode`` is ``"bilinear"`` or ``"nearest"``, ``conv`` the launcher of the convolutions.
     """
-    (_, c1, h, w), (n, _, height, width), o = x.shape, skip.shape, weight.shape[0]
+    (_, c1, h, w), (n, c2, height, width), o = x.shape, skip.shape, weight.shape[0]
     y = empty_channels_last(skip, o, height, width)
     if y.numel() == 0:
         return y
     taps = weight[:, :c1].permute(2, 3, 0, 1).reshape(9 * o, c1, 1, 1)
     z = conv(x, taps, None, slope=1.0, tf32=tf32, out_dtype=torch.float32)
-    t = conv(skip, weight[:, c1:], bias, slope=1.0, tf32=tf32, out_dtype=torch.float32)
+    if c2:
+        t = conv(skip, weight[:, c1:], bias, slope=1.0, tf32=tf32, out_dtype=torch.float32)
+    else:  # no skip comes in
+        t = empty_channels_last(y, o, height, width, torch.float32).copy_(bias_or_zeros(bias, y)[:, None, None])
     config, pixels = gather_config(o), n * height * width
     _gather_taps_kernel[(triton.cdiv(pixels, config.block_p) * triton.cdiv(o, config.block_c),)](
         z, t, y, pixels, o, h, w, height, width, (height - 2 * h) // 2, (width - 2 * w) // 2,

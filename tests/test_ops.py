@@ -12,6 +12,17 @@ from fastunet import dispatch, ops, reference
 from fastunet.ops import backward, commuted
 from fastunet.parity import compare
 
+
+def replicated(x, skip, weight, bias, mode):
+    """The operator that repeats the upsampled map's border, by torch alone."""
+    if mode == "bilinear":
+        x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+    rows, columns = skip.shape[2] - x.shape[2], skip.shape[3] - x.shape[3]
+    pad = [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2]
+    x = F.pad(x, pad, mode="replicate")
+    return F.relu(F.conv2d(torch.cat([x, skip], 1), weight, bias, padding=1))
+
+
 # name -> (call on float inputs, the same with plain torch, input shapes)
 CASES = {
     "conv2d_relu": (
@@ -48,6 +59,21 @@ CASES = {
         lambda x, s, w, b: ops.upsample_concat_conv2d_relu(x, s, w, b, align_corners=False),
         lambda x, s, w, b: reference.upsample_concat_conv2d_relu(x, s, w, b, "bilinear", False, 0.0),
         [(2, 3, 2, 3), (2, 2, 5, 6), (4, 5, 3, 3), (4,)],
+    ),
+    "replicated": (
+        lambda x, s, w, b: ops.upsample_concat_conv2d_relu(x, s, w, b, match="replicate_pad"),
+        lambda x, s, w, b: replicated(x, s, w, b, "bilinear"),
+        [(2, 3, 2, 3), (2, 2, 6, 9), (4, 5, 3, 3), (4,)],
+    ),
+    "replicated_alone": (
+        lambda x, s, w, b: ops.upsample_concat_conv2d_relu(x, s, w, b, mode="none", match="replicate_pad"),
+        lambda x, s, w, b: replicated(x, s, w, b, "none"),
+        [(2, 3, 4, 4), (2, 2, 3, 7), (4, 5, 3, 3), (4,)],  # cropped below, and repeated on both sides
+    ),
+    "no_skip": (
+        lambda x, w, b: ops.upsample_concat_conv2d_relu(x, x.new_empty(2, 0, 5, 6), w, b, mode="nearest"),
+        lambda x, w, b: reference.conv2d_relu(F.pad(F.interpolate(x, scale_factor=2.0), [0, 0, 0, 1]), w, b, 0.0),
+        [(2, 3, 2, 3), (4, 3, 3, 3), (4,)],
     ),
     "concat_conv2d": (
         lambda x, s, w: ops.upsample_concat_conv2d_relu(x, s, w, mode="none", relu=False),
@@ -126,7 +152,7 @@ def test_results_may_be_changed_in_place(name, seed):
     inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
     *_, y = outputs(op(*inputs))
     y.add_(1)
-    if name in ("conv2d_relu", "upsample_concat_conv2d_relu"):
+    if name in ("conv2d_relu", "upsample_concat_conv2d_relu", "replicated", "replicated_alone", "no_skip"):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
     else:
@@ -257,6 +283,14 @@ OP_ARGUMENTS = {
     "upsample_concat_conv2d_relu": lambda t: (
         OPS.upsample_concat_conv2d_relu.default,
         (t(1, 3, 2, 3), t(1, 2, 4, 7), t(4, 5, 3, 3), t(4), "nearest", False, 0.0),
+    ),
+    "upsample_concat_conv2d_relu replicated": lambda t: (
+        OPS.upsample_concat_conv2d_relu.default,
+        (t(1, 3, 2, 3), t(1, 2, 5, 9), t(4, 5, 3, 3), t(4), "bilinear", True, 0.0, "replicate_pad"),
+    ),
+    "upsample_concat_conv2d_relu no skip": lambda t: (
+        OPS.upsample_concat_conv2d_relu.default,
+        (t(1, 3, 2, 3), t(1, 0, 4, 7).detach(), t(4, 3, 3, 3), t(4), "nearest", False, 1.0),
     ),
     "conv_transpose2x2": lambda t: (OPS.conv_transpose2x2.default, (t(2, 3, 4, 3), t(3, 1, 2, 2), t(1))),
 }

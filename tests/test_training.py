@@ -323,7 +323,16 @@ def test_no_less_is_saved_where_a_map_and_its_skip_differ(match):
     assert ours <= 0.6 * theirs
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_a_repeated_border_is_not_saved(seed):
+    """Of a map that is padded by replication no padded copy is: one of zeros keeps as much."""
+    sizes = []
+    for match in ("zero_pad", "replicate_pad"):
+        net = FastUNet(1, 2, (4, 8), upsample="bilinear", match=match)
+        sizes.append(kept_bytes(net, torch.randn(1, 1, 19, 21)))
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "nearest_conv"])
 def test_each_map_is_saved_once_and_no_other(kind):
     """The input, every convolution's result and every pooled map; nothing upsampled, concatenated or before a ReLU."""
     features, size = (4, 6, 8), 16
@@ -337,7 +346,7 @@ def test_each_map_is_saved_once_and_no_other(kind):
         if kind == "bilinear_conv":
             maps += net.config.upsampled_channels(i) * side**2
         side *= 2
-        if kind == "transpose":
+        if kind in ("transpose", "nearest_conv"):
             maps += net.config.upsampled_channels(i) * side**2
         maps += 2 * features[i] * side**2
     assert kept_bytes(net, torch.randn(1, 2, size, size)) == 4 * maps

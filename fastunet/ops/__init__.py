@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 _UPSAMPLING = ("bilinear", "nearest")
+_MATCH = ("zero_pad", "replicate_pad")
 
 
 def _check(condition: bool, argument: str, expected: str, got: object) -> None:
@@ -178,26 +179,29 @@ def upsample_concat_conv2d_relu(
     *,
     mode: str = "bilinear",
     align_corners: bool = True,
+    match: str = "zero_pad",
     relu: bool = True,
     negative_slope: float = 0.0,
 ) -> Tensor:
     """3x3 :func:`conv2d_relu` of :func:`upsample_concat`, with neither map materialised.
 
     Args:
-        x: (N, C1, h, w). skip: (N, C2, H, W). weight: (O, C1 + C2, 3, 3). bias: (O,) or None.
+        x: (N, C1, h, w). skip: (N, C2, H, W); C2 may be 0. weight: (O, C1 + C2, 3, 3). bias: (O,) or None.
         mode: as there, or ``"none"`` for an x of the skip's scale.
+        match: ``"zero_pad"``, or ``"replicate_pad"`` to pad with the upsampled map's own border.
 
     Returns:
         (N, O, H, W), channels_last. Errors as in :func:`conv2d_relu`.
     """
     x, skip, weight, bias = _autocast(x, skip, weight, bias)
     _check_sources(x, skip, mode, (*_UPSAMPLING, "none"))
+    _check(match in _MATCH, "match", f"one of {_MATCH}", repr(match))
     _check_conv(x, x.shape[1] + skip.shape[1], weight, bias)
     _check(weight.shape[2] == 3, "weight", "a 3x3 filter", tuple(weight.shape))
     _check_alike(x, skip=skip, weight=weight, bias=bias)
     slope = _slope(relu, negative_slope)
     op = forward.upsample_concat_conv2d_relu_torch if at_once(x) else forward.upsample_concat_conv2d_relu
-    return op(x, skip, weight, bias, mode, align_corners, slope)
+    return op(x, skip, weight, bias, mode, align_corners, slope, match)
 
 
 def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from .. import dispatch, reference
 from .common import channels_last, empty, on_device, repeatable_cudnn, result, tf32
-from .launchers import choose
+from .launchers import Shapes, choose
+from .upsampling import fitted, is_replicated, upsample_backward
 
 if TYPE_CHECKING or dispatch.has_triton():
     from .. import kernels
@@ -70,10 +71,9 @@ def _first_order(formula: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple
 # --- the steps -------------------------------------------------------------------------------
 
 
-def _choose(ctx: Any, op: str, maps: Sequence[Tensor], weight: Tensor, mode: str = "none") -> None:
+def _choose(ctx: Any, op: str, maps: Shapes, weight: Tensor, mode: str = "none") -> None:
     """Which steps are kernels of ours: of this layer, and where no layer is measured, the passes between them."""
-    shapes = tuple(tuple(x.shape) for x in maps)
-    layer = op, shapes, tuple(weight.shape), weight.device, weight.dtype, mode
+    layer = op, maps, tuple(weight.shape), weight.device, weight.dtype, mode
     ctx.dgrad, ctx.wgrad = (choose(*layer, step).implementation == "triton" for step in ("dgrad", "wgrad"))
     ctx.gather, also = (_ours(weight, step) for step in ("dgrad", "wgrad"))
     ctx.kernels = ctx.gather or also
@@ -181,15 +181,17 @@ def _(g: Tensor, x: Tensor, ksize: int) -> Tensor:
 
 
 @torch.library.custom_op("fastunet::upsample_concat_wgrad", mutates_args=())
-def _wgrad_of_two_kernel(g: Tensor, x: Tensor, skip: Tensor, mode: str, align_corners: bool) -> Tensor:
+def _wgrad_of_two_kernel(g: Tensor, x: Tensor, skip: Tensor, mode: str, align_corners: bool, match: str) -> Tensor:
     with on_device(g):
-        if mode != "none":
+        if is_replicated(x, skip, mode, match):
+            x = fitted(x, skip, mode, align_corners, match)
+        elif mode != "none":
             x = kernels.upsample_fwd(x, *skip.shape[2:], mode=mode, align_corners=align_corners)
-        return kernels.conv_wgrad(g, [x, skip], 3, tf32=tf32())
+        return kernels.conv_wgrad(g, [x, skip] if skip.shape[1] else [x], 3, tf32=tf32())
 
 
 @_wgrad_of_two_kernel.register_fake
-def _(g: Tensor, x: Tensor, skip: Tensor, mode: str, align_corners: bool) -> Tensor:
+def _(g: Tensor, x: Tensor, skip: Tensor, mode: str, align_corners: bool, match: str) -> Tensor:
     return empty(g.new_empty(g.shape[1], 0), x.shape[1] + skip.shape[1], 3, 3)
 
 
@@ -208,35 +210,11 @@ def _wgrad_torch(
     return torch.cat([grad for _, grad, _ in found], 1), found[0][2]
 
 
-# An operator on every device: torch's bilinear backward cannot be traced with symbolic shapes.
-@torch.library.custom_op("fastunet::upsample_backward", mutates_args=())
-def _upsample_backward(grad: Tensor, height: int, width: int, mode: str, align_corners: bool, kernel: bool) -> Tensor:
-    """Gradient of a (N, C, height, width) map from that of its upsampled, padded form."""
-    if kernel and mode != "none":
-        with on_device(grad):
-            return kernels.upsample_bwd(grad, height, width, mode=mode, align_corners=align_corners)
-    n, c = grad.shape[:2]
-    scale = 1 if mode == "none" else 2
-    pad = reference.padding((scale * height, scale * width), (grad.shape[2], grad.shape[3]))
-    grad = F.pad(grad, [-p for p in pad])  # a negative pad crops what the forward padded
-    if mode == "bilinear":
-        size = [2 * height, 2 * width]
-        grad = aten.upsample_bilinear2d_backward(grad, size, [n, c, height, width], align_corners, 2.0, 2.0)
-    elif mode == "nearest":
-        grad = aten.upsample_nearest2d_backward(grad, [2 * height, 2 * width], [n, c, height, width], 2.0, 2.0)
-    return result(grad.clone() if mode == "none" else grad)
-
-
-@_upsample_backward.register_fake
-def _(grad: Tensor, height: int, width: int, mode: str, align_corners: bool, kernel: bool) -> Tensor:
-    return empty(grad, grad.shape[1], height, width)
-
-
-def _through_upsampling(ctx: Any, grad: Tensor, x: Tensor) -> Tensor:
+def _through_upsampling(ctx: Any, grad: Tensor, x: Tensor, match: str = "zero_pad") -> Tensor:
     """Gradient of x from that of its upsampled, padded form."""
     if ctx.mode == "none" and grad.shape[2:] == x.shape[2:]:
         return grad
-    return _upsample_backward(grad, x.shape[2], x.shape[3], ctx.mode, ctx.align_corners, ctx.gather)
+    return upsample_backward(grad, x.shape[2], x.shape[3], ctx.mode, ctx.align_corners, match, ctx.gather)
 
 
 # --- conv2d_relu -----------------------------------------------------------------------------
@@ -247,7 +225,7 @@ def save_conv(ctx: Any, inputs: Any, output: Any) -> None:
     y = output[0] if isinstance(output, tuple) else output
     linear = ctx.slope == 1 and not isinstance(output, tuple)
     ctx.save_for_backward(x, weight, None if linear else y)
-    _choose(ctx, "conv2d_relu_pool" if isinstance(output, tuple) else "conv2d_relu", [x], weight)
+    _choose(ctx, "conv2d_relu_pool" if isinstance(output, tuple) else "conv2d_relu", (tuple(x.shape),), weight)
 
 
 def _conv_gradients(ctx: Any, grad: Tensor, grad_pooled: Tensor | None) -> tuple[Any, ...]:
@@ -325,9 +303,12 @@ def upsample_concat(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def save_upsample_conv(ctx: Any, inputs: Any, output: Any) -> None:
-    x, skip, weight, _, ctx.mode, ctx.align_corners, ctx.slope = inputs
+    x, skip, weight, _, ctx.mode, ctx.align_corners, ctx.slope, ctx.match = inputs
     ctx.save_for_backward(x, skip, weight, None if ctx.slope == 1 else output)
-    _choose(ctx, "upsample_concat_conv2d_relu", [x, skip], weight, ctx.mode)
+    shape, mode = tuple(x.shape), ctx.mode
+    if is_replicated(x, skip, mode, ctx.match):
+        shape, mode = (*shape[:2], *skip.shape[2:]), "none"
+    _choose(ctx, "upsample_concat_conv2d_relu", (shape, tuple(skip.shape)), weight, mode)
 
 
 @_first_order
@@ -335,39 +316,36 @@ def upsample_concat_conv2d_relu(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, skip, weight, y = ctx.saved_tensors
     need_x, need_skip, need_weight, need_bias = ctx.needs_input_grad[:4]
     g, grad_bias = _activation_backward(ctx, grad, None, y, need_bias)
-    c1 = x.shape[1]
+    c1, c2 = x.shape[1], skip.shape[1]
+    how = ctx.mode, ctx.align_corners, ctx.match
     grad_weight = grad_x = grad_skip = None
     if not ctx.kernels:
-        upsampled = reference.upsample(channels_last(x), ctx.mode, ctx.align_corners)
-        upsampled = reference.pad_to(upsampled, skip.shape[2], skip.shape[3])
         wanted = need_x, need_weight, need_bias
-        grad_upsampled, first, grad_bias = _convolution_backward(g, upsampled, weight[:, :c1], wanted)
-        wanted = need_skip, need_weight, False
-        grad_skip, second, _ = _convolution_backward(g, channels_last(skip), weight[:, c1:], wanted)
-        if need_weight:
-            assert first is not None and second is not None
-            grad_weight = torch.cat([first, second], 1)
-        if need_x:
-            assert grad_upsampled is not None
-            grad_x = _through_upsampling(ctx, grad_upsampled, x)
-        return grad_x, grad_skip, grad_weight, grad_bias, None, None, None
+        grad_upsampled, grad_weight, grad_bias = _convolution_backward(g, fitted(x, skip, *how), weight[:, :c1], wanted)
+        if c2:
+            wanted = need_skip, need_weight, False
+            grad_skip, second, _ = _convolution_backward(g, channels_last(skip), weight[:, c1:], wanted)
+            if grad_weight is not None and second is not None:
+                grad_weight = torch.cat([grad_weight, second], 1)
+        if grad_upsampled is not None:
+            grad_x = _through_upsampling(ctx, grad_upsampled, x, ctx.match)
+        return grad_x, grad_skip, grad_weight, grad_bias, None, None, None, None
     need_bias &= grad_bias is None
     # The weight's first, so that the upsampled map is gone before the gradient of it comes.
     if need_weight and ctx.wgrad:
-        grad_weight = _wgrad_of_two_kernel(g, x, skip, ctx.mode, ctx.align_corners)
+        grad_weight = _wgrad_of_two_kernel(g, x, skip, *how)
     elif need_weight or need_bias:
-        upsampled = reference.upsample(channels_last(x), ctx.mode, ctx.align_corners)
-        upsampled = reference.pad_to(upsampled, skip.shape[2], skip.shape[3])
-        grad_weight, grad_bias_torch = _wgrad_torch(g, [upsampled, skip], weight, need_weight, need_bias)
+        sources = [fitted(x, skip, *how), skip] if c2 else [fitted(x, skip, *how)]
+        grad_weight, grad_bias_torch = _wgrad_torch(g, sources, weight, need_weight, need_bias)
         grad_bias = grad_bias_torch if grad_bias is None else grad_bias
-        del upsampled
+        del sources
     if need_x:
         grad_upsampled = _dgrad(ctx, g, weight[:, :c1])
         assert grad_upsampled is not None
-        grad_x = _through_upsampling(ctx, grad_upsampled, x)
-    if need_skip:
+        grad_x = _through_upsampling(ctx, grad_upsampled, x, ctx.match)
+    if need_skip and c2:
         grad_skip = _dgrad(ctx, g, weight[:, c1:])
-    return grad_x, grad_skip, grad_weight, grad_bias, None, None, None
+    return grad_x, grad_skip, grad_weight, grad_bias, None, None, None, None
 
 
 # --- conv_transpose2x2 -----------------------------------------------------------------------
@@ -399,7 +377,7 @@ def _(grad: Tensor, x: Tensor) -> Tensor:
 def save_transpose(ctx: Any, inputs: Any, output: Any) -> None:
     x, weight, _ = inputs
     ctx.save_for_backward(x, weight)
-    _choose(ctx, "conv_transpose2x2", [x], weight)
+    _choose(ctx, "conv_transpose2x2", (tuple(x.shape),), weight)
 
 
 @_first_order

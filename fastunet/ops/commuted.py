@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from .common import channels_last
+from .common import channels_last, empty
 
 _BLOCK = 32  # rows or columns that one matrix makes of 18: larger ones are mostly zeros, smaller ones many
 _WIDE = 128  # channels; of fewer the products are not worth the passes over memory
@@ -25,7 +25,7 @@ _WIDE = 128  # channels; of fewer the products are not worth the passes over mem
 
 def pays(x: Tensor, skip: Tensor, mode: str) -> bool:
     """Whether this is faster than upsampling first, of which it spares 3/4 of the products."""
-    return mode != "none" and x.dtype == torch.float32 and x.shape[1] >= _WIDE and skip.shape[1] > 0
+    return mode != "none" and x.dtype == torch.float32 and x.shape[1] >= _WIDE
 
 
 def upsample_concat_conv2d_relu(
@@ -33,7 +33,10 @@ def upsample_concat_conv2d_relu(
 ) -> Tensor:
     """:func:`fastunet.reference.upsample_concat_conv2d_relu`, channels_last."""
     (n, c, h, w), (height, width), o = x.shape, skip.shape[2:], weight.shape[0]
-    y = channels_last(F.conv2d(skip, weight[:, c:], bias, padding=1))
+    if skip.shape[1]:
+        y = channels_last(F.conv2d(skip, weight[:, c:], bias, padding=1))
+    else:
+        y = empty(x, o, height, width).copy_(x.new_zeros(1) if bias is None else bias[:, None, None])
     flat = y.permute(0, 2, 3, 1).view(n, height, width * o)
     pixels = channels_last(x).permute(0, 2, 3, 1).reshape(n * h * w, c)
     for k in range(3):

@@ -14,6 +14,7 @@ from .. import dispatch, reference
 from . import backward, commuted
 from .common import channels_last, empty, on_device, result, takes_triton, tf32
 from .launchers import launcher
+from .upsampling import fitted, is_replicated
 
 if TYPE_CHECKING or dispatch.has_triton():
     from .. import kernels
@@ -102,8 +103,17 @@ def _(x: Tensor, skip: Tensor, mode: str, align_corners: bool) -> Tensor:
 
 
 def upsample_concat_conv2d_relu_torch(
-    x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None, mode: str, align_corners: bool, slope: float
+    x: Tensor,
+    skip: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mode: str,
+    align_corners: bool,
+    slope: float,
+    match: str = "zero_pad",
 ) -> Tensor:
+    if is_replicated(x, skip, mode, match):
+        x, mode = fitted(x, skip, mode, align_corners, match), "none"
     x, skip = channels_last(x), channels_last(skip)
     serve = commuted if commuted.pays(x, skip, mode) else reference
     return result(serve.upsample_concat_conv2d_relu(x, skip, weight, bias, mode, align_corners, slope))
@@ -111,8 +121,17 @@ def upsample_concat_conv2d_relu_torch(
 
 @torch.library.custom_op("fastunet::upsample_concat_conv2d_relu", mutates_args=())
 def upsample_concat_conv2d_relu(
-    x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None, mode: str, align_corners: bool, slope: float
+    x: Tensor,
+    skip: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mode: str,
+    align_corners: bool,
+    slope: float,
+    match: str = "zero_pad",
 ) -> Tensor:
+    if is_replicated(x, skip, mode, match):
+        x, mode = fitted(x, skip, mode, align_corners, match), "none"
     launch = launcher("upconcat_conv3x3_fwd", "upsample_concat_conv2d_relu", (x, skip), weight, mode)
     if launch is not None:
         with on_device(x):
@@ -122,7 +141,14 @@ def upsample_concat_conv2d_relu(
 
 @upsample_concat_conv2d_relu.register_fake
 def _(
-    x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None, mode: str, align_corners: bool, slope: float
+    x: Tensor,
+    skip: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mode: str,
+    align_corners: bool,
+    slope: float,
+    match: str = "zero_pad",
 ) -> Tensor:
     return empty(skip, weight.shape[0], skip.shape[2], skip.shape[3])
 

@@ -123,7 +123,9 @@ def _launch(
 ) -> None:
     """Fill ``y`` (N, O, H, W) and ``pooled``, channels_last. ``weight``: (O, C, K, K), or (C, O, 2, 2) transposed."""
     ksize, dtype, o = weight.shape[-1], sources[0].dtype, y.shape[1]
-    channels, (n, _, h, w) = tuple(x.shape[1] for x in sources), sources[-1].shape
+    n, _, h, w = sources[-1].shape
+    sources = tuple(x for x in sources if x.shape[1])  # a skip may have no channels
+    channels = tuple(x.shape[1] for x in sources)
     top, left = ((a - b) // 2 for a, b in zip((h, w), sources[0].shape[2:], strict=True))
     obstacle = why_not(channels, o, dtype, tf32=tf32, padding=(top, left))
     if obstacle is not None:

@@ -89,6 +89,15 @@ def test_two_sources(config, mode, precision, make):
     check(precision, y, reference.upsample_concat_conv2d_relu, x, skip, weight, bias, mode, True, 0.0)
 
 
+def test_no_skip_comes_in(make):
+    """Into the convolution behind nearest upsampling, either way."""
+    x, skip = make("bf16", 2, 72, 2, 3), make("bf16", 2, 0, 5, 6)
+    weight, bias = make("bf16", 48, 72, 3, 3, fan_in=648), make("bf16", 48)
+    for launch in (hopper.upconcat_conv3x3_fwd, hopper.upconcat_conv3x3_commuted_fwd):
+        y = launch(x, skip, weight, bias, mode="nearest", align_corners=False, slope=0.0)
+        check("bf16", y, reference.upsample_concat_conv2d_relu, x, skip, weight, bias, "nearest", False, 0.0)
+
+
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[3], CONFIGS[4]])
 def test_a_float32_result_is_not_rounded_to_less(config, make):
     x, weight, bias = make("bf16", 2, 128, 5, 9), make("bf16", 72, 128, 3, 3, fan_in=1152), make("bf16", 72)

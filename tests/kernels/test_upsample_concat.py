@@ -26,6 +26,7 @@ SOURCES = [
     pytest.param((1, 1, 1, 1), (1, 2, 2), id="one-pixel"),
     pytest.param((1, 2, 4, 4), (3, 6, 7), id="smaller-skip-crops"),
     pytest.param((1, 72, 1, 5), (3, 3, 10), id="more-channels-than-a-block"),
+    pytest.param((1, 3, 3, 2), (0, 7, 4), id="no-skip"),
 ]
 
 
