@@ -31,7 +31,7 @@ def _activation_bwd_kernel(
     grad_ptr, grad_pooled_ptr, y_ptr, g_ptr, sums_ptr,
     N, H, W, O, steps,
     stride_gn, stride_gc, stride_gh, stride_gw, stride_pn, stride_pc, stride_ph, stride_pw,
-    SLOPE: tl.constexpr, POOL: tl.constexpr, STORE: tl.constexpr, BIAS: tl.constexpr,
+    SLOPE: tl.constexpr, POOL: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(O, BLOCK_C)
@@ -71,8 +71,7 @@ def _activation_bwd_kernel(
                 y = tl.load(y_ptr + pixel, mask=mask, other=0.0).to(tl.float32)
                 # As torch has it where y is NaN: a ReLU lets the gradient pass, a leaky one scales it.
                 g = tl.where(y <= 0, 0.0, g) if SLOPE == 0.0 else tl.where(y > 0, g, g * SLOPE)
-            if STORE:
-                tl.store(g_ptr + pixel, g.to(g_ptr.dtype.element_ty), mask=mask)
+            tl.store(g_ptr + pixel, g.to(g_ptr.dtype.element_ty), mask=mask)
             total += g
     if BIAS:
         tl.store(sums_ptr + slab.to(tl.int64) * O + c, tl.sum(total, 0), mask=c < O)
@@ -96,15 +95,13 @@ def activation_bwd(
         bias: whether the bias gradient is wanted.
 
     Returns:
-        g (N, O, H, W), which is ``grad`` itself where nothing changes it; grad_bias (O,) or None.
+        g (N, O, H, W), channels_last; grad_bias (O,) or None.
     """
     n, o, h, w = y.shape
-    changes = slope != 1 or grad_pooled is not None
-    g = empty_channels_last(y, o, h, w) if changes else grad
-    if y.numel() == 0 or not (changes or bias):
+    g = empty_channels_last(y, o, h, w)
+    if y.numel() == 0:
         return g, y.new_zeros(o) if bias else None
-    if changes:  # else its values are not asked for
-        y = y.contiguous(memory_format=torch.channels_last)
+    y = y.contiguous(memory_format=torch.channels_last)
     config = config or cell_config(o)
     cells = n * triton.cdiv(h, 2) * triton.cdiv(w, 2)
     blocks = triton.cdiv(o, config.block_c)
@@ -113,7 +110,7 @@ def activation_bwd(
     _activation_bwd_kernel[(count * blocks,)](
         grad, grad_pooled, y, g, sums, n, h, w, o, steps,
         *grad.stride(), *(grad if grad_pooled is None else grad_pooled).stride(),
-        SLOPE=slope, POOL=grad_pooled is not None, STORE=changes, BIAS=bias,
+        SLOPE=slope, POOL=grad_pooled is not None, BIAS=bias,
         BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.num_warps,
     )  # fmt: skip
     return g, None if sums is None else reduce_slabs(sums, y.dtype)

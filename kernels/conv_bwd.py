@@ -1,7 +1,8 @@
-"""Gradients of a convolution's input and weight.
+"""Gradients of a convolution's input, weight and, where no activation's pass has it, bias.
 
     grad_x[n, c, h, w]       = sum over o, i, j of weight[o, c, i, j] g[n, o, h - i + r, w - j + r]
     grad_weight[o, c, i, j]  = sum over n, h, w of g[n, o, h, w] x[n, c, h + i - r, w + j - r]
+    grad_bias[o]             = sum over n, h, w of g[n, o, h, w]
 
 g is the gradient before the activation (activation_bwd.py); K x K filters, K = 1 or 3, r = K // 2.
 
@@ -11,7 +12,8 @@ and its gradient written, by a launch of its own; the concatenation never exists
 
 Tiling of the second: one program computes BLOCK_CO output x BLOCK_C input channels of one tap over
 a slab of pixels, BLOCK_N x BLOCK_H x BLOCK_W of them a step. The slabs' sums are added in a fixed
-order (reduce_slabs.py). For the few channels of an image all taps share a program.
+order (reduce_slabs.py). For the few channels of an image all taps share a program. The bias is the
+first programs' of a slab, whose pixels they read again, from L2.
 
 Shapes: g (N, O, H, W), x (N, C, H, W), weight (O, C, K, K); float16, bfloat16 or float32, sums in
 float32.
@@ -41,13 +43,31 @@ def conv_dgrad(g: Tensor, weight: Tensor, *, tf32: bool = True, config: ConvConf
     return conv_fwd(g, weight.flip(2, 3).transpose(0, 1), None, slope=1.0, tf32=tf32, config=config)
 
 
+@triton.jit
+def _pixel_sums(
+    map_ptr, c, C, slab, steps, N, H, W, stride_n, stride_h, stride_w,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Sum over a slab's pixels of channels ``c`` of a map, in float32."""
+    tiles_w, tiles_h = tl.cdiv(W, BLOCK_W), tl.cdiv(H, BLOCK_H)
+    total = tl.zeros([c.shape[0]], tl.float32)
+    for step in range(0, steps):
+        tile = slab * steps + step
+        w0, h0 = (tile % tiles_w) * BLOCK_W, (tile // tiles_w % tiles_h) * BLOCK_H
+        n, h, w = tile_pixels(tile // tiles_w // tiles_h * BLOCK_N, h0, w0, BLOCK_N, BLOCK_H, BLOCK_W)
+        inside = ((n < N) & (h < H) & (w < W))[:, None] & (c < C)[None, :]
+        offset = n.to(tl.int64) * stride_n + h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w
+        total += tl.sum(tl.load(map_ptr + offset[:, None] + c[None, :], mask=inside, other=0.0).to(tl.float32), 0)
+    return total
+
+
 # A single image, step or row of padding needs no kernel of its own.
 @triton.jit(do_not_specialize=["N", "x_top", "x_left", "steps"])
 def _conv_wgrad_kernel(
-    g_ptr, x_ptr, partial_ptr,
+    g_ptr, x_ptr, partial_ptr, sums_ptr,
     N, H, W, O, C, channel0, channels, x_height, x_width, x_top, x_left, steps,
     stride_gn, stride_gh, stride_gw, stride_xn, stride_xc, stride_xh, stride_xw,
-    KSIZE: tl.constexpr, ALL_TAPS: tl.constexpr,
+    KSIZE: tl.constexpr, ALL_TAPS: tl.constexpr, SUMS: tl.constexpr,
     BLOCK_CO: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -87,24 +107,56 @@ def _conv_wgrad_kernel(
     row_of = partial_ptr + (slab.to(tl.int64) * O + co)[:, None] * (KSIZE * KSIZE * channels)
     mask = (co < O)[:, None] & inside_c
     tl.store(row_of + tap * channels + channel0 + c, acc.to(partial_ptr.dtype.element_ty), mask=mask)
+    if SUMS == "g":
+        if block // blocks_o == 0:
+            total = _pixel_sums(
+                g_ptr, co, O, slab, steps, N, H, W, stride_gn, stride_gh, stride_gw, BLOCK_N, BLOCK_H, BLOCK_W
+            )
+            tl.store(sums_ptr + slab.to(tl.int64) * O + co, total, mask=co < O)
+    elif SUMS == "x":  # of 1x1 filters
+        if block % blocks_o == 0:
+            channel = block // blocks_o * BLOCK_C + tl.arange(0, BLOCK_C)
+            total = _pixel_sums(
+                x_ptr, channel, C, slab, steps, N, H, W, stride_xn, stride_xh, stride_xw, BLOCK_N, BLOCK_H, BLOCK_W
+            )
+            tl.store(sums_ptr + slab.to(tl.int64) * channels + channel0 + channel, total, mask=channel < C)
 
 
 @without_graph
 def conv_wgrad(
-    g: Tensor, sources: Sequence[Tensor], ksize: int, *, tf32: bool = True, config: WgradConfig | None = None
-) -> Tensor:
-    """Gradient of the weight, (O, C, ksize, ksize), channels_last.
+    g: Tensor,
+    sources: Sequence[Tensor],
+    ksize: int,
+    *,
+    bias: bool,
+    tf32: bool = True,
+    config: WgradConfig | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Launch the kernel.
 
     Args:
         sources: the input, or what was concatenated on channels to it. One whose size is not g's
             was padded or cropped evenly, the odd pixel below or right.
+        bias: whether the bias gradient is wanted.
         tf32, config: as in :func:`conv_fwd`.
+
+    Returns:
+        grad_weight (O, C, ksize, ksize), channels_last; grad_bias (O,) or None.
     """
+    weight, sums = _wgrad(g, sources, ksize, "g" if bias else None, tf32, config)
+    return weight, None if sums is None else reduce_slabs(sums, g.dtype)
+
+
+def _wgrad(
+    g: Tensor, sources: Sequence[Tensor], ksize: int, summed: str | None, tf32: bool, config: WgradConfig | None
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of the weight, and of each slab the sums of g's channels (``"g"``) or all sources' (``"x"``)."""
     g = unit_channel_stride(g)
     (n, o, h, w), channels = g.shape, sum(x.shape[1] for x in sources)
-    columns = ksize * ksize * channels
+    columns, wide = ksize * ksize * channels, channels if summed == "x" else o
     if g.numel() == 0 or columns == 0:
-        return g.new_zeros(o, ksize, ksize, channels).permute(0, 3, 1, 2)
+        sums = None if summed is None else torch.zeros((1, wide), dtype=torch.float32, device=g.device)
+        return g.new_zeros(o, ksize, ksize, channels).permute(0, 3, 1, 2), sums
     precise = g.dtype == torch.float32 and not tf32
     few = [ksize > 1 and x.shape[1] <= STEM_CHANNELS for x in sources]
     widths = [x.shape[1] * (ksize * ksize if all_taps else 1) for x, all_taps in zip(sources, few, strict=True)]
@@ -116,18 +168,20 @@ def conv_wgrad(
     count, steps = slabs(tiles[0].tiles(n, h, w), sum(blocks))
     # A single slab is the result.
     partial = torch.empty((count, o * columns), dtype=torch.float32 if count > 1 else g.dtype, device=g.device)
+    sums = None if summed is None else torch.empty((count, wide), dtype=torch.float32, device=g.device)
     channel0 = 0
     for source, all_taps, tile, programs in zip(sources, few, tiles, blocks, strict=True):
         x = source if all_taps else unit_channel_stride(source)
         _conv_wgrad_kernel[(programs, count)](
-            g, x, partial, n, h, w, o, x.shape[1], channel0, channels,
+            g, x, partial, sums, n, h, w, o, x.shape[1], channel0, channels,
             x.shape[2], x.shape[3], (h - x.shape[2]) // 2, (w - x.shape[3]) // 2, steps,
             g.stride(0), g.stride(2), g.stride(3), *x.stride(),
-            KSIZE=ksize, ALL_TAPS=all_taps, PRECISION="tf32" if tf32 else "ieee", **tile.options(),
+            KSIZE=ksize, ALL_TAPS=all_taps, SUMS=summed if summed == "x" or not channel0 else None,
+            PRECISION="tf32" if tf32 else "ieee", **tile.options(),
         )  # fmt: skip
         channel0 += x.shape[1]
     rows = reduce_slabs(partial, g.dtype) if count > 1 else partial
-    return rows.view(o, ksize, ksize, channels).permute(0, 3, 1, 2)
+    return rows.view(o, ksize, ksize, channels).permute(0, 3, 1, 2), sums
 
 
 def _even_and_odd_rows(grad: Tensor) -> list[Tensor]:
@@ -159,8 +213,15 @@ def conv_transpose2x2_dgrad(
 
 
 @without_graph
-def conv_transpose2x2_wgrad(grad: Tensor, x: Tensor, *, tf32: bool = True, config: WgradConfig | None = None) -> Tensor:
-    """Gradient of the weight, (C, O, 2, 2), of the same convolution, in which x and ``grad`` change places."""
+def conv_transpose2x2_wgrad(
+    grad: Tensor, x: Tensor, *, bias: bool, tf32: bool = True, config: WgradConfig | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """As :func:`conv_wgrad`, of the same convolution, in which x and ``grad`` change places.
+
+    Returns:
+        grad_weight (C, O, 2, 2), channels_last; grad_bias (O,) or None.
+    """
     c, o = x.shape[1], grad.shape[1]
-    rows = conv_wgrad(x, _even_and_odd_rows(grad), 1, tf32=tf32, config=config)
-    return rows.permute(0, 2, 3, 1).reshape(c, 2, 2, o).permute(0, 3, 1, 2)
+    rows, sums = _wgrad(x, _even_and_odd_rows(grad), 1, "x" if bias else None, tf32, config)
+    weight = rows.permute(0, 2, 3, 1).reshape(c, 2, 2, o).permute(0, 3, 1, 2)
+    return weight, None if sums is None else reduce_slabs(sums.view(-1, o), grad.dtype)  # two rows, two columns

@@ -386,7 +386,12 @@ def test_every_launch_configuration(run, monkeypatch, tmp_path):
         return torch.empty_like(y)
 
     monkeypatch.setattr(kernels, "conv_fwd", wrong)
-    monkeypatch.setattr(kernels, "conv_wgrad", lambda *tensors, **options: 1.1 * right_gradient(*tensors, **options))
+
+    def louder(*tensors, **options):
+        weight, bias = right_gradient(*tensors, **options)
+        return 1.1 * weight, bias
+
+    monkeypatch.setattr(kernels, "conv_wgrad", louder)
     shown = run(*words, "--all-configs")
     assert shown.code == 1
     error = run("verify", "--config", '{"features": [1, 1]}', "--size", "1", "--all-configs").err

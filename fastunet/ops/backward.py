@@ -19,11 +19,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .. import dispatch, reference
-from .common import channels_last, empty, on_device, repeatable_cudnn, result, tf32
+from .. import dispatch
+from .common import channels_last, empty, on_device, repeatable_cudnn, tf32
 from .launchers import Shapes, choose
 from .upsampling import fitted, is_replicated, upsample_backward
 
@@ -97,26 +96,11 @@ def _(grad: Tensor, grad_pooled: Tensor | None, y: Tensor, slope: float, bias: b
     return empty(y, *y.shape[1:]), grad.new_empty(y.shape[1] if bias else 0)
 
 
-@torch.library.custom_op("fastunet::bias_backward", mutates_args=())
-def _bias_kernel(grad: Tensor) -> Tensor:
-    with on_device(grad):
-        grad_bias = kernels.activation_bwd(grad, None, grad, slope=1.0, bias=True)[1]
-    assert grad_bias is not None
-    return grad_bias
-
-
-@_bias_kernel.register_fake
-def _(grad: Tensor) -> Tensor:
-    return grad.new_empty(grad.shape[1])
-
-
 def _activation_backward(
     ctx: Any, grad: Tensor, grad_pooled: Tensor | None, y: Tensor | None, bias: bool
 ) -> tuple[Tensor, Gradient]:
-    """Gradient of the sums and, from our kernel, of the bias: PyTorch's wgrad brings its own."""
-    if ctx.kernels:
-        if y is None:
-            return grad, _bias_kernel(grad) if bias else None
+    """Gradient of the sums and, from our kernel, of the bias; without an activation that comes with the weight's."""
+    if ctx.kernels and y is not None:
         g, grad_bias = _activation_kernel(grad, grad_pooled, y, ctx.slope, bias)
         return g, grad_bias if bias else None
     if y is None:
@@ -170,29 +154,40 @@ def _dgrad(ctx: Any, g: Tensor, weight: Tensor) -> Gradient:
 
 
 @torch.library.custom_op("fastunet::conv_wgrad", mutates_args=())
-def _wgrad_kernel(g: Tensor, x: Tensor, ksize: int) -> Tensor:
+def _wgrad_kernel(g: Tensor, x: Tensor, ksize: int, bias: bool) -> tuple[Tensor, Tensor]:
     with on_device(g):
-        return kernels.conv_wgrad(g, [x], ksize, tf32=tf32())
+        return _both(*kernels.conv_wgrad(g, [x], ksize, bias=bias, tf32=tf32()))
 
 
 @_wgrad_kernel.register_fake
-def _(g: Tensor, x: Tensor, ksize: int) -> Tensor:
-    return empty(g.new_empty(g.shape[1], 0), x.shape[1], ksize, ksize)
+def _(g: Tensor, x: Tensor, ksize: int, bias: bool) -> tuple[Tensor, Tensor]:
+    weight = empty(g.new_empty(g.shape[1], 0), x.shape[1], ksize, ksize)
+    return weight, g.new_empty(g.shape[1] if bias else 0)
 
 
 @torch.library.custom_op("fastunet::upsample_concat_wgrad", mutates_args=())
-def _wgrad_of_two_kernel(g: Tensor, x: Tensor, skip: Tensor, mode: str, align_corners: bool, match: str) -> Tensor:
+def _wgrad_of_two_kernel(
+    g: Tensor, x: Tensor, skip: Tensor, mode: str, align_corners: bool, match: str, bias: bool
+) -> tuple[Tensor, Tensor]:
     with on_device(g):
         if is_replicated(x, skip, mode, match):
             x = fitted(x, skip, mode, align_corners, match)
         elif mode != "none":
             x = kernels.upsample_fwd(x, *skip.shape[2:], mode=mode, align_corners=align_corners)
-        return kernels.conv_wgrad(g, [x, skip] if skip.shape[1] else [x], 3, tf32=tf32())
+        return _both(*kernels.conv_wgrad(g, [x, skip] if skip.shape[1] else [x], 3, bias=bias, tf32=tf32()))
 
 
 @_wgrad_of_two_kernel.register_fake
-def _(g: Tensor, x: Tensor, skip: Tensor, mode: str, align_corners: bool, match: str) -> Tensor:
-    return empty(g.new_empty(g.shape[1], 0), x.shape[1] + skip.shape[1], 3, 3)
+def _(
+    g: Tensor, x: Tensor, skip: Tensor, mode: str, align_corners: bool, match: str, bias: bool
+) -> tuple[Tensor, Tensor]:
+    weight = empty(g.new_empty(g.shape[1], 0), x.shape[1] + skip.shape[1], 3, 3)
+    return weight, g.new_empty(g.shape[1] if bias else 0)
+
+
+def _both(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """For an operator, which gives tensors alone: of no elements where no bias gradient is wanted."""
+    return weight, weight.new_empty(0) if bias is None else bias
 
 
 def _wgrad_torch(
@@ -237,7 +232,8 @@ def _conv_gradients(ctx: Any, grad: Tensor, grad_pooled: Tensor | None) -> tuple
     need_bias &= grad_bias is None
     grad_weight = None
     if need_weight and ctx.wgrad:
-        grad_weight = _wgrad_kernel(g, x, weight.shape[-1])
+        grad_weight, with_it = _wgrad_kernel(g, x, weight.shape[-1], need_bias)
+        grad_bias = with_it if need_bias else grad_bias
     elif need_weight or need_bias:
         grad_weight, grad_bias_torch = _wgrad_torch(g, [x], weight, need_weight, need_bias)
         grad_bias = grad_bias_torch if grad_bias is None else grad_bias
@@ -333,7 +329,8 @@ def upsample_concat_conv2d_relu(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     need_bias &= grad_bias is None
     # The weight's first, so that the upsampled map is gone before the gradient of it comes.
     if need_weight and ctx.wgrad:
-        grad_weight = _wgrad_of_two_kernel(g, x, skip, *how)
+        grad_weight, with_it = _wgrad_of_two_kernel(g, x, skip, *how, need_bias)
+        grad_bias = with_it if need_bias else grad_bias
     elif need_weight or need_bias:
         sources = [fitted(x, skip, *how), skip] if c2 else [fitted(x, skip, *how)]
         grad_weight, grad_bias_torch = _wgrad_torch(g, sources, weight, need_weight, need_bias)
@@ -363,15 +360,15 @@ def _(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("fastunet::conv_transpose2x2_wgrad", mutates_args=())
-def _transpose_wgrad_kernel(grad: Tensor, x: Tensor) -> Tensor:
+def _transpose_wgrad_kernel(grad: Tensor, x: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
     with on_device(grad):
-        found = kernels.conv_transpose2x2_wgrad(grad, x, tf32=tf32())
-    return found.contiguous()
+        weight, grad_bias = kernels.conv_transpose2x2_wgrad(grad, x, bias=bias, tf32=tf32())
+    return _both(weight.contiguous(), grad_bias)
 
 
 @_transpose_wgrad_kernel.register_fake
-def _(grad: Tensor, x: Tensor) -> Tensor:
-    return grad.new_empty(x.shape[1], grad.shape[1], 2, 2)
+def _(grad: Tensor, x: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    return grad.new_empty(x.shape[1], grad.shape[1], 2, 2), grad.new_empty(grad.shape[1] if bias else 0)
 
 
 def save_transpose(ctx: Any, inputs: Any, output: Any) -> None:
@@ -388,9 +385,9 @@ def conv_transpose2x2(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if ctx.dgrad and need_x:
         found[0], need_x = _transpose_dgrad_kernel(grad, weight), False
     if ctx.wgrad and need_weight:
-        found[1], need_weight = _transpose_wgrad_kernel(grad, x), False
-    if ctx.wgrad and need_bias:
-        found[2], need_bias = _bias_kernel(grad), False
+        found[1], with_it = _transpose_wgrad_kernel(grad, x, need_bias)
+        found[2] = with_it if need_bias else None
+        need_weight = need_bias = False
     if need_x or need_weight or need_bias:
         rest = _convolution_backward(grad, x, weight, (need_x, need_weight, need_bias), transposed=True)
         found = [ours if theirs is None else theirs for ours, theirs in zip(found, rest, strict=True)]

@@ -1,5 +1,7 @@
 """An upsampled map of its skip's size, and its gradient: made where it is wanted, twice rather than kept."""
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch import Tensor
 from .. import dispatch, reference
 from .common import channels_last, empty, on_device, result
 
-if dispatch.has_triton():
+if TYPE_CHECKING or dispatch.has_triton():
     from .. import kernels
 
 aten = torch.ops.aten

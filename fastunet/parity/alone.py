@@ -45,10 +45,10 @@ def alone(step: Step, compare: Callable[..., Parity], smallest: float) -> Iterat
 def _reference(arguments: tuple[Any, ...], smallest: float) -> tuple[Tensor, float]:
     """What an operator of these arguments must give, and the size of its terms."""
     slope = 1.0
-    if len(arguments) >= 7:
-        x, skip, weight, bias, mode, align_corners, slope, *match = arguments
-        x = reference.upsample(x, mode, align_corners)
-        x = torch.cat(reference.fit(x, skip, *match or ["zero_pad"]), 1)
+    if len(arguments) > 4:
+        options: list[Any] = [*arguments, "zero_pad"]
+        x, skip, weight, bias, mode, align_corners, slope, match = options[:8]
+        x = torch.cat(reference.fit(reference.upsample(x, mode, align_corners), skip, match), 1)
     elif len(arguments) == 4:
         x, weight, bias, slope = arguments
     else:

@@ -176,11 +176,12 @@ def gradients(launch: Launch, make: Make, *, tf32: bool = True) -> Iterator[Laun
     if layer.op == "conv2d_relu_pool":
         maps += (make(n, o, h // 2, w // 2),)
     before, activation = partial(_before_activation, slope=slope), {"slope": slope}
-    if slope != 1 or len(maps) > 2:
+    changes = slope != 1 or len(maps) > 2  # else the bias comes with the weight
+    if changes:
         yield through(_activation_kernel, before, maps, "the sums before its activation", options=activation)
-    yield through(
-        _bias_kernel, lambda *t: before(*t).sum((0, 2, 3)), maps, "the bias", options=activation, summed=before
-    )
+        yield through(
+            _bias_kernel, lambda *t: before(*t).sum((0, 2, 3)), maps, "the bias", options=activation, summed=before
+        )
 
     if layer.op == "conv_transpose2x2":
         (x,) = sources
@@ -189,9 +190,13 @@ def gradients(launch: Launch, make: Make, *, tf32: bool = True) -> Iterator[Laun
             options=options, configs=tiles((2 * o, 2 * o), x.shape[1], *x.shape[2:]), step="dgrad",
         )  # fmt: skip
         yield through(
-            kernels.conv_transpose2x2_wgrad,
+            lambda *t, **o: kernels.conv_transpose2x2_wgrad(*t, bias=True, **o)[0],
             lambda grad, x: _vjp(lambda weight: F.conv2d(grad, weight, stride=2), weight.to(x.dtype), x),
             (grad, x), "the weight", options=options, step="wgrad",
+        )  # fmt: skip
+        yield through(
+            lambda *t, **o: kernels.conv_transpose2x2_wgrad(*t, bias=True, **o)[1], _pixel_sums,
+            (grad, x), "the bias", options=options, summed=_first,
         )  # fmt: skip
         return
 
@@ -210,12 +215,20 @@ def gradients(launch: Launch, make: Make, *, tf32: bool = True) -> Iterator[Laun
             lambda grad: _vjp(upsampling, grad.new_zeros(small.shape), grad), (make(*sources[0].shape),),
             "the map before upsampling",
         )  # fmt: skip
+    names = ["the input"] if len(sources) == 1 else ["the upsampled map", "the skip"]
+    if not sources[-1].shape[1]:  # no skip comes in
+        sources, names = sources[:1], names[:1]
+    both = partial(_wgrad_kernel, ksize=side, bias=not changes)
     yield through(
-        partial(_wgrad_kernel, ksize=side), partial(_weight_gradient, weight=weight), (grad, *sources), "the weight",
+        lambda *t, **o: both(*t, **o)[0], partial(_weight_gradient, weight=weight), (grad, *sources), "the weight",
         options=options, step="wgrad",
     )  # fmt: skip
+    if not changes:
+        yield through(
+            lambda *t, **o: both(*t, **o)[1], _pixel_sums, (grad, *sources), "the bias", options=options, summed=_first
+        )
     first = 0
-    for x, of in zip(sources, ("the input",) if len(sources) == 1 else ("the upsampled map", "the skip"), strict=True):
+    for x, of in zip(sources, names, strict=True):
         c = x.shape[1]
         yield through(
             kernels.conv_dgrad, partial(F.conv_transpose2d, padding=side // 2), (grad, weight[:, first : first + c]),
@@ -243,8 +256,16 @@ def _before_activation(grad: Tensor, y: Tensor, pooled: Tensor | None = None, *,
     return _vjp(lambda y: reference.activate_(y.clone(), slope), y, grad)
 
 
-def _wgrad_kernel(grad: Tensor, *sources: Tensor, ksize: int, tf32: bool) -> Tensor:
-    return kernels.conv_wgrad(grad, sources, ksize, tf32=tf32)
+def _wgrad_kernel(grad: Tensor, *sources: Tensor, ksize: int, bias: bool, tf32: bool) -> tuple[Tensor, Tensor | None]:
+    return kernels.conv_wgrad(grad, sources, ksize, bias=bias, tf32=tf32)
+
+
+def _first(grad: Tensor, *_: Tensor) -> Tensor:
+    return grad
+
+
+def _pixel_sums(grad: Tensor, *_: Tensor) -> Tensor:
+    return grad.sum((0, 2, 3))
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, skip: Tensor | None = None, *, weight: Tensor) -> Tensor:

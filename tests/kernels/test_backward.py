@@ -37,6 +37,10 @@ def repeated(launch: Callable[[], Tensor]) -> Tensor:
     return first
 
 
+def wgrad(g: Tensor, sources: list[Tensor], ksize: int, *, tf32: bool = True) -> Tensor:
+    return kernels.conv_wgrad(g, sources, ksize, bias=False, tf32=tf32)[0]
+
+
 # (N, C, H, W, O): each for a reason.
 SHAPES = [
     pytest.param((1, 1, 5, 7, 3), id="one-channel"),
@@ -56,14 +60,14 @@ def test_dgrad_and_wgrad(shape, precision, make):
     x, weight, g = make(precision, n, c, h, w), make(precision, o, c, 3, 3, fan_in=9 * o), make(precision, n, o, h, w)
     conv, tf32 = (lambda x, weight: F.conv2d(x, weight, padding=1)), precision == "tf32"
     check(precision, repeated(lambda: kernels.conv_dgrad(g, weight, tf32=tf32)), gradient(conv, 0), g, x, weight)
-    check(precision, repeated(lambda: kernels.conv_wgrad(g, [x], 3, tf32=tf32)), gradient(conv, 1), g, x, weight)
+    check(precision, repeated(lambda: wgrad(g, [x], 3, tf32=tf32)), gradient(conv, 1), g, x, weight)
 
 
 def test_more_slabs_than_one(precision, make):
     """40 x 40 pixels are several steps, so several slabs, in every dtype."""
     x, g = make(precision, 1, 3, 40, 40), make(precision, 1, 5, 40, 40)
     weight = make(precision, 5, 3, 3, 3)
-    got = repeated(lambda: kernels.conv_wgrad(g, [x], 3, tf32=precision == "tf32"))
+    got = repeated(lambda: wgrad(g, [x], 3, tf32=precision == "tf32"))
     check(precision, got, gradient(lambda x, weight: F.conv2d(x, weight, padding=1), 1), g, x, weight)
 
 
@@ -71,15 +75,14 @@ def test_more_slabs_than_one(precision, make):
 def test_head(o, make):
     x, weight, g = make("bf16", 2, 20, 5, 7), make("bf16", o, 20, 1, 1, fan_in=o), make("bf16", 2, o, 5, 7)
     check("bf16", kernels.conv_dgrad(g, weight), gradient(F.conv2d, 0), g, x, weight)
-    check("bf16", kernels.conv_wgrad(g, [x], 1), gradient(F.conv2d, 1), g, x, weight)
+    check("bf16", wgrad(g, [x], 1), gradient(F.conv2d, 1), g, x, weight)
 
 
 def activated(x, slope):
     return reference.activate_(x.clone(), slope)
 
 
-@pytest.mark.parametrize("slope", [0.0, 0.1, 1.0], ids=["relu", "leaky", "linear"])
-@pytest.mark.parametrize("pool", [False, True], ids=["", "pool"])
+@pytest.mark.parametrize("slope, pool", [(0.0, False), (0.1, False), (0.0, True), (0.1, True), (1.0, True)], ids=str)
 @pytest.mark.parametrize("shape", [(2, 3, 5, 6), (1, 70, 2, 3), (3, 1, 9, 4)], ids=str)
 def test_activation_pool_and_bias(shape, pool, slope, precision, make):
     n, o, h, w = shape
@@ -187,7 +190,7 @@ def check_two_sources(channels, sizes, precision, make):
     def conv(x, skip, weight):
         return F.conv2d(reference.upsample_concat(x, skip, "none", False), weight, padding=1)
 
-    got = repeated(lambda: kernels.conv_wgrad(g, [x, skip], 3, tf32=precision == "tf32"))
+    got = repeated(lambda: wgrad(g, [x, skip], 3, tf32=precision == "tf32"))
     check(precision, got, gradient(conv, 2), g, x, skip, weight)
 
 
@@ -199,8 +202,40 @@ def test_conv_transpose(shape, precision, make):
     conv = lambda x, weight: F.conv_transpose2d(x, weight, stride=2)
     got = repeated(lambda: kernels.conv_transpose2x2_dgrad(g, weight, tf32=tf32))
     check(precision, got, gradient(conv, 0), g, x, weight)
-    got = repeated(lambda: kernels.conv_transpose2x2_wgrad(g, x, tf32=tf32))
+    got = repeated(lambda: kernels.conv_transpose2x2_wgrad(g, x, bias=False, tf32=tf32)[0])
     check(precision, got, gradient(conv, 1), g, x, weight)
+
+
+def check_bias(precision: str, launch: Callable[[bool], tuple[Tensor, Tensor | None]], g: Tensor) -> None:
+    """The bias of a launch is the sum of g over its pixels, twice the same; the weight is as without it."""
+    weight, bias = launch(True)
+    assert bias is not None and bias.dtype == g.dtype
+    sums = lambda g: g.sum((0, 2, 3))[None, :, None, None]
+    check(precision, bias[None, :, None, None], sums, g, summed=lambda g: g)
+    again, alone = launch(True)[1], launch(False)
+    assert torch.equal(bias, again) and torch.equal(weight, alone[0]) and alone[1] is None  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    "shape, channels, ksize",
+    [
+        pytest.param((2, 5, 5, 7), [3], 3, id="all-taps"),
+        pytest.param((1, 2, 40, 40), [20], 1, id="head-of-several-slabs"),
+        pytest.param((2, 130, 4, 6), [17], 3, id="two-blocks"),
+        pytest.param((1, 6, 7, 9), [40, 3], 3, id="two-sources"),
+        pytest.param((1, 6, 7, 9), [3, 40], 3, id="two-sources-all-taps-first"),
+    ],
+)
+def test_bias_behind_no_activation(shape, channels, ksize, precision, make):
+    g, sources = make(precision, *shape), [make(precision, shape[0], c, *shape[2:]) for c in channels]
+    tf32 = precision == "tf32"
+    check_bias(precision, lambda bias: kernels.conv_wgrad(g, sources, ksize, bias=bias, tf32=tf32), g)
+
+
+@pytest.mark.parametrize("n, c, h, w, o", [(2, 5, 3, 7, 4), (1, 3, 20, 33, 1), (1, 70, 4, 4, 40)], ids=str)
+def test_bias_of_a_transposed_convolution(n, c, h, w, o, precision, make):
+    g, x, tf32 = make(precision, n, o, 2 * h, 2 * w), make(precision, n, c, h, w), precision == "tf32"
+    check_bias(precision, lambda bias: kernels.conv_transpose2x2_wgrad(g, x, bias=bias, tf32=tf32), g)
 
 
 @pytest.mark.parametrize("layout", STRIDES)
@@ -214,7 +249,7 @@ def test_any_strides(layout, c, make):
     )
     weight, conv = make("fp16", 16, c, 3, 3, fan_in=144), lambda x, weight: F.conv2d(x, weight, padding=1)
     check("fp16", kernels.conv_dgrad(g, weight), gradient(conv, 0), g, x, weight)
-    check("fp16", kernels.conv_wgrad(g, [x], 3), gradient(conv, 1), g, x, weight)
+    check("fp16", wgrad(g, [x], 3), gradient(conv, 1), g, x, weight)
     check("fp16", kernels.upsample_bwd(g, 2, 3, mode="bilinear", align_corners=True),
           gradient(upsampled, 0), g, x[:, :1].expand(-1, 16, -1, -1)[:, :, :2, :3], 4, 6, "bilinear", True)  # fmt: skip
     y = make("fp16", 2, 16, 4, 6)
@@ -226,12 +261,14 @@ def test_any_strides(layout, c, make):
 def test_empty_batch(make):
     x, g, weight = make("fp16", 0, 8, 4, 6), make("fp16", 0, 5, 4, 6), make("fp16", 5, 8, 3, 3)
     assert kernels.conv_dgrad(g, weight).shape == x.shape
-    assert torch.equal(kernels.conv_wgrad(g, [x], 3), torch.zeros_like(weight))
+    assert torch.equal(wgrad(g, [x], 3), torch.zeros_like(weight))
     got, bias = kernels.activation_bwd(g, make("fp16", 0, 5, 2, 3), g, slope=0.0, bias=True)
     assert got.shape == g.shape and torch.equal(bias, g.new_zeros(5))  # pyright: ignore[reportArgumentType]
     assert kernels.upsample_bwd(g, 2, 3, mode="nearest", align_corners=False).shape == (0, 5, 2, 3)
     assert kernels.conv_transpose2x2_dgrad(g, make("fp16", 3, 5, 2, 2)).shape == (0, 3, 2, 3)
-    assert torch.equal(kernels.conv_transpose2x2_wgrad(g, make("fp16", 0, 3, 2, 3)), g.new_zeros(3, 5, 2, 2))
+    transposed = kernels.conv_transpose2x2_wgrad(g, make("fp16", 0, 3, 2, 3), bias=True)
+    for (got, bias), shape in ((kernels.conv_wgrad(g, [x], 3, bias=True), (5, 8, 3, 3)), (transposed, (3, 5, 2, 2))):
+        assert torch.equal(got, g.new_zeros(shape)) and torch.equal(bias, g.new_zeros(5))  # pyright: ignore
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=["nan", "inf"])
@@ -240,7 +277,7 @@ def test_nan_and_inf_go_where_torch_lets_them(value, make):
     g[0, 2, 3, 4] = value
     conv = lambda x, weight: F.conv2d(x, weight, padding=1)
     check("ieee", kernels.conv_dgrad(g, weight, tf32=False), gradient(conv, 0), g, x, weight)
-    check("ieee", kernels.conv_wgrad(g, [x], 3, tf32=False), gradient(conv, 1), g, x, weight)
+    check("ieee", wgrad(g, [x], 3, tf32=False), gradient(conv, 1), g, x, weight)
     got = kernels.upsample_bwd(g[:, :, 1:], 3, 4, mode="bilinear", align_corners=True)
     check("ieee", got, gradient(upsampled, 0), g[:, :, 1:], x[:, :1, :3, :4].expand(1, 9, 3, 4), 6, 8, "bilinear", True)
 
@@ -251,8 +288,8 @@ def test_offsets_beyond_2_to_31(axis, make):
     n = 3 if axis == 0 else 1
     x, g, weight = make("fp16", n, 8, 4, 4), make("fp16", n, 8, 4, 4), make("fp16", 8, 8, 3, 3, fan_in=72)
     far_x, far_g, conv = far_apart(x, axis), far_apart(g, axis), lambda x, weight: F.conv2d(x, weight, padding=1)
-    check("fp16", kernels.conv_wgrad(far_g, [far_x], 3), gradient(conv, 1), g, x, weight)
-    check("fp16", kernels.conv_wgrad(far_g, [far_x[:, :3]], 3), gradient(conv, 1), g, x[:, :3], weight[:, :3])
+    check("fp16", wgrad(far_g, [far_x], 3), gradient(conv, 1), g, x, weight)
+    check("fp16", wgrad(far_g, [far_x[:, :3]], 3), gradient(conv, 1), g, x[:, :3], weight[:, :3])
     pooled = make("fp16", n, 8, 2, 2)
     got = kernels.activation_bwd(far_g, pooled, x, slope=0.1, bias=False)[0]
     assert torch.equal(got, kernels.activation_bwd(g, pooled, x, slope=0.1, bias=False)[0])
@@ -274,4 +311,4 @@ def test_any_shape(n, c, h, w, o, ksize, precision, seed, make):
     )
     conv, tf32 = (lambda x, weight: F.conv2d(x, weight, padding=ksize // 2)), precision == "tf32"
     check(precision, kernels.conv_dgrad(g, weight, tf32=tf32), gradient(conv, 0), g, x, weight)
-    check(precision, kernels.conv_wgrad(g, [x], ksize, tf32=tf32), gradient(conv, 1), g, x, weight)
+    check(precision, wgrad(g, [x], ksize, tf32=tf32), gradient(conv, 1), g, x, weight)

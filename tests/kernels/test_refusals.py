@@ -34,6 +34,8 @@ ARGUMENTS = {
 }
 OPTIONS = {
     "activation_bwd": {"slope": 0.0, "bias": True},
+    "conv_wgrad": {"bias": True},
+    "conv_transpose2x2_wgrad": {"bias": True},
     "conv_fwd": {"slope": 0.0},
     "conv_pool_fwd": {"slope": 0.0},
     "stem_fwd": {"slope": 0.0},
