@@ -44,18 +44,17 @@ def alone(step: Step, compare: Callable[..., Parity], smallest: float) -> Iterat
 
 def _reference(arguments: tuple[Any, ...], smallest: float) -> tuple[Tensor, float]:
     """What an operator of these arguments must give, and the size of its terms."""
-    slope = 1.0
-    if len(arguments) > 4:
-        options: list[Any] = [*arguments, "zero_pad"]
-        x, skip, weight, bias, mode, align_corners, slope, match = options[:8]
+    slope, given = 1.0, list[Any](arguments)
+    if len(given) > 4:
+        x, skip, weight, bias, mode, align_corners, slope, match = (given + ["zero_pad"])[:8]
         x = torch.cat(reference.fit(reference.upsample(x, mode, align_corners), skip, match), 1)
-    elif len(arguments) == 4:
-        x, weight, bias, slope = arguments
+    elif len(given) == 4:
+        x, weight, bias, slope = given
     else:
-        x, weight, bias = arguments
+        x, weight, bias = given
 
     def operator(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> Tensor:
-        if len(arguments) == 3:
+        if len(given) == 3:
             return reference.conv_transpose2x2(x, weight, bias)
         return reference.conv2d_relu(x, weight, bias, slope)
 
