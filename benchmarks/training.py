@@ -1,7 +1,7 @@
 """Does FastUNet train as plain PyTorch does? Same seeds, same windows, both networks; a table and a picture.
 
     python benchmarks/training.py DATA --out docs/training_curves.png
-    python benchmarks/training.py DATA --all --steps 1600 --out docs/training_curves_all.png
+    python benchmarks/training.py DATA --all --norm batch --steps 1600 --out docs/training_curves_all.png
 
 DATA is a folder for ``fastunet train``. Each seed draws initial weights, which both networks get, and
 windows. FastUNet runs its operators, also on a CPU, which left alone trains with plain PyTorch.
@@ -32,21 +32,29 @@ FIRST, LAST = 10, 50  # steps: compared one by one; averaged
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--all", action="store_true", help="all images, with batch norms; else small grey ones")
+    parser.add_argument("--all", action="store_true", help="all images; else small grey ones")
+    parser.add_argument("--norm", choices=("batch", "instance"), help="of the networks; default none")
+    parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate")
     parser.add_argument("--out", type=Path, required=True, help="the picture")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
 
-    data = train.find(arguments.data, CONFIG.in_channels, CONFIG.out_channels)
-    config = dataclasses.replace(CONFIG, norm="batch") if arguments.all else CONFIG
+    if not arguments.out.parent.is_dir():
+        parser.error(f"--out: {arguments.out.parent}: no such folder")
+    try:
+        data = train.find(arguments.data, CONFIG.in_channels, CONFIG.out_channels)
+        settings = train.Settings(arguments.steps, size=64, lr=arguments.lr, every=max(1, arguments.steps // 4))
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    config = dataclasses.replace(CONFIG, norm=arguments.norm)
     data = data if arguments.all else small_and_grey(data)
     curves: dict[tuple[str, int], list[float]] = {}
     dices: dict[tuple[str, int], list[train.Point]] = {}
     for seed in range(arguments.seeds):
         for name in NETWORKS:
-            curves[name, seed], dices[name, seed] = run(name, config, seed, data, arguments.steps, arguments.device)
+            curves[name, seed], dices[name, seed] = run(name, config, seed, data, settings, arguments.device)
     report(curves, dices)
     draw(arguments.out, curves, dices)
 
@@ -60,12 +68,12 @@ def small_and_grey(data: train.Data) -> train.Data:
 
 
 def run(
-    name: str, config: UNetConfig, seed: int, data: train.Data, steps: int, device: str
+    name: str, config: UNetConfig, seed: int, data: train.Data, settings: train.Settings, device: str
 ) -> tuple[list[float], list[train.Point]]:
     """The loss of each step, and the points."""
     torch.manual_seed(seed)
     model, losses, start = new_model(name, config), [], time.perf_counter()
-    settings = train.Settings(steps, size=64, lr=1e-3, every=max(1, steps // 4), seed=seed)
+    settings = dataclasses.replace(settings, seed=seed)
     process = train.Processes(torch.device(device))
     operators = dispatch.forced("torch" if device == "cpu" else "triton")
     with tempfile.TemporaryDirectory() as out, operators:
@@ -129,7 +137,10 @@ def draw(
         points = dices[name, seed]
         scores.plot([p.step for p in points], [p.dice for p in points], **style)
         if name == OURS:
-            gaps.semilogy(range(1, len(values) + 1), differences(curves, name, seed), lw=0.7, **style)
+            gap = differences(curves, name, seed)
+            gaps.plot(range(1, len(values) + 1), gap, lw=0.7, **style)
+            if any(gap):
+                gaps.set_yscale("log")
     losses.set(title="loss, mean of 20 steps", xlabel="step")
     gaps.set(title="relative difference from plain PyTorch's loss", xlabel="step")
     scores.set(title="validation Dice, all pixels", xlabel="step")

@@ -113,7 +113,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
 
-    data = train.find(arguments.data, CONFIG.in_channels, CONFIG.out_channels)
+    if not arguments.out.parent.is_dir():
+        parser.error(f"--out: {arguments.out.parent}: no such folder")
+    try:
+        data = train.find(arguments.data, CONFIG.in_channels, CONFIG.out_channels)
+    except train.DataError as error:
+        raise SystemExit(str(error)) from None
     if not any(min(pair.shape) >= SHOWN for pair in data.val):
         parser.error(
             f"data: expected a validation image of at least {SHOWN}x{SHOWN} pixels to show a detail of, got none"

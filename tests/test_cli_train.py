@@ -160,7 +160,8 @@ def test_an_earlier_run_is_neither_overwritten_nor_mixed_up(run, folder: Path, t
         f"fastunet: {out}: holds a run; resume it (--resume) or take another folder\n",
     )
     done = run("train", folder, "--out", out, *QUICK, "--lr", 1, "--resume")
-    assert (done.code, done.err) == (2, f"fastunet: lr: the run in {out} has 0.002, got 1.0\n")
+    hint = f"with its weights ({out / 'best.safetensors'}) another can begin"
+    assert (done.code, done.err) == (2, f"fastunet: lr: the run in {out} has 0.002, got 1.0; {hint}\n")
     done = run("train", folder, "--out", out, *QUICK, "--resume")  # which is done
     assert (done.code, done.err) == (0, "")
     assert len(done.out.splitlines()) == 2
@@ -293,4 +294,4 @@ def test_what_only_one_of_two_processes_lacks_is_said(folder: Path, tmp_path: Pa
     child = start(folder, *QUICK, "--out", tmp_path / "two", program=(*TORCHRUN, str(script)))
     _, err = child.communicate(timeout=600)
     assert child.returncode != 0
-    assert err.count("fastunet: nowhere/images: no such folder") == 1
+    assert err.count("fastunet: nowhere: no such folder") == 1

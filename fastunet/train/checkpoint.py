@@ -69,7 +69,8 @@ def _state(out: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any] 
         raise TrainingError(f"{path}: cannot be read ({reason})") from None
     for name, value in identity["settings"].items():
         if found["settings"].get(name) != value:
-            raise TrainingError(f"{name}: the run in {out} has {found['settings'].get(name)!r}, got {value!r}")
+            has = f"the run in {out} has {found['settings'].get(name)!r}, got {value!r}"
+            raise TrainingError(f"{name}: {has}; with its weights ({out / 'best.safetensors'}) another can begin")
     if found["config"] != identity["config"]:
         raise TrainingError(f"config: the run in {out} has {found['config']}, got {identity['config']}")
     if found["data"] != identity["data"]:

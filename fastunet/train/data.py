@@ -79,9 +79,14 @@ def find(folder: str | os.PathLike[str], channels: int, classes: int, val_fracti
             NaN, a mask of another size or in a JPEG, an image without mask, a mask without image, an empty set.
     """
     folder, problems = Path(folder), []
+    if not folder.is_dir():
+        raise DataError([f"{folder}: no such folder"])
     split = [folder / "train", folder / "val"]
     if any((part / "images").is_dir() for part in split):
         sets = [_checked(part, channels, classes, problems) for part in split]
+    elif not (folder / "images").is_dir():
+        layout = "images/ and masks/ (or labels/) in it, or in each of train/ and val/"
+        raise DataError([f"{folder}: expected {layout}"])
     else:
         pairs = _checked(folder, channels, classes, problems)
         by_hash = sorted(pairs, key=lambda pair: hashlib.sha256(pair.image_path.stem.encode()).digest())

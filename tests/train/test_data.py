@@ -127,7 +127,7 @@ def test_everything_wrong_is_said_at_once_by_file(folder: Path) -> None:
         (lambda f: [p.unlink() for p in (f / "val" / "images").iterdir()], "val/images: no images in this folder"),
         (lambda f: (f / "val" / "labels").rename(f / "val" / "labelling"), "val/labels: no such folder"),
         (lambda f: (f / "val").rename(f / "validation"), "val/images: no such folder"),
-        (lambda f: (f / "train").rename(f / "t") and (f / "val").rename(f / "v"), "data/images: no such folder"),
+        (lambda f: (f / "train").rename(f / "t") and (f / "val").rename(f / "v"), "data: expected images/ and masks/"),
         (
             lambda f: np.save(f / "x", 0) or Image.fromarray(np.full((37, 52), np.nan, np.float32)).save(
                 f / "val" / "images" / "a.png", format="TIFF"
