@@ -12,9 +12,11 @@ PIP := $(RUN) -m pip --quiet --disable-pip-version-check
 OTHER_TRITONS := 3.6.0 3.9.0
 # The interpreter of Triton 3.6 makes integers of one-element arrays, which NumPy 2.4 refuses.
 BESIDE_3.6.0 := numpy==2.3.5
-# Compiled there: what has tensor cores on Hopper; by the newest, the portable kernels in tf32 alone. Interpreted: one dtype.
-COMPILED_BY_3.6.0 := --dtype fp16 --dtype tf32
-COMPILED_BY_3.9.0 := --dtype tf32 --hopper fp16
+# Compiled by each, so that every kind is by two and the Hopper kernels are by the oldest and the newest; `make sass`
+# compiles all. Interpreted: one dtype.
+COMPILED_BY_SHIPPED := --portable fp16 --portable ieee
+COMPILED_BY_3.6.0 := --arch 90 --portable fp16 --portable tf32 --hopper fp16 --hopper tf32
+COMPILED_BY_3.9.0 := --arch 90 --portable tf32 --hopper fp16
 TESTED_THERE := fp16
 
 .DEFAULT_GOAL := help
@@ -44,7 +46,7 @@ pytest: $(VENV)/installed ## the tests, kernels in Triton's interpreter
 triton: $(TRITONS) ## the kernels compiled by every Triton we support
 
 triton-shipped: $(VENV)/installed
-	$(RUN) benchmarks/sass.py --once --dtype fp16 --dtype ieee
+	$(RUN) benchmarks/sass.py --once $(COMPILED_BY_SHIPPED)
 
 sass: $(VENV)/installed ## compile every kernel for every alignment of its arguments: minutes
 	$(RUN) benchmarks/sass.py
@@ -52,7 +54,7 @@ sass: $(VENV)/installed ## compile every kernel for every alignment of its argum
 $(OTHER_TRITONS:%=triton-%): triton-%: $(VENV)/triton-%/installed
 	@PYTHONPATH=$(<D) $(RUN) -c "import triton; print('Triton', triton.__version__); assert triton.__version__ == '$*'"
 	PYTHONPATH=$(<D) OMP_NUM_THREADS=1 $(RUN) -m pytest -q -rs -k "$(TESTED_THERE)" tests/kernels
-	PYTHONPATH=$(<D) $(RUN) benchmarks/sass.py --once --arch 90 $(COMPILED_BY_$*)
+	PYTHONPATH=$(<D) $(RUN) benchmarks/sass.py --once $(COMPILED_BY_$*)
 
 bench: $(VENV)/installed ## timings against plain PyTorch, every output checked first; rows and page
 	-$(RUN) -m fastunet bench

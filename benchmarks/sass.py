@@ -2,7 +2,7 @@
 
     python benchmarks/sass.py                 # sm_80 and sm_90a, all kernels: about 8 minutes
     python benchmarks/sass.py --once          # each configuration once
-    python benchmarks/sass.py --hopper fp16   # of a dtype the Hopper kernels alone
+    python benchmarks/sass.py --portable tf32 --hopper fp16  # of each kind of kernels those dtypes alone
     python benchmarks/sass.py --json FILE     # the same table as JSON lines
 
 The launchers run as they are, on meta tensors of the shapes that ``fastunet.trace`` gives for the
@@ -49,6 +49,7 @@ ARCHES = {80: "sm_80", 90: "sm_90a"}
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024}
 # (batch, height, width): of an odd size, and those that benchmarks/hopper.py makes a table for.
 TUNED_SIZES = ((2, 131, 197), (1, 256, 256), (16, 256, 256), (8, 512, 512))
+HOPPER_DTYPES = "fp16", "bf16", "tf32"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 
 
@@ -284,30 +285,35 @@ def examine(compiled: Compiled, arch: int, dtype: str) -> Row:
     )
 
 
-def compile_all(job: tuple[int, str, bool, bool]) -> list[Row]:
-    """Rows of one architecture and dtype; of Hopper kernels only, if so asked."""
-    arch, dtype, once, only_hopper = job
+def compile_all(job: tuple[str, int, str, bool]) -> list[Row]:
+    """Rows of one kind of kernels, architecture and dtype."""
+    kind, arch, dtype, once = job
+    if kind == "hopper":
+        found = hopper_launches(DTYPES[dtype], full=dtype != "bf16")  # bf16 has fp16's instructions
+    else:
+        found = launches(DTYPES[dtype], tf32=dtype != "ieee")
     with compiled_for(arch, once=once) as collected:
-        for launch in () if only_hopper else launches(DTYPES[dtype], tf32=dtype != "ieee"):
+        for launch in found:
             launch()
-        if arch == 90 and dtype != "ieee":
-            for launch in hopper_launches(DTYPES[dtype], full=dtype != "bf16"):  # bf16 has fp16's instructions
-                launch()
     return [examine(compiled, arch, dtype) for compiled in collected]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, action="append", choices=sorted(ARCHES), help="80 or 90; default both")
-    parser.add_argument("--dtype", action="append", choices=sorted(DTYPES), help="default all")
-    parser.add_argument("--hopper", action="append", choices=("fp16", "bf16", "tf32"), help="only Hopper kernels of it")
+    for kind, dtypes in (("portable", sorted(DTYPES)), ("hopper", HOPPER_DTYPES)):
+        parser.add_argument(
+            f"--{kind}", action="append", choices=dtypes, help="default all, unless the other kind is named"
+        )
     parser.add_argument("--once", action="store_true", help="not for every alignment of arguments")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON lines")
     arguments = parser.parse_args()
-    once, only = arguments.once, arguments.hopper or []
-    dtypes = arguments.dtype or (() if only else DTYPES)
-    jobs = [(arch, dtype, once, False) for arch in arguments.arch or ARCHES for dtype in dtypes]
-    jobs += [(90, dtype, once, True) for dtype in only]
+    portable, hopper = arguments.portable or [], arguments.hopper or []
+    if not portable and not hopper:
+        portable, hopper = DTYPES, HOPPER_DTYPES
+    arches = arguments.arch or ARCHES
+    jobs = [("hopper", 90, dtype, arguments.once) for dtype in hopper if 90 in arches]
+    jobs += [("portable", arch, dtype, arguments.once) for arch in arches for dtype in portable]
     with ProcessPoolExecutor(max_workers=2) as pool:
         rows = [row for part in pool.map(compile_all, jobs) for row in part]
     table = Table(title=f"Ahead-of-time compilation, Triton {triton.__version__}")

@@ -16,7 +16,9 @@ if not CUDA:
 os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # a worker a core; their threads would fight for them
+    # A worker a core; their threads, and those of the processes that they start, would fight for them.
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from .. import dispatch
 from .common import channels_last, empty, on_device, repeatable_cudnn, tf32
 from .launchers import Shapes, choose
-from .upsampling import fitted, is_replicated, upsample_backward
+from .upsampling import fitted, is_replicated, launched, upsample_backward
 
 if TYPE_CHECKING or dispatch.has_triton():
     from .. import kernels
@@ -301,10 +301,8 @@ def upsample_concat(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 def save_upsample_conv(ctx: Any, inputs: Any, output: Any) -> None:
     x, skip, weight, _, ctx.mode, ctx.align_corners, ctx.slope, ctx.match = inputs
     ctx.save_for_backward(x, skip, weight, None if ctx.slope == 1 else output)
-    shape, mode = tuple(x.shape), ctx.mode
-    if is_replicated(x, skip, mode, ctx.match):
-        shape, mode = (*shape[:2], *skip.shape[2:]), "none"
-    _choose(ctx, "upsample_concat_conv2d_relu", (shape, tuple(skip.shape)), weight, mode)
+    maps, mode = launched(x, skip, ctx.mode, ctx.match)
+    _choose(ctx, "upsample_concat_conv2d_relu", maps, weight, mode)
 
 
 @_first_order

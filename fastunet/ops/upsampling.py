@@ -25,6 +25,13 @@ def is_replicated(x: Tensor, skip: Tensor, mode: str, match: str) -> bool:
     return match == "replicate_pad" and upsampled_size(x.shape[2], x.shape[3], mode) != tuple(skip.shape[2:])
 
 
+def launched(x: Tensor, skip: Tensor, mode: str, match: str) -> tuple[tuple[tuple[int, ...], ...], str]:
+    """Shapes of the maps that a kernel is given, and how it upsamples the first."""
+    if is_replicated(x, skip, mode, match):
+        return ((*x.shape[:2], *skip.shape[2:]), tuple(skip.shape)), "none"
+    return (tuple(x.shape), tuple(skip.shape)), mode
+
+
 def upsampled_size(height: int, width: int, mode: str) -> tuple[int, int]:
     """Before padding."""
     scale = 1 if mode == "none" else 2

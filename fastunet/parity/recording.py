@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from .. import ops
 from ..config import UNetConfig
 from ..model import FastUNet
+from ..ops.upsampling import launched
 from ..trace import Layer, trace
 
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
@@ -85,11 +86,13 @@ class Recorder(TorchFunctionMode):
             y, *pooled = (t.detach() for t in (result if isinstance(result, tuple) else (result,)))
             arguments = tuple(t.detach() if isinstance(t, Tensor) else t for t in args)
             operator = func.name().removeprefix("fastunet::")
-            sources, mode = (2, args[4]) if operator.startswith("upsample") else (1, "none")
-            *maps, weight = (tuple(t.shape) for t in args[: sources + 1])
-            choice = ops.choose(operator, tuple(maps), weight, y.device, y.dtype, mode)
+            maps, mode, weight, slope = (tuple(args[0].shape),), "none", args[1], args[-1]
+            if operator.startswith("upsample"):
+                maps, mode = launched(*args[:2], args[4], args[7] if len(args) > 7 else "zero_pad")
+                weight, slope = args[2], args[6]
+            choice = ops.choose(operator, maps, tuple(weight.shape), y.device, y.dtype, mode)
             self.steps.append(Step(arguments, y, pooled[0] if pooled else None, choice.implementation))
-            if func.name() != "fastunet::conv_transpose2x2" and args[-1] != 1:  # a slope of 1 is no activation
+            if func.name() != "fastunet::conv_transpose2x2" and slope != 1:  # a slope of 1 is no activation
                 self.decisions.append(y > 0)
             if pooled:
                 self.decisions.append(_places(y, 2))

@@ -220,7 +220,7 @@ def check_bias(precision: str, launch: Callable[[bool], tuple[Tensor, Tensor | N
     "shape, channels, ksize",
     [
         pytest.param((2, 5, 5, 7), [3], 3, id="all-taps"),
-        pytest.param((1, 2, 40, 40), [20], 1, id="head-of-several-slabs"),
+        pytest.param((1, 2, 10, 14), [20], 1, id="head-of-several-slabs"),
         pytest.param((2, 130, 4, 6), [17], 3, id="two-blocks"),
         pytest.param((1, 6, 7, 9), [40, 3], 3, id="two-sources"),
         pytest.param((1, 6, 7, 9), [3, 40], 3, id="two-sources-all-taps-first"),
@@ -232,7 +232,7 @@ def test_bias_behind_no_activation(shape, channels, ksize, precision, make):
     check_bias(precision, lambda bias: kernels.conv_wgrad(g, sources, ksize, bias=bias, tf32=tf32), g)
 
 
-@pytest.mark.parametrize("n, c, h, w, o", [(2, 5, 3, 7, 4), (1, 3, 20, 33, 1), (1, 70, 4, 4, 40)], ids=str)
+@pytest.mark.parametrize("n, c, h, w, o", [(2, 5, 3, 7, 4), (1, 3, 9, 11, 1), (1, 70, 4, 4, 40)], ids=str)
 def test_bias_of_a_transposed_convolution(n, c, h, w, o, precision, make):
     g, x, tf32 = make(precision, n, o, 2 * h, 2 * w), make(precision, n, c, h, w), precision == "tf32"
     check_bias(precision, lambda bias: kernels.conv_transpose2x2_wgrad(g, x, bias=bias, tf32=tf32), g)

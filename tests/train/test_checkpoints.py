@@ -112,7 +112,7 @@ def test_a_run_is_not_overwritten_nor_continued_as_another(folder: Path, data: t
     before = files_of(out)
     with pytest.raises(train.TrainingError, match=f"^{out}: holds a run; resume it"):
         train.fit(new_model(), data, out, QUICK)
-    with pytest.raises(train.TrainingError, match=f"^lr: the run in {out} has 0.002, got 0.001; with its weights .*best.safetensors"):
+    with pytest.raises(train.TrainingError, match=f"^lr: the run in {out} has 0.002, got 0.001; with its weights"):
         train.fit(new_model(), data, out, dataclasses.replace(QUICK, lr=1e-3), resume=True)
     with pytest.raises(train.TrainingError, match="^config: the run in"):
         train.fit(new_model(UNetConfig(features=(4, 9), norm="batch")), data, out, QUICK, resume=True)
