@@ -88,7 +88,7 @@ class Recorder(TorchFunctionMode):
             operator = func.name().removeprefix("fastunet::")
             maps, mode, weight, slope = (tuple(args[0].shape),), "none", args[1], args[-1]
             if operator.startswith("upsample"):
-                maps, mode = launched(*args[:2], args[4], args[7] if len(args) > 7 else "zero_pad")
+                maps, mode = launched(args[0], args[1], args[4], args[7] if len(args) > 7 else "zero_pad")
                 weight, slope = args[2], args[6]
             choice = ops.choose(operator, maps, tuple(weight.shape), y.device, y.dtype, mode)
             self.steps.append(Step(arguments, y, pooled[0] if pooled else None, choice.implementation))
