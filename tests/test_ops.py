@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastunet import dispatch, ops, reference
-from fastunet.ops import backward, commuted
+from fastunet.ops import backward, commuted, steps, upsampling
 from fastunet.parity import compare
 
 
@@ -273,6 +273,39 @@ def test_nan_and_inf_in_gradients(value, seed):
     assert grads[0].isfinite().all()
 
 
+@pytest.mark.parametrize("corners", [False, True])
+def test_bilinear_gradient_as_matrix_products(corners, seed):
+    """What CUDA takes instead of torch's own, whose atomics add in another order each time."""
+    grad = torch.randn(2, 3, 8, 10, dtype=torch.float64)
+    want = torch.ops.aten.upsample_bilinear2d_backward(grad, [8, 10], [2, 3, 4, 5], corners, 2.0, 2.0)
+    torch.testing.assert_close(upsampling.bilinear_backward(grad, corners), want)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_by_cudnn_are_asked_to_repeat_in_compiled_code_too(transposed, monkeypatch, seed):
+    seen = []
+    right = torch.ops.aten.convolution_backward
+
+    class Aten:
+        def convolution_backward(self, *arguments):
+            seen.append(torch.backends.cudnn.deterministic)
+            return right(*arguments)
+
+    monkeypatch.setattr(steps, "aten", Aten())
+    x, weight = torch.randn(2, 3, 4, 5), torch.randn((3, 6, 2, 2) if transposed else (6, 3, 3, 3))
+    grad = torch.randn((2, 6, 8, 10) if transposed else (2, 6, 4, 5))
+    stride = 2 if transposed else 1
+    conv = F.conv_transpose2d if transposed else F.conv2d
+    leaves = [t.clone().requires_grad_() for t in (x, weight, torch.zeros(6))]
+    y = conv(*leaves, stride=stride, padding=0 if transposed else 1)
+    want = torch.autograd.grad(y, leaves, grad)
+    ours = torch.compile(lambda mask: OPS.cudnn_backward(grad, x, weight, mask, transposed), backend="aot_eager")
+    for mask in ([True, True, True], [False, True, False]):
+        for got, expected, wanted in zip(ours(mask), want, mask, strict=True):
+            assert got.numel() == 0 if not wanted else torch.allclose(got, expected, rtol=1e-5, atol=1e-5)
+    assert seen and all(seen) and not torch.backends.cudnn.deterministic
+
+
 OPS = torch.ops.fastunet
 OP_ARGUMENTS = {
     "conv2d_relu": lambda t: (OPS.conv2d_relu.default, (t(2, 3, 5, 6), t(4, 3, 3, 3), t(4), 0.1)),
@@ -291,6 +324,10 @@ OP_ARGUMENTS = {
     "upsample_concat_conv2d_relu no skip": lambda t: (
         OPS.upsample_concat_conv2d_relu.default,
         (t(1, 3, 2, 3), t(1, 0, 4, 7).detach(), t(4, 3, 3, 3), t(4), "nearest", False, 1.0),
+    ),
+    "cudnn_backward": lambda t: (
+        OPS.cudnn_backward.default,
+        (t(2, 4, 5, 6).detach(), t(2, 3, 5, 6).detach(), t(4, 3, 3, 3).detach(), [True, True, False], False),
     ),
     "conv_transpose2x2": lambda t: (OPS.conv_transpose2x2.default, (t(2, 3, 4, 3), t(3, 1, 2, 2), t(1))),
 }

@@ -285,6 +285,25 @@ def test_compiled_step_through_the_kernels(norm, seed, device):
     assert all(torch.equal(a, b) for a, b in zip(compiled.buffers(), fast.buffers(), strict=True))
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("match", ["zero_pad", "replicate_pad"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_gradients_by_pytorchs_operators_repeat_too(dtype, match, compiled, seed):
+    """Bilinear, padded by replication, and by cuDNN: of which PyTorch's own would not."""
+    fast = FastUNet(1, 2, (16, 32, 64), upsample="bilinear", match=match).cuda().to(dtype)
+    x = torch.randn(4, 1, 101, 75, device="cuda", dtype=dtype)
+    step = torch.compile(loss_of, fullgraph=True) if compiled else loss_of
+    runs = []
+    for _ in range(5):
+        model = copy.deepcopy(fast)
+        with dispatch.forced("torch"):
+            step(model, x).backward()
+        runs.append(gradients(model))
+    for name, g in runs[0].items():
+        assert g is not None and all(torch.equal(g, run[name]) for run in runs[1:]), name  # pyright: ignore
+
+
 # --- what is kept for backward ---------------------------------------------------------------
 
 

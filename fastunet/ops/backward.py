@@ -10,27 +10,32 @@ The upsampled map is made again, for one layer's weight gradient at a time; read
 taps, it costs less than interpolating on the way into each of them. A concatenated map, or the
 gradient of one, is never made: each source has its own slice of the weight.
 
-First-order, and the same to the bit each time where our kernels run: no sum depends on which
-program ends first.
+First-order, and the same to the bit each time: no sum depends on which program ends first.
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import dispatch
-from .common import channels_last, empty, on_device, repeatable_cudnn, tf32
+from .common import channels_last, empty
 from .launchers import Shapes, choose
-from .upsampling import fitted, is_replicated, launched, upsample_backward
-
-if TYPE_CHECKING or dispatch.has_triton():
-    from .. import kernels
+from .steps import (
+    Gradient,
+    activation_kernel,
+    convolution_backward,
+    dgrad_kernel,
+    max_pool_kernel,
+    transpose_dgrad_kernel,
+    transpose_wgrad_kernel,
+    wgrad_kernel,
+    wgrad_of_two_kernel,
+)
+from .upsampling import fitted, launched, upsample_backward
 
 aten = torch.ops.aten
-Gradient = Tensor | None
 
 
 # --- first order only ------------------------------------------------------------------------
@@ -67,7 +72,7 @@ def _first_order(formula: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple
     return backward
 
 
-# --- the steps -------------------------------------------------------------------------------
+# --- which step runs on what -------------------------------------------------------------------------------
 
 
 def _choose(ctx: Any, op: str, maps: Shapes, weight: Tensor, mode: str = "none") -> None:
@@ -82,26 +87,12 @@ def _ours(x: Tensor, step: str) -> bool:
     return dispatch.choose(x.device, x.dtype, step).implementation == "triton"
 
 
-@torch.library.custom_op("fastunet::activation_backward", mutates_args=())
-def _activation_kernel(
-    grad: Tensor, grad_pooled: Tensor | None, y: Tensor, slope: float, bias: bool
-) -> tuple[Tensor, Tensor]:
-    with on_device(grad):
-        g, grad_bias = kernels.activation_bwd(grad, grad_pooled, y, slope=slope, bias=bias)
-    return g, grad.new_empty(0) if grad_bias is None else grad_bias
-
-
-@_activation_kernel.register_fake
-def _(grad: Tensor, grad_pooled: Tensor | None, y: Tensor, slope: float, bias: bool) -> tuple[Tensor, Tensor]:
-    return empty(y, *y.shape[1:]), grad.new_empty(y.shape[1] if bias else 0)
-
-
 def _activation_backward(
     ctx: Any, grad: Tensor, grad_pooled: Tensor | None, y: Tensor | None, bias: bool
 ) -> tuple[Tensor, Gradient]:
     """Gradient of the sums and, from our kernel, of the bias; without an activation that comes with the weight's."""
     if ctx.kernels and y is not None:
-        g, grad_bias = _activation_kernel(grad, grad_pooled, y, ctx.slope, bias)
+        g, grad_bias = activation_kernel(grad, grad_pooled, y, ctx.slope, bias)
         return g, grad_bias if bias else None
     if y is None:
         return grad, None
@@ -120,74 +111,12 @@ def _through_max_pool(grad_pooled: Tensor, y: Tensor) -> Tensor:
     return aten.max_pool2d_with_indices_backward(grad_pooled, y, [2, 2], [2, 2], [0, 0], [1, 1], False, places)
 
 
-def _convolution_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool], *, transposed: bool = False
-) -> tuple[Gradient, Gradient, Gradient]:
-    """PyTorch's gradients of input, weight and bias, those that ``mask`` asks for.
-
-    The same to the bit each time, in eager; compiled code goes by ``torch.use_deterministic_algorithms``.
-    """
-    stride, pad = (2, 0) if transposed else (1, weight.shape[-1] // 2)
-    sizes = [grad.shape[1]]
-    options = [stride, stride], [pad, pad], [1, 1], transposed, [0, 0], 1
-    with repeatable_cudnn() if grad.is_cuda else contextlib.nullcontext():
-        return aten.convolution_backward(grad, x, weight, sizes, *options, mask)
-
-
-@torch.library.custom_op("fastunet::conv_dgrad", mutates_args=())
-def _dgrad_kernel(g: Tensor, weight: Tensor) -> Tensor:
-    with on_device(g):
-        return kernels.conv_dgrad(g, weight, tf32=tf32())
-
-
-@_dgrad_kernel.register_fake
-def _(g: Tensor, weight: Tensor) -> Tensor:
-    return empty(g, weight.shape[1], *g.shape[2:])
-
-
 def _dgrad(ctx: Any, g: Tensor, weight: Tensor) -> Gradient:
     """Gradient of an input of g's size."""
     if ctx.dgrad:
-        return _dgrad_kernel(g, weight)
+        return dgrad_kernel(g, weight)
     # PyTorch asks for the input, and reads its shape and layout.
-    return _convolution_backward(g, empty(g, weight.shape[1], *g.shape[2:]), weight, (True, False, False))[0]
-
-
-@torch.library.custom_op("fastunet::conv_wgrad", mutates_args=())
-def _wgrad_kernel(g: Tensor, x: Tensor, ksize: int, bias: bool) -> tuple[Tensor, Tensor]:
-    with on_device(g):
-        return _both(*kernels.conv_wgrad(g, [x], ksize, bias=bias, tf32=tf32()))
-
-
-@_wgrad_kernel.register_fake
-def _(g: Tensor, x: Tensor, ksize: int, bias: bool) -> tuple[Tensor, Tensor]:
-    weight = empty(g.new_empty(g.shape[1], 0), x.shape[1], ksize, ksize)
-    return weight, g.new_empty(g.shape[1] if bias else 0)
-
-
-@torch.library.custom_op("fastunet::upsample_concat_wgrad", mutates_args=())
-def _wgrad_of_two_kernel(
-    g: Tensor, x: Tensor, skip: Tensor, mode: str, align_corners: bool, match: str, bias: bool
-) -> tuple[Tensor, Tensor]:
-    with on_device(g):
-        if is_replicated(x, skip, mode, match):
-            x = fitted(x, skip, mode, align_corners, match)
-        elif mode != "none":
-            x = kernels.upsample_fwd(x, *skip.shape[2:], mode=mode, align_corners=align_corners)
-        return _both(*kernels.conv_wgrad(g, [x, skip] if skip.shape[1] else [x], 3, bias=bias, tf32=tf32()))
-
-
-@_wgrad_of_two_kernel.register_fake
-def _(
-    g: Tensor, x: Tensor, skip: Tensor, mode: str, align_corners: bool, match: str, bias: bool
-) -> tuple[Tensor, Tensor]:
-    weight = empty(g.new_empty(g.shape[1], 0), x.shape[1] + skip.shape[1], 3, 3)
-    return weight, g.new_empty(g.shape[1] if bias else 0)
-
-
-def _both(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """For an operator, which gives tensors alone: of no elements where no bias gradient is wanted."""
-    return weight, weight.new_empty(0) if bias is None else bias
+    return convolution_backward(g, empty(g, weight.shape[1], *g.shape[2:]), weight, (True, False, False))[0]
 
 
 def _wgrad_torch(
@@ -197,7 +126,7 @@ def _wgrad_torch(
     parts = weight.split([x.shape[1] for x in sources], 1)
     found = []
     for i, (x, part) in enumerate(zip(sources, parts, strict=True)):
-        found.append(_convolution_backward(g, x, part, (False, need_weight, need_bias and i == 0)))
+        found.append(convolution_backward(g, x, part, (False, need_weight, need_bias and i == 0)))
         if not need_weight:
             break
     if len(found) == 1:
@@ -228,11 +157,11 @@ def _conv_gradients(ctx: Any, grad: Tensor, grad_pooled: Tensor | None) -> tuple
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
     g, grad_bias = _activation_backward(ctx, grad, grad_pooled, y, need_bias)
     if not ctx.kernels:  # in one call, which lays g out once
-        return *_convolution_backward(g, x, weight, (need_x, need_weight, need_bias)), None
+        return *convolution_backward(g, x, weight, (need_x, need_weight, need_bias)), None
     need_bias &= grad_bias is None
     grad_weight = None
     if need_weight and ctx.wgrad:
-        grad_weight, with_it = _wgrad_kernel(g, x, weight.shape[-1], need_bias)
+        grad_weight, with_it = wgrad_kernel(g, x, weight.shape[-1], need_bias)
         grad_bias = with_it if need_bias else grad_bias
     elif need_weight or need_bias:
         grad_weight, grad_bias_torch = _wgrad_torch(g, [x], weight, need_weight, need_bias)
@@ -253,18 +182,6 @@ def conv2d_relu_pool(ctx: Any, grad: Tensor, grad_pooled: Tensor) -> tuple[Any, 
 # --- max_pool2x2 -----------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fastunet::max_pool2x2_backward", mutates_args=())
-def _max_pool_kernel(grad_pooled: Tensor, x: Tensor) -> Tensor:
-    with on_device(x):
-        nothing_else = x.new_zeros(()).expand(x.shape)
-        return kernels.activation_bwd(nothing_else, grad_pooled, x, slope=1.0, bias=False)[0]
-
-
-@_max_pool_kernel.register_fake
-def _(grad_pooled: Tensor, x: Tensor) -> Tensor:
-    return empty(x, *x.shape[1:])
-
-
 def save_max_pool(ctx: Any, inputs: Any, output: Any) -> None:
     (x,) = inputs
     ctx.save_for_backward(x)  # kept by whoever made it anyway; the places would be 8 bytes each
@@ -274,7 +191,7 @@ def save_max_pool(ctx: Any, inputs: Any, output: Any) -> None:
 @_first_order
 def max_pool2x2(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     (x,) = ctx.saved_tensors
-    return ((_max_pool_kernel if ctx.kernel else _through_max_pool)(grad, x),)
+    return ((max_pool_kernel if ctx.kernel else _through_max_pool)(grad, x),)
 
 
 # --- upsample_concat -------------------------------------------------------------------------
@@ -315,10 +232,10 @@ def upsample_concat_conv2d_relu(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_weight = grad_x = grad_skip = None
     if not ctx.kernels:
         wanted = need_x, need_weight, need_bias
-        grad_upsampled, grad_weight, grad_bias = _convolution_backward(g, fitted(x, skip, *how), weight[:, :c1], wanted)
+        grad_upsampled, grad_weight, grad_bias = convolution_backward(g, fitted(x, skip, *how), weight[:, :c1], wanted)
         if c2:
             wanted = need_skip, need_weight, False
-            grad_skip, second, _ = _convolution_backward(g, channels_last(skip), weight[:, c1:], wanted)
+            grad_skip, second, _ = convolution_backward(g, channels_last(skip), weight[:, c1:], wanted)
             if grad_weight is not None and second is not None:
                 grad_weight = torch.cat([grad_weight, second], 1)
         if grad_upsampled is not None:
@@ -327,7 +244,7 @@ def upsample_concat_conv2d_relu(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     need_bias &= grad_bias is None
     # The weight's first, so that the upsampled map is gone before the gradient of it comes.
     if need_weight and ctx.wgrad:
-        grad_weight, with_it = _wgrad_of_two_kernel(g, x, skip, *how, need_bias)
+        grad_weight, with_it = wgrad_of_two_kernel(g, x, skip, *how, need_bias)
         grad_bias = with_it if need_bias else grad_bias
     elif need_weight or need_bias:
         sources = [fitted(x, skip, *how), skip] if c2 else [fitted(x, skip, *how)]
@@ -346,29 +263,6 @@ def upsample_concat_conv2d_relu(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 # --- conv_transpose2x2 -----------------------------------------------------------------------
 
 
-@torch.library.custom_op("fastunet::conv_transpose2x2_dgrad", mutates_args=())
-def _transpose_dgrad_kernel(grad: Tensor, weight: Tensor) -> Tensor:
-    with on_device(grad):
-        return kernels.conv_transpose2x2_dgrad(grad, weight, tf32=tf32())
-
-
-@_transpose_dgrad_kernel.register_fake
-def _(grad: Tensor, weight: Tensor) -> Tensor:
-    return empty(grad, weight.shape[0], grad.shape[2] // 2, grad.shape[3] // 2)
-
-
-@torch.library.custom_op("fastunet::conv_transpose2x2_wgrad", mutates_args=())
-def _transpose_wgrad_kernel(grad: Tensor, x: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
-    with on_device(grad):
-        weight, grad_bias = kernels.conv_transpose2x2_wgrad(grad, x, bias=bias, tf32=tf32())
-    return _both(weight.contiguous(), grad_bias)
-
-
-@_transpose_wgrad_kernel.register_fake
-def _(grad: Tensor, x: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
-    return grad.new_empty(x.shape[1], grad.shape[1], 2, 2), grad.new_empty(grad.shape[1] if bias else 0)
-
-
 def save_transpose(ctx: Any, inputs: Any, output: Any) -> None:
     x, weight, _ = inputs
     ctx.save_for_backward(x, weight)
@@ -381,12 +275,12 @@ def conv_transpose2x2(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
     found: list[Gradient] = [None, None, None]
     if ctx.dgrad and need_x:
-        found[0], need_x = _transpose_dgrad_kernel(grad, weight), False
+        found[0], need_x = transpose_dgrad_kernel(grad, weight), False
     if ctx.wgrad and need_weight:
-        found[1], with_it = _transpose_wgrad_kernel(grad, x, need_bias)
+        found[1], with_it = transpose_wgrad_kernel(grad, x, need_bias)
         found[2] = with_it if need_bias else None
         need_weight = need_bias = False
     if need_x or need_weight or need_bias:
-        rest = _convolution_backward(grad, x, weight, (need_x, need_weight, need_bias), transposed=True)
+        rest = convolution_backward(grad, x, weight, (need_x, need_weight, need_bias), transposed=True)
         found = [ours if theirs is None else theirs for ours, theirs in zip(found, rest, strict=True)]
     return tuple(found)

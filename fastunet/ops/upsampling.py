@@ -53,6 +53,8 @@ def upsample_backward(
     if kernel:
         with on_device(grad):
             return kernels.upsample_bwd(grad, height, width, mode=mode, align_corners=align_corners)
+    if mode == "bilinear" and grad.is_cuda:
+        return result(bilinear_backward(grad, align_corners))
     if mode == "bilinear":
         return result(aten.upsample_bilinear2d_backward(grad, size, [n, c, height, width], align_corners, 2.0, 2.0))
     return result(aten.upsample_nearest2d_backward(grad, size, [n, c, height, width], 2.0, 2.0))
@@ -61,6 +63,18 @@ def upsample_backward(
 @upsample_backward.register_fake
 def _(grad: Tensor, height: int, width: int, mode: str, align_corners: bool, match: str, kernel: bool) -> Tensor:
     return empty(grad, grad.shape[1], height, width)
+
+
+def bilinear_backward(grad: Tensor, align_corners: bool) -> Tensor:
+    """Gradient of a map from that of its upsampled form, as two matrix products: torch's on CUDA adds by atomics."""
+    wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+
+    def weights(doubled: int) -> Tensor:
+        """(pixels of the map, pixels of its upsampled form)"""
+        eye = torch.eye(doubled // 2, dtype=wide.dtype, device=wide.device)[None]
+        return F.interpolate(eye, scale_factor=2, mode="linear", align_corners=align_corners)[0]
+
+    return (weights(grad.shape[2]) @ wide @ weights(grad.shape[3]).t()).to(grad.dtype)
 
 
 def _unpadded(grad: Tensor, size: tuple[int, int], match: str) -> Tensor:

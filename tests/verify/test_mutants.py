@@ -206,7 +206,7 @@ def test_a_faulty_kernel_is_caught_where_it_is(launcher, fault: Callable, first,
 
 def scaled(which: int, channels: int) -> Callable:
     """The backward of a convolution of so many input channels, one gradient of it a hundredth too large."""
-    right = backward._convolution_backward
+    right = backward.convolution_backward
 
     def wrong(grad, x, weight, *others):
         found: list[Any] = list(right(grad, x, weight, *others))
@@ -229,9 +229,9 @@ def mask_of_negative(ctx, grad, grad_pooled, y, bias):
     "function, fault, first",
     [
         # The only convolution of 2 channels in is the first of all; the last of 8 reads the decoder's first source.
-        ("_convolution_backward", scaled(1, 2), "downs.0.conv.net.0.weight"),
-        ("_convolution_backward", scaled(0, 2), "input"),
-        ("_convolution_backward", scaled(1, 8), "ups.0.conv.net.0.weight"),
+        ("convolution_backward", scaled(1, 2), "downs.0.conv.net.0.weight"),
+        ("convolution_backward", scaled(0, 2), "input"),
+        ("convolution_backward", scaled(1, 8), "ups.0.conv.net.0.weight"),
         ("_activation_backward", mask_forgotten, "ups.1.conv.net.2.bias"),
         ("_activation_backward", mask_of_negative, "ups.1.conv.net.2.bias"),
     ],
@@ -248,26 +248,26 @@ def test_a_faulty_gradient_is_caught_where_it_is_found(function, fault, first, x
 
 def test_a_gradient_that_does_not_repeat_is_caught(x, monkeypatch):
     model, plain = pair()
-    right, calls = backward._convolution_backward, []
+    right, calls = backward.convolution_backward, []
 
     def other_each_time(*args):
         calls.append(0)
         return tuple(None if g is None else g * (1 + 1e-6 * len(calls)) for g in right(*args))
 
-    monkeypatch.setattr(backward, "_convolution_backward", other_each_time)
+    monkeypatch.setattr(backward, "convolution_backward", other_each_time)
     report = fastunet.verify(model, plain, x)
     assert "gradients, second run" in {check.name for check in report.checks if not check.ok}, str(report)
 
 
 def test_a_missing_gradient_is_caught(x, monkeypatch):
     model, plain = pair()
-    right = backward._convolution_backward
+    right = backward.convolution_backward
 
     def forgetful(grad, x, weight, *others):
         found = right(grad, x, weight, *others)
         return (found[0], None, None) if weight.shape[-1] == 1 else found  # the head's
 
-    monkeypatch.setattr(backward, "_convolution_backward", forgetful)
+    monkeypatch.setattr(backward, "convolution_backward", forgetful)
     report = fastunet.verify(model, plain, x, deterministic=False)
     assert report.first_failure is not None
     assert report.first_failure.name == "head.bias", str(report)

@@ -1,0 +1,155 @@
+"""The steps of a backward pass, each an operator of its own: traced as one, and the same to the bit each time.
+
+Of several results that need not be wanted, those that are not are of no elements: operators give tensors alone.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from .common import channels_last, empty, on_device, repeatable_cudnn, tf32
+from .upsampling import fitted, is_replicated
+
+if TYPE_CHECKING or dispatch.has_triton():
+    from .. import kernels
+
+aten = torch.ops.aten
+Gradient = Tensor | None
+
+
+@torch.library.custom_op("fastunet::activation_backward", mutates_args=())
+def activation_kernel(
+    grad: Tensor, grad_pooled: Tensor | None, y: Tensor, slope: float, bias: bool
+) -> tuple[Tensor, Tensor]:
+    with on_device(grad):
+        g, grad_bias = kernels.activation_bwd(grad, grad_pooled, y, slope=slope, bias=bias)
+    return g, grad.new_empty(0) if grad_bias is None else grad_bias
+
+
+@activation_kernel.register_fake
+def _(grad: Tensor, grad_pooled: Tensor | None, y: Tensor, slope: float, bias: bool) -> tuple[Tensor, Tensor]:
+    return empty(y, *y.shape[1:]), grad.new_empty(y.shape[1] if bias else 0)
+
+
+@torch.library.custom_op("fastunet::max_pool2x2_backward", mutates_args=())
+def max_pool_kernel(grad_pooled: Tensor, x: Tensor) -> Tensor:
+    with on_device(x):
+        nothing_else = x.new_zeros(()).expand(x.shape)
+        return kernels.activation_bwd(nothing_else, grad_pooled, x, slope=1.0, bias=False)[0]
+
+
+@max_pool_kernel.register_fake
+def _(grad_pooled: Tensor, x: Tensor) -> Tensor:
+    return empty(x, *x.shape[1:])
+
+
+def convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool], *, transposed: bool = False
+) -> tuple[Gradient, Gradient, Gradient]:
+    """PyTorch's gradients of input, weight and bias, those that ``mask`` asks for."""
+    if not grad.is_cuda:
+        return _convolution_backward(grad, x, weight, mask, transposed)
+    found = _cudnn_backward(grad, x, weight, list(mask), transposed)
+    x_grad, weight_grad, bias_grad = (g if wanted else None for g, wanted in zip(found, mask, strict=True))
+    return x_grad, weight_grad, bias_grad
+
+
+def _convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool] | list[bool], transposed: bool
+) -> tuple[Gradient, Gradient, Gradient]:
+    stride, pad = (2, 0) if transposed else (1, weight.shape[-1] // 2)
+    options = [stride, stride], [pad, pad], [1, 1], transposed, [0, 0], 1
+    return aten.convolution_backward(grad, x, weight, [grad.shape[1]], *options, mask)
+
+
+# Compiled code, which takes no operator of ours apart, would lose what is set around the call.
+@torch.library.custom_op("fastunet::cudnn_backward", mutates_args=())
+def _cudnn_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool], transposed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    with repeatable_cudnn():
+        found = _convolution_backward(grad, x, weight, mask, transposed)
+    grad_x, grad_weight, grad_bias = (grad.new_empty(0) if g is None else g for g in found)
+    if mask[0]:
+        grad_x = channels_last(grad_x)
+    return grad_x, channels_last(grad_weight) if mask[1] else grad_weight, grad_bias
+
+
+@_cudnn_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool], transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    wanted = (t if asked else t.new_empty(0) for t, asked in zip((x, weight), mask[:2], strict=True))
+    grad_x, grad_weight = (empty(t, *t.shape[1:]) if t.dim() == 4 else t for t in wanted)
+    return grad_x, grad_weight, grad.new_empty(grad.shape[1] if mask[2] else 0)
+
+
+@torch.library.custom_op("fastunet::conv_dgrad", mutates_args=())
+def dgrad_kernel(g: Tensor, weight: Tensor) -> Tensor:
+    with on_device(g):
+        return kernels.conv_dgrad(g, weight, tf32=tf32())
+
+
+@dgrad_kernel.register_fake
+def _(g: Tensor, weight: Tensor) -> Tensor:
+    return empty(g, weight.shape[1], *g.shape[2:])
+
+
+@torch.library.custom_op("fastunet::conv_wgrad", mutates_args=())
+def wgrad_kernel(g: Tensor, x: Tensor, ksize: int, bias: bool) -> tuple[Tensor, Tensor]:
+    with on_device(g):
+        return _both(*kernels.conv_wgrad(g, [x], ksize, bias=bias, tf32=tf32()))
+
+
+@wgrad_kernel.register_fake
+def _(g: Tensor, x: Tensor, ksize: int, bias: bool) -> tuple[Tensor, Tensor]:
+    weight = empty(g.new_empty(g.shape[1], 0), x.shape[1], ksize, ksize)
+    return weight, g.new_empty(g.shape[1] if bias else 0)
+
+
+@torch.library.custom_op("fastunet::upsample_concat_wgrad", mutates_args=())
+def wgrad_of_two_kernel(
+    g: Tensor, x: Tensor, skip: Tensor, mode: str, align_corners: bool, match: str, bias: bool
+) -> tuple[Tensor, Tensor]:
+    with on_device(g):
+        if is_replicated(x, skip, mode, match):
+            x = fitted(x, skip, mode, align_corners, match)
+        elif mode != "none":
+            x = kernels.upsample_fwd(x, *skip.shape[2:], mode=mode, align_corners=align_corners)
+        return _both(*kernels.conv_wgrad(g, [x, skip] if skip.shape[1] else [x], 3, bias=bias, tf32=tf32()))
+
+
+@wgrad_of_two_kernel.register_fake
+def _(
+    g: Tensor, x: Tensor, skip: Tensor, mode: str, align_corners: bool, match: str, bias: bool
+) -> tuple[Tensor, Tensor]:
+    weight = empty(g.new_empty(g.shape[1], 0), x.shape[1] + skip.shape[1], 3, 3)
+    return weight, g.new_empty(g.shape[1] if bias else 0)
+
+
+def _both(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """For an operator, which gives tensors alone: of no elements where no bias gradient is wanted."""
+    return weight, weight.new_empty(0) if bias is None else bias
+
+
+@torch.library.custom_op("fastunet::conv_transpose2x2_dgrad", mutates_args=())
+def transpose_dgrad_kernel(grad: Tensor, weight: Tensor) -> Tensor:
+    with on_device(grad):
+        return kernels.conv_transpose2x2_dgrad(grad, weight, tf32=tf32())
+
+
+@transpose_dgrad_kernel.register_fake
+def _(grad: Tensor, weight: Tensor) -> Tensor:
+    return empty(grad, weight.shape[0], grad.shape[2] // 2, grad.shape[3] // 2)
+
+
+@torch.library.custom_op("fastunet::conv_transpose2x2_wgrad", mutates_args=())
+def transpose_wgrad_kernel(grad: Tensor, x: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    with on_device(grad):
+        weight, grad_bias = kernels.conv_transpose2x2_wgrad(grad, x, bias=bias, tf32=tf32())
+    return _both(weight.contiguous(), grad_bias)
+
+
+@transpose_wgrad_kernel.register_fake
+def _(grad: Tensor, x: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    return grad.new_empty(x.shape[1], grad.shape[1], 2, 2), grad.new_empty(grad.shape[1] if bias else 0)
