@@ -25,6 +25,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,12 @@ def launches(dtype: torch.dtype, tf32: bool) -> Iterator[Callable[[], Any]]:
     yield lambda: kernels.conv_pool_fwd(t(2, 24, 64, 64), t(160, 24, 3, 3), t(160), slope=0.0, tf32=tf32)
     yield lambda: kernels.conv_wgrad(t(2, 24, 63, 65), [t(2, 3, 63, 65)], 3, bias=False, tf32=tf32)
     yield lambda: kernels.conv_wgrad(t(2, 24, 63, 65), [t(2, 20, 62, 64), t(2, 24, 63, 65)], 3, bias=False, tf32=tf32)
-    if tf32:  # it computes in float32 in either case
+    if tf32:  # these compute in float32 in either case
+        for c, slope in ((64, 0.0), (64, 0.01), (3, 1.0)):
+            x, one, act = t(2, c, 62, 65), torch.empty(c, device="meta"), {"slope": slope}
+            pooled = t(2, c, 31, 32) if c == 64 else None
+            yield partial(kernels.batch_norm_fwd, x, one, one, eps=1e-5, pool=pooled is not None, **act)
+            yield partial(kernels.batch_norm_bwd, x, pooled, x, x, one, one, one, **act)
         yield lambda: kernels.upsample_bwd(t(1, 24, 63, 65), 31, 32, mode="nearest", align_corners=False)
         for mode, corners in (("nearest", False), ("bilinear", False), ("bilinear", True)):
             yield lambda mode=mode, corners=corners: kernels.upsample_concat_fwd(

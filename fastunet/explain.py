@@ -11,7 +11,7 @@ import torch
 
 from . import dispatch, ops
 from .config import UNetConfig
-from .model import FastUNet
+from .model import FastUNet, as_built
 from .trace import Layer, Shape, describe_bytes, describe_flops, totals, trace
 
 
@@ -142,12 +142,17 @@ def explain(
     if not isinstance(model, FastUNet):
         raise ValueError(f"model: expected a FastUNet, got {type(model).__name__}")
     parameter = next(model.parameters())
-    return explain_config(
+    found = explain_config(
         model.config,
         input_size,
         parameter.device if device is None else torch.device(device),
         parameter.dtype if dtype is None else dtype,
     )
+    if as_built(model):
+        return found
+    plain = "cudnn" if found.device.type == "cuda" else "reference"
+    choice = dispatch.Choice(plain, "a layer of the model was replaced; the reference network runs as it is")
+    return dataclasses.replace(found, rows=tuple(dataclasses.replace(row, choice=choice) for row in found.rows))
 
 
 def explain_config(

@@ -130,6 +130,8 @@ class FastUNet(UNet):
         return self._graphs(self._forward, x, sources) if _cacheable(sources) else self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
+        if not as_built(self):
+            return super().forward(x).contiguous(memory_format=torch.channels_last)
         if _plain_torch(x) and (self.config.padding == "valid" or self._is_left_to_plain_torch(x)):
             # Without padding no operator serves, and the crops and copies between layers eat what channels_last gives.
             return super().forward(x).contiguous(memory_format=torch.channels_last)
@@ -167,7 +169,8 @@ class FastUNet(UNet):
         for unit in first:
             x = self._unit(*unit, x)
         halves = isinstance(pool, nn.MaxPool2d) and pool.kernel_size == (2, 2)
-        if halves and _served(conv) and (norm is None or self._folds(conv, norm)):
+        operator = _served(conv) if norm is None or self._folds(conv, norm) else _takes_batch_statistics(norm)
+        if halves and operator:
             return self._unit(conv, norm, x, pool=True)
         x = self._unit(conv, norm, x)
         if halves:
@@ -177,23 +180,28 @@ class FastUNet(UNet):
     def _folds(self, conv: nn.Module, norm: nn.Module) -> bool:
         return self.config.order == "conv_norm_act" and _foldable(conv, norm)
 
-    def _unit(self, conv: Any, norm: Any, x: Tensor, skip: Tensor | None = None, **options: Any) -> Any:
+    def _unit(
+        self, conv: Any, norm: Any, x: Tensor, skip: Tensor | None = None, pool: bool = False, **options: Any
+    ) -> Any:
         """Convolution, norm and activation, of ``x`` or of ``x`` and its skip; what one operator can do, by one."""
         slope, norm_first = self.config.slope, self.config.order == "conv_norm_act"
         folded = norm if norm is not None and self._folds(conv, norm) else None
         apart = norm is not None and folded is None
-        act = {"relu": not (apart and norm_first), "negative_slope": slope}
+        act: Any = {"relu": not (apart and norm_first), "negative_slope": slope}
         if not _served(conv):
             y = _convolution(conv, _joined(x, skip, self.config.concat), *self._weights(conv, folded))
             y = activate_(y, slope) if act["relu"] else y
         elif skip is None:
+            options["pool"] = pool and not apart
             y = ops.conv2d_relu(x, *self._weights(conv, folded), **act, **options)
         else:
             # The operator concatenates the upsampled map first; to it, the other order is a matter of weights.
             roll = x.shape[1] if self.config.concat == "skip_first" and skip.shape[1] else 0
             weights = self._weights(conv, folded, roll)
             y = ops.upsample_concat_conv2d_relu(x, skip, *weights, **act, **options)
-        if norm is not None and apart:
+        if apart and _takes_batch_statistics(norm):
+            return _batch_normed(norm, y, {"relu": norm_first, "negative_slope": slope}, pool)
+        if apart:
             y = _normed(norm, y)
             y = activate_(y, slope) if norm_first else y
         return y
@@ -248,6 +256,27 @@ class FastUNet(UNet):
         return found.weights[dtype]
 
 
+_LAYERS = (
+    nn.Conv2d,
+    nn.ConvTranspose2d,
+    nn.BatchNorm2d,
+    nn.InstanceNorm2d,
+    nn.ReLU,
+    nn.LeakyReLU,
+    nn.MaxPool2d,
+    nn.Upsample,
+    nn.Identity,
+)
+
+
+def as_built(module: nn.Module) -> bool:
+    """Whether every layer is one that the operators know: a SyncBatchNorm that took a norm's place is not."""
+    for layer in module._modules.values():
+        if layer is not None and not isinstance(layer, _LAYERS) and not (layer._modules and as_built(layer)):
+            return False
+    return True
+
+
 def _units(layers: Iterable[nn.Module]) -> list[tuple[Any, Any]]:
     """(3x3 convolution, norm or None) of each in a block's layers."""
     found: list[tuple[Any, Any]] = []
@@ -268,6 +297,22 @@ def _joined(x: Tensor, skip: Tensor | None, concat: str) -> Tensor:
     if skip is not None:
         x = torch.cat([x, skip] if concat == "upsampled_first" else [skip, x], dim=1)
     return x
+
+
+def _takes_batch_statistics(norm: Any) -> bool:
+    return isinstance(norm, nn.BatchNorm2d) and (norm.training or norm.running_mean is None)
+
+
+def _batch_normed(norm: Any, x: Tensor, act: Any, pool: bool) -> Any:
+    """``norm(x)``, activated and pooled, by the batch's statistics, which its running ones follow."""
+    y, pooled, mean, variance = ops.batch_norm_relu(x, norm.weight, norm.bias, eps=norm.eps, **act, pool=pool)
+    if norm.training and norm.running_mean is not None and x.numel():
+        with torch.no_grad():
+            norm.num_batches_tracked.add_(1)
+            share = 1 / norm.num_batches_tracked.float() if norm.momentum is None else norm.momentum
+            for running, now in ((norm.running_mean, mean), (norm.running_var, variance)):
+                running.lerp_(now.to(running.dtype), share)
+    return (y, pooled) if pool else y
 
 
 def _normed(norm: Any, x: Tensor) -> Tensor:

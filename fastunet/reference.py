@@ -101,6 +101,11 @@ def upsample_concat_conv2d_relu(
     return conv2d_relu(upsample_concat(x, skip, mode, align_corners), weight, bias, slope)
 
 
+def batch_norm_relu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float) -> Tensor:
+    """Batch norm with the statistics of x (N, C, H, W) itself, then the activation."""
+    return activate_(F.batch_norm(x, None, None, weight, bias, True, 0.0, eps), slope)
+
+
 def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """2x2 stride-2 transposed convolution. x (N, C, H, W), weight (C, O, 2, 2) -> (N, O, 2H, 2W)."""
     return F.conv_transpose2d(x, weight, bias, stride=2)

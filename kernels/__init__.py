@@ -6,6 +6,7 @@ computes an operator; ``_bwd``, ``_dgrad`` (of the input) and ``_wgrad`` (of the
 
 from . import hopper
 from .activation_bwd import activation_bwd
+from .batch_norm import batch_norm_bwd, batch_norm_fwd
 from .commuted import upconcat_conv3x3_commuted_fwd
 from .conv3x3 import conv_fwd, conv_pool_fwd
 from .conv_bwd import conv_dgrad, conv_transpose2x2_dgrad, conv_transpose2x2_wgrad, conv_wgrad
@@ -18,6 +19,8 @@ from .upsample_concat import upsample_concat_fwd, upsample_fwd
 __all__ = [
     "STEM_CHANNELS",
     "activation_bwd",
+    "batch_norm_bwd",
+    "batch_norm_fwd",
     "conv_dgrad",
     "conv_fwd",
     "conv_pool_fwd",

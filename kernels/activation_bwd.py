@@ -1,7 +1,9 @@
 """From the gradient of a convolution's outputs to that of its sums: pool, activation, bias in one pass.
 
+The same for a batch norm's outputs, with the two sums that its own gradient wants (batch_norm.py).
+
     g[n, o, h, w] = act'(y[n, o, h, w]) (grad[n, o, h, w] + grad_pooled[n, o, h // 2, w // 2] [(h, w) is its maximum])
-    grad_bias[o]  = sum over n, h, w of g
+    grad_bias[o]  = sum over n, h, w of g;  behind a norm also the sum of g (x - mean) rstd
 
 ``y`` is the saved output: its sign is that of the sum before a ReLU, and the place of each maximum
 is found in it again by torch's rule (the first of equal values in reading order, the last NaN if
@@ -28,10 +30,10 @@ from .tuning import PointwiseConfig, cell_config, slabs
 
 @triton.jit
 def _activation_bwd_kernel(
-    grad_ptr, grad_pooled_ptr, y_ptr, g_ptr, sums_ptr,
+    grad_ptr, grad_pooled_ptr, y_ptr, x_ptr, mean_ptr, rstd_ptr, g_ptr, sums_ptr,
     N, H, W, O, steps,
     stride_gn, stride_gc, stride_gh, stride_gw, stride_pn, stride_pc, stride_ph, stride_pw,
-    SLOPE: tl.constexpr, POOL: tl.constexpr, BIAS: tl.constexpr,
+    SLOPE: tl.constexpr, POOL: tl.constexpr, SUMS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(O, BLOCK_C)
@@ -40,6 +42,10 @@ def _activation_bwd_kernel(
     cells_h, cells_w = tl.cdiv(H, 2), tl.cdiv(W, 2)
     channels = c.to(tl.int64)[None, :]
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    if SUMS == 2:
+        products = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+        mean = tl.load(mean_ptr + c, mask=c < O, other=0.0)[None, :]
+        rstd = tl.load(rstd_ptr + c, mask=c < O, other=0.0)[None, :]
     for step in range(0, steps):
         cell = (slab.to(tl.int64) * steps + step) * BLOCK_P + tl.arange(0, BLOCK_P)
         n = cell // cells_w // cells_h
@@ -73,8 +79,12 @@ def _activation_bwd_kernel(
                 g = tl.where(y <= 0, 0.0, g) if SLOPE == 0.0 else tl.where(y > 0, g, g * SLOPE)
             tl.store(g_ptr + pixel, g.to(g_ptr.dtype.element_ty), mask=mask)
             total += g
-    if BIAS:
-        tl.store(sums_ptr + slab.to(tl.int64) * O + c, tl.sum(total, 0), mask=c < O)
+            if SUMS == 2:
+                products += g * ((tl.load(x_ptr + pixel, mask=mask, other=0.0).to(tl.float32) - mean) * rstd)
+    if SUMS > 0:
+        tl.store(sums_ptr + slab.to(tl.int64) * SUMS * O + c, tl.sum(total, 0), mask=c < O)
+    if SUMS == 2:
+        tl.store(sums_ptr + (slab.to(tl.int64) * SUMS + 1) * O + c, tl.sum(products, 0), mask=c < O)
 
 
 @without_graph
@@ -97,20 +107,49 @@ def activation_bwd(
     Returns:
         g (N, O, H, W), channels_last; grad_bias (O,) or None.
     """
+    g, sums = _launch(grad, grad_pooled, y, None, slope, 1 if bias else 0, config)
+    return g, None if sums is None else reduce_slabs(sums, y.dtype)
+
+
+@without_graph
+def activation_norm_bwd(
+    grad: Tensor, grad_pooled: Tensor | None, y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *, slope: float
+) -> tuple[Tensor, Tensor]:
+    """As :func:`activation_bwd`, behind a batch norm of ``x``, channels_last, with those statistics.
+
+    Returns:
+        g; (2, C) float32, the sums of g and of g (x - mean) rstd.
+    """
+    g, sums = _launch(grad, grad_pooled, y, (x, mean, rstd), slope, 2, None)
+    assert sums is not None
+    return g, reduce_slabs(sums, torch.float32).view(2, -1)
+
+
+def _launch(
+    grad: Tensor,
+    grad_pooled: Tensor | None,
+    y: Tensor,
+    normed: tuple[Tensor, Tensor, Tensor] | None,
+    slope: float,
+    wanted: int,
+    config: PointwiseConfig | None,
+) -> tuple[Tensor, Tensor | None]:
+    """g, and of each slab so many sums, (slabs, wanted * O)."""
     n, o, h, w = y.shape
     g = empty_channels_last(y, o, h, w)
-    if y.numel() == 0:
-        return g, y.new_zeros(o) if bias else None
     y = y.contiguous(memory_format=torch.channels_last)
     config = config or cell_config(o)
     cells = n * triton.cdiv(h, 2) * triton.cdiv(w, 2)
     blocks = triton.cdiv(o, config.block_c)
+    if y.numel() == 0:
+        return g, y.new_zeros((1, wanted * o), dtype=torch.float32) if wanted else None
     count, steps = slabs(triton.cdiv(cells, config.block_p), blocks)
-    sums = torch.empty((count, o), dtype=torch.float32, device=y.device) if bias else None
+    sums = torch.empty((count, wanted * o), dtype=torch.float32, device=y.device) if wanted else None
+    x, mean, rstd = normed or (None, None, None)
     _activation_bwd_kernel[(count * blocks,)](
-        grad, grad_pooled, y, g, sums, n, h, w, o, steps,
+        grad, grad_pooled, y, x, mean, rstd, g, sums, n, h, w, o, steps,
         *grad.stride(), *(grad if grad_pooled is None else grad_pooled).stride(),
-        SLOPE=slope, POOL=grad_pooled is not None, BIAS=bias,
+        SLOPE=slope, POOL=grad_pooled is not None, SUMS=wanted,
         BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.num_warps,
     )  # fmt: skip
-    return g, None if sums is None else reduce_slabs(sums, y.dtype)
+    return g, sums

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastunet import FastUNet, dispatch
+from fastunet import FastUNet, dispatch, explain
 from fastunet.parity import compare
 from fastunet.reference import UNet
 
@@ -308,3 +308,31 @@ def test_empty_batch():
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"x: expected shape \(N, 2, H, W\)"):
         FastUNet(2, 3, FEATURES)(torch.zeros(1, 1, 12, 12))
+
+
+def with_group_norms(network: UNet) -> UNet:
+    for block in (*network.downs, *network.ups):
+        norm = block.conv.net[1]  # pyright: ignore
+        block.conv.net[1] = nn.GroupNorm(1, norm.num_features)  # pyright: ignore
+    return network
+
+
+def with_another_activation(network: UNet) -> UNet:
+    network.bottleneck.net[2] = nn.ELU()  # pyright: ignore
+    return network
+
+
+@pytest.mark.parametrize("change", [nn.SyncBatchNorm.convert_sync_batchnorm, with_group_norms, with_another_activation])
+def test_a_replaced_layer_is_not_passed_by(change, seed):
+    """Whoever puts another module in place of one gets what it computes, and its gradients."""
+    reference, fast = (change(network).double().eval() for network in pair(norm="batch"))
+    x = torch.randn(2, 2, 24, 24, dtype=torch.float64)
+    ours, theirs = fast(x), reference(x)
+    assert_close(ours, theirs)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    for a, b in zip(fast.parameters(), reference.parameters(), strict=True):
+        assert_close(a.grad, b.grad)
+    reasons = {row.choice.reason for row in explain(fast, x.shape).rows}
+    assert reasons == {"a layer of the model was replaced; the reference network runs as it is"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastunet import dispatch, ops, reference
@@ -43,6 +43,16 @@ CASES = {
     "max_pool2x2": (
         ops.max_pool2x2,
         lambda x: F.max_pool2d(x, 2),
+        [(2, 3, 5, 6)],
+    ),
+    "batch_norm_relu": (
+        lambda x, w, b: ops.batch_norm_relu(x, w, b, negative_slope=0.1)[0],
+        lambda x, w, b: F.leaky_relu(F.batch_norm(x, None, None, w, b, True), 0.1),
+        [(2, 3, 5, 6), (3,), (3,)],
+    ),
+    "batch_norm_pool": (
+        lambda x: ops.batch_norm_relu(x, relu=False, pool=True)[:2],
+        lambda x: (y := F.batch_norm(x, None, None, None, None, True), F.max_pool2d(y, 2)),
         [(2, 3, 5, 6)],
     ),
     "upsample_concat": (
@@ -152,7 +162,9 @@ def test_results_may_be_changed_in_place(name, seed):
     inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
     *_, y = outputs(op(*inputs))
     y.add_(1)
-    if name in ("conv2d_relu", "upsample_concat_conv2d_relu", "replicated", "replicated_alone", "no_skip"):
+    if name in {"conv2d_relu", "upsample_concat_conv2d_relu", "replicated", "replicated_alone", "no_skip"} | {
+        "batch_norm_relu"
+    }:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
     else:
@@ -306,12 +318,25 @@ def test_gradients_by_cudnn_are_asked_to_repeat_in_compiled_code_too(transposed,
     assert seen and all(seen) and not torch.backends.cudnn.deterministic
 
 
+def test_on_cuda_gradients_by_pytorch_are_those_asked_to_repeat(seed):
+    """As far as a mode that computes shapes alone can tell, on a machine without one."""
+    with FakeTensorMode() as mode:
+        shapes = (1, 6, 9, 10), (1, 2, 9, 10), (6, 2, 3, 3)
+        grad, x, weight = (FakeTensor(mode, torch.empty(s, device="meta"), torch.device("cuda:0")) for s in shapes)
+        with Names() as names:
+            found = steps.convolution_backward(grad, x, weight, (True, False, True))
+    assert [None if g is None else tuple(g.shape) for g in found] == [(1, 2, 9, 10), None, (6,)]
+    assert "fastunet::cudnn_backward" in names.seen and "aten::convolution_backward" not in names.seen
+
+
 OPS = torch.ops.fastunet
 OP_ARGUMENTS = {
     "conv2d_relu": lambda t: (OPS.conv2d_relu.default, (t(2, 3, 5, 6), t(4, 3, 3, 3), t(4), 0.1)),
     "conv2d_relu no bias": lambda t: (OPS.conv2d_relu.default, (t(2, 3, 1, 1), t(1, 3, 1, 1), None, 1.0)),
     "conv2d_relu_pool": lambda t: (OPS.conv2d_relu_pool.default, (t(2, 3, 5, 2), t(4, 3, 3, 3), t(4), 0.0)),
     "max_pool2x2": lambda t: (OPS.max_pool2x2.default, (t(2, 3, 5, 2),)),
+    "batch_norm_relu": lambda t: (OPS.batch_norm_relu.default, (t(2, 3, 5, 4), t(3), t(3), 1e-5, 0.0, True)),
+    "batch_norm_relu alone": lambda t: (OPS.batch_norm_relu.default, (t(2, 3, 5, 1), None, t(3), 1e-3, 1.0, False)),
     "upsample_concat": lambda t: (OPS.upsample_concat.default, (t(1, 3, 2, 3), t(1, 2, 5, 6), "bilinear", True)),
     "upsample_concat_conv2d_relu": lambda t: (
         OPS.upsample_concat_conv2d_relu.default,
@@ -389,6 +414,11 @@ BAD = {
         lambda: ops.conv2d_relu(*zeros((1, 3, 1, 4), W), pool=True),
         "x: expected H and W of at least 2 to pool, got",
     ),
+    "one value": (
+        lambda: ops.batch_norm_relu(*zeros((1, 3, 1, 1))),
+        r"x: expected more than one value for each channel, got \(1, 3, 1, 1\)",
+    ),
+    "gamma": (lambda: ops.batch_norm_relu(*zeros(X, (2,))), r"weight: expected shape \(3,\), got \(2,\)"),
     "max-pool": (lambda: ops.max_pool2x2(*zeros((1, 3, 1, 4))), "x: expected .*H and W of at least 2, got"),
     "mode": (
         lambda: ops.upsample_concat(*zeros(X, (1, 3, 8, 8)), mode="cubic"),

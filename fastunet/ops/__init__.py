@@ -22,6 +22,7 @@ from .common import at_once, is_watched, tf32, watched
 from .launchers import choose
 
 __all__ = [
+    "batch_norm_relu",
     "choose",
     "conv2d_relu",
     "conv_transpose2x2",
@@ -149,6 +150,40 @@ def max_pool2x2(x: Tensor) -> Tensor:
     """
     _check(x.dim() == 4 and min(x.shape[2:]) >= 2, "x", "shape (N, C, H, W), H and W of at least 2", tuple(x.shape))
     return (forward.max_pool2x2_torch if at_once(x) else forward.max_pool2x2)(x)
+
+
+def batch_norm_relu(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    relu: bool = True,
+    negative_slope: float = 0.0,
+    pool: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Batch norm with the batch's own statistics, ReLU and, on request, 2x2 max-pool: a training step's.
+
+    Args:
+        x: (N, C, H, W), any strides; float16, bfloat16, float32 (float64 through plain torch).
+        weight, bias: (C,) of any of these dtypes, gamma and beta; None for 1 and 0.
+        eps: added to the variance.
+        relu, negative_slope, pool: as in :func:`conv2d_relu`.
+
+    Returns:
+        y (N, C, H, W), channels_last; its max-pool or None; mean and unbiased variance of each channel (C,), without
+        gradients, float32 or wider. Errors as in :func:`conv2d_relu`.
+    """
+    _check(x.dim() == 4 and x.shape[1] > 0, "x", "shape (N, C, H, W), C at least 1", tuple(x.shape))
+    _check(x.shape[0] * x.shape[2] * x.shape[3] != 1, "x", "more than one value for each channel", tuple(x.shape))
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            _check(tensor.shape == x.shape[1:2], name, f"shape ({x.shape[1]},)", tuple(tensor.shape))
+            _check(tensor.device == x.device, name, f"x's device {x.device}", tensor.device)
+    _check(not pool or min(x.shape[2:]) >= 2, "x", "H and W of at least 2 to pool", tuple(x.shape))
+    op = forward.batch_norm_relu_torch if at_once(x) else forward.batch_norm_relu
+    y, pooled, mean, _, variance = op(x, weight, bias, eps, _slope(relu, negative_slope), pool)
+    return y, pooled if pool else None, mean, variance
 
 
 def upsample_concat(x: Tensor, skip: Tensor, *, mode: str = "bilinear", align_corners: bool = True) -> Tensor:

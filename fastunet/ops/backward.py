@@ -25,6 +25,8 @@ from .launchers import Shapes, choose
 from .steps import (
     Gradient,
     activation_kernel,
+    batch_norm_backward,
+    batch_norm_kernel,
     convolution_backward,
     dgrad_kernel,
     max_pool_kernel,
@@ -192,6 +194,33 @@ def save_max_pool(ctx: Any, inputs: Any, output: Any) -> None:
 def max_pool2x2(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     (x,) = ctx.saved_tensors
     return ((max_pool_kernel if ctx.kernel else _through_max_pool)(grad, x),)
+
+
+# --- batch_norm_relu -------------------------------------------------------------------------
+
+
+def save_batch_norm(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, bias, ctx.eps, ctx.slope, ctx.pool = inputs
+    y, _, *statistics = output
+    ctx.mark_non_differentiable(*statistics)
+    mean, rstd, _ = statistics
+    ctx.save_for_backward(x, y, weight, mean, rstd)  # y is kept by who reads it anyway
+    ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
+    ctx.kernels = _ours(x, "dgrad")
+
+
+@_first_order
+def batch_norm_relu(ctx: Any, grad: Tensor, grad_pooled: Tensor, *_: Any) -> tuple[Any, ...]:
+    x, y, weight, mean, rstd = ctx.saved_tensors
+    pooled = grad_pooled if ctx.pool else None
+    if ctx.kernels:
+        grad_x, sums = batch_norm_kernel(grad, pooled, x, y, weight, mean, rstd, ctx.slope)
+    else:
+        g = _activation_backward(ctx, grad, pooled, y, False)[0]
+        grad_x, sums = batch_norm_backward(g, x, weight, ctx.eps)
+    of_bias, of_weight = sums
+    grads = [None if dtype is None else s.to(dtype) for s, dtype in zip((of_weight, of_bias), ctx.dtypes, strict=True)]
+    return grad_x, *grads, None, None, None
 
 
 # --- upsample_concat -------------------------------------------------------------------------

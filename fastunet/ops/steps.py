@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from .common import channels_last, empty, on_device, repeatable_cudnn, tf32
+from .common import channels_last, empty, on_device, repeatable_cudnn, result, tf32
 from .upsampling import fitted, is_replicated
 
 if TYPE_CHECKING or dispatch.has_triton():
@@ -31,6 +31,53 @@ def activation_kernel(
 @activation_kernel.register_fake
 def _(grad: Tensor, grad_pooled: Tensor | None, y: Tensor, slope: float, bias: bool) -> tuple[Tensor, Tensor]:
     return empty(y, *y.shape[1:]), grad.new_empty(y.shape[1] if bias else 0)
+
+
+@torch.library.custom_op("fastunet::batch_norm_backward", mutates_args=())
+def batch_norm_kernel(
+    grad: Tensor,
+    grad_pooled: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    slope: float,
+) -> tuple[Tensor, Tensor]:
+    with on_device(grad):
+        return kernels.batch_norm_bwd(grad, grad_pooled, x, y, weight, mean, rstd, slope=slope)
+
+
+@batch_norm_kernel.register_fake
+def _(
+    grad: Tensor,
+    grad_pooled: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    slope: float,
+) -> tuple[Tensor, Tensor]:
+    return empty(x, *x.shape[1:]), mean.new_empty(2, mean.shape[0])
+
+
+@torch.library.custom_op("fastunet::batch_norm_backward_torch", mutates_args=())
+def batch_norm_backward(g: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """PyTorch's, in NCHW on a CPU: the gradient of x, and those of bias and weight, (2, C)."""
+    maps, g = (x, g) if x.is_cuda else (x.contiguous(), g.contiguous())
+    wide = torch.promote_types(x.dtype, torch.float32)
+    gamma = torch.ones_like(x[0, :, 0, 0], dtype=wide) if weight is None else weight.to(wide)
+    _, mean, rstd = aten.native_batch_norm(maps, gamma, torch.zeros_like(gamma), None, None, True, 0.0, eps)
+    statistics = None, None, mean, rstd, True, eps
+    grad_x, *sums = aten.native_batch_norm_backward(g, maps, gamma, *statistics, [True, True, True])
+    return result(grad_x), torch.stack(sums[::-1])
+
+
+@batch_norm_backward.register_fake
+def _(g: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return empty(x, *x.shape[1:]), x.new_empty((2, x.shape[1]), dtype=wide)
 
 
 @torch.library.custom_op("fastunet::max_pool2x2_backward", mutates_args=())

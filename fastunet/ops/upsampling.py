@@ -66,8 +66,11 @@ def _(grad: Tensor, height: int, width: int, mode: str, align_corners: bool, mat
 
 
 def bilinear_backward(grad: Tensor, align_corners: bool) -> Tensor:
-    """Gradient of a map from that of its upsampled form, as two matrix products: torch's on CUDA adds by atomics."""
-    wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    """Gradient of a map from that of its upsampled form, as two matrix products: torch's on CUDA adds by atomics.
+
+    In float64, which neither tf32 nor autocast rounds. A NaN or infinity spreads along its row and column.
+    """
+    wide = grad.double()
 
     def weights(doubled: int) -> Tensor:
         """(pixels of the map, pixels of its upsampled form)"""

@@ -190,8 +190,8 @@ def verify(
                 return {name: g for name, g in again.items() if g is not None}
 
             steady = all(_backward_runs_on(model, name, x) == "triton" for name in found)
-            if x.is_cuda and not steady and not _repeats(baseline, x, cotangent):
-                skipped.append("repeatability of gradients (some operators are PyTorch's, which do not repeat here)")
+            if x.is_cuda and not _promises_to_repeat(model, x) and not _repeats(baseline, x, cotangent):
+                skipped.append("repeatability of gradients (some layers are PyTorch's, which do not repeat here)")
             else:
                 keep(repeat("gradients, ", kept, gradients_again, x, steady=steady or not x.is_cuda))
     lacking = int((~y.isfinite()).sum())
@@ -325,11 +325,14 @@ _gradients = gradients  # verify's argument has the same name
 
 
 def _backward_runs_on(model: nn.Module, name: str, x: Tensor) -> str:
-    """Which implementation gives a gradient of a model: norms are PyTorch's, whatever the rest is."""
+    """Which implementation gives a gradient of a model; norms are PyTorch's, unless they take batch statistics."""
     if not isinstance(model, FastUNet):
         return "module"
     path = name.rpartition(".")[0]
-    if name != _INPUT and not isinstance(model.get_submodule(path), (nn.Conv2d, nn.ConvTranspose2d)):
+    module = None if name == _INPUT else model.get_submodule(path)
+    if isinstance(module, nn.BatchNorm2d) and (module.training or module.running_mean is None):
+        return dispatch.choose(x.device, x.dtype, "dgrad").implementation
+    if module is not None and not isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         return "torch"
     for layer in trace(model.config, *x.shape[-2:], batch=len(x)):
         if (name == _INPUT or layer.name == path) and not layer.unserved:
@@ -337,6 +340,15 @@ def _backward_runs_on(model: nn.Module, name: str, x: Tensor) -> str:
             sizes = layer.in_shapes, layer.weight_shape
             return ops.choose(layer.op, *sizes, x.device, x.dtype, layer.mode, step).implementation
     return "torch"
+
+
+def _promises_to_repeat(model: nn.Module, x: Tensor) -> bool:
+    """Whether operators of ours serve every layer, be they kernels or PyTorch's asked to repeat, and every norm."""
+    if not isinstance(model, FastUNet) or model.config.norm == "instance":
+        return False
+    norms = (module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    served = all(not layer.unserved for layer in trace(model.config, *x.shape[-2:], batch=len(x)))
+    return served and all(norm.training or norm.running_mean is None for norm in norms)
 
 
 def _repeats(network: nn.Module, x: Tensor, cotangent: Tensor) -> bool:

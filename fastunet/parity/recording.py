@@ -82,6 +82,9 @@ class Recorder(TorchFunctionMode):
             self.steps.append(Step((), result.detach(), None, "torch"))
         elif getattr(func, "namespace", None) == "fastunet" and func.name() == "fastunet::max_pool2x2":
             self.decisions.append(_places(args[0], 2))
+        elif getattr(func, "namespace", None) == "fastunet" and func.name() == "fastunet::batch_norm_relu":
+            *_, slope, pools = args
+            self.decisions += [result[0].detach() > 0] * (slope != 1) + [_places(result[0], 2)] * pools
         elif getattr(func, "namespace", None) == "fastunet":
             y, *pooled = (t.detach() for t in (result if isinstance(result, tuple) else (result,)))
             arguments = tuple(t.detach() if isinstance(t, Tensor) else t for t in args)

@@ -1,0 +1,214 @@
+"""Batch norm of a training step with activation and 2x2 max-pool, and its gradients.
+
+    xhat[n, c, h, w] = (x[n, c, h, w] - mean[c]) rstd[c],   rstd = 1 / sqrt(var + eps)
+    y                = act(gamma xhat + beta),   pooled = 2x2 max of y
+    grad_beta        = sum over n, h, w of g,   grad_gamma = sum of g xhat
+    grad_x           = gamma rstd (g - (grad_beta + xhat grad_gamma) / (N H W))
+
+g is the gradient before the activation, from the pass that undoes it (activation_bwd.py), which takes both sums
+too. Ioffe & Szegedy (2015, arXiv:1502.03167).
+
+Statistics: each lane keeps the mean and the squared deviations of its pixels (Welford 1962), each program merges
+its lanes' and a second launch the programs', always in the same order (Chan, Golub & LeVeque 1979); nothing
+cancels, however far the mean is from 0.
+
+Tiling: one program takes BLOCK_P pixels, or 2x2 cells of them, x BLOCK_C channels; for statistics a slab of such
+steps. Shapes: x (N, C, H, W), float16, bfloat16 or float32; gamma, beta (C,) of any of them; y and grad_x as x,
+channels_last; statistics and sums (C,) in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activation_bwd import activation_norm_bwd
+from .implicit_gemm import activate
+from .tensors import empty_channels_last, without_graph
+from .tuning import cell_config, reduce_blocks, slabs
+
+
+@triton.jit
+def _moments_kernel(x_ptr, partial_ptr, pixels, C, steps, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Of each slab: how many pixels, their mean and their squared deviations, [3, C]."""
+    blocks = tl.cdiv(C, BLOCK_C)
+    slab = (tl.program_id(0) // blocks).to(tl.int64)
+    c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    count = tl.zeros([BLOCK_P], tl.float32)
+    mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for step in range(0, steps):
+        pixel = (slab * steps + step) * BLOCK_P + tl.arange(0, BLOCK_P)
+        here = pixel < pixels
+        mask = here[:, None] & (c < C)[None, :]
+        x = tl.load(x_ptr + pixel[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        count += here.to(tl.float32)
+        apart = x - mean
+        mean += tl.where(mask, apart / tl.maximum(count, 1.0)[:, None], 0.0)
+        squares += tl.where(mask, apart * (x - mean), 0.0)
+    total = tl.sum(count, 0)
+    center = tl.sum(count[:, None] * mean, 0) / tl.maximum(total, 1.0)
+    apart = mean - center[None, :]
+    row = partial_ptr + slab * 3 * C + c
+    tl.store(row, tl.full([BLOCK_C], 0.0, tl.float32) + total, mask=c < C)
+    tl.store(row + C, center, mask=c < C)
+    tl.store(row + 2 * C, tl.sum(squares + count[:, None] * apart * apart, 0), mask=c < C)
+
+
+@triton.jit
+def _merge_moments_kernel(
+    partial_ptr, mean_ptr, rstd_ptr, variance_ptr, S, C, eps, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """[S, 3, C] of the slabs -> mean, rstd and unbiased variance, [C]."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    counts = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+    means = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+    for s0 in range(0, S, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S)
+        mask = (s < S)[:, None] & (c < C)[None, :]
+        row = partial_ptr + s.to(tl.int64)[:, None] * 3 * C + c[None, :]
+        count = tl.load(row, mask=mask, other=0.0)
+        counts += count
+        means += count * tl.load(row + C, mask=mask, other=0.0)
+    total = tl.sum(counts, 0)
+    center = tl.sum(means, 0) / tl.maximum(total, 1.0)
+    squares = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+    for s0 in range(0, S, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S)
+        mask = (s < S)[:, None] & (c < C)[None, :]
+        row = partial_ptr + s.to(tl.int64)[:, None] * 3 * C + c[None, :]
+        apart = tl.load(row + C, mask=mask, other=0.0) - center[None, :]
+        squares += tl.load(row + 2 * C, mask=mask, other=0.0) + tl.load(row, mask=mask, other=0.0) * apart * apart
+    deviation = tl.sum(squares, 0)
+    tl.store(mean_ptr + c, center, mask=c < C)
+    tl.store(rstd_ptr + c, 1.0 / tl.sqrt(deviation / tl.maximum(total, 1.0) + eps), mask=c < C)
+    tl.store(variance_ptr + c, deviation / tl.maximum(total - 1.0, 1.0), mask=c < C)
+
+
+@triton.jit
+def _batch_norm_fwd_kernel(
+    x_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, y_ptr, pooled_ptr,
+    N, H, W, C,
+    SLOPE: tl.constexpr, POOL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(C, BLOCK_C)
+    c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    cell = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    cells_h, cells_w = tl.cdiv(H, 2), tl.cdiv(W, 2)
+    n = cell // cells_w // cells_h
+    cell_h, cell_w = cell // cells_w % cells_h, cell % cells_w
+    here = (n < N)[:, None] & (c < C)[None, :]
+    mean = tl.load(mean_ptr + c, mask=c < C, other=0.0)[None, :]
+    rstd = tl.load(rstd_ptr + c, mask=c < C, other=0.0)[None, :]
+    gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    beta = tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    largest = tl.full([BLOCK_P, BLOCK_C], float("-inf"), tl.float32)
+    for k in tl.static_range(4):
+        h, w = 2 * cell_h + k // 2, 2 * cell_w + k % 2
+        mask = here & ((h < H) & (w < W))[:, None]
+        offset = ((n * H + h) * W + w)[:, None] * C + c[None, :]
+        x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        y = activate((x - mean) * rstd * gamma + beta, SLOPE).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + offset, y, mask=mask)
+        if POOL:
+            rounded = y.to(tl.float32)
+            largest = tl.where((rounded > largest) | (rounded != rounded), rounded, largest)
+    if POOL:
+        whole = here & ((cell_h < H // 2) & (cell_w < W // 2))[:, None]
+        offset = ((n * (H // 2) + cell_h) * (W // 2) + cell_w)[:, None] * C + c[None, :]
+        tl.store(pooled_ptr + offset, largest.to(pooled_ptr.dtype.element_ty), mask=whole)
+
+
+@triton.jit
+def _batch_norm_bwd_kernel(
+    g_ptr, x_ptr, mean_ptr, rstd_ptr, gamma_ptr, sums_ptr,
+    pixels, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """In place: g becomes grad_x."""
+    blocks = tl.cdiv(C, BLOCK_C)
+    c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    pixel = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask = (pixel < pixels)[:, None] & (c < C)[None, :]
+    offset = pixel[:, None] * C + c[None, :]
+    mean = tl.load(mean_ptr + c, mask=c < C, other=0.0)[None, :]
+    rstd = tl.load(rstd_ptr + c, mask=c < C, other=0.0)[None, :]
+    gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    of_beta = tl.load(sums_ptr + c, mask=c < C, other=0.0)[None, :]
+    of_gamma = tl.load(sums_ptr + C + c, mask=c < C, other=0.0)[None, :]
+    xhat = (tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
+    g = tl.load(g_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    grad_x = gamma * rstd * (g - (of_beta + xhat * of_gamma) / pixels)
+    tl.store(g_ptr + offset, grad_x.to(g_ptr.dtype.element_ty), mask=mask)
+
+
+@without_graph
+def batch_norm_fwd(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, slope: float, pool: bool
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    """Launch the kernels.
+
+    Args:
+        weight, bias: gamma and beta; None for 1 and 0.
+        slope: of the activation, as in :func:`conv_fwd`.
+
+    Returns:
+        y; its max-pool (N, C, H // 2, W // 2) or None; of x the mean, rstd and unbiased variance.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    n, c, h, w = x.shape
+    y, pooled = empty_channels_last(x, c, h, w), empty_channels_last(x, c, h // 2, w // 2) if pool else None
+    mean, rstd, variance = (torch.empty(c, dtype=torch.float32, device=x.device) for _ in range(3))
+    if x.numel() == 0:
+        return y, pooled, mean.fill_(torch.nan), rstd.fill_(torch.nan), variance.fill_(torch.nan)
+    config, pixels = cell_config(c), n * h * w
+    tile = {"BLOCK_P": config.block_p, "BLOCK_C": config.block_c, "num_warps": config.num_warps}
+    blocks = triton.cdiv(c, config.block_c)
+    count, steps = slabs(triton.cdiv(pixels, config.block_p), blocks)
+    partial = torch.empty((count, 3, c), dtype=torch.float32, device=x.device)
+    _moments_kernel[(count * blocks,)](x, partial, pixels, c, steps, **tile)
+    block_s, block_c = reduce_blocks(count)
+    _merge_moments_kernel[(triton.cdiv(c, block_c),)](
+        partial, mean, rstd, variance, count, c, eps, BLOCK_S=block_s, BLOCK_C=block_c, num_warps=4
+    )
+    cells = n * triton.cdiv(h, 2) * triton.cdiv(w, 2)
+    gamma, beta = x.new_ones(c) if weight is None else weight, x.new_zeros(c) if bias is None else bias
+    _batch_norm_fwd_kernel[(triton.cdiv(cells, config.block_p) * blocks,)](
+        x, mean, rstd, gamma, beta, y, pooled, n, h, w, c, SLOPE=slope, POOL=pool, **tile
+    )
+    return y, pooled, mean, rstd, variance
+
+
+@without_graph
+def batch_norm_bwd(
+    grad: Tensor,
+    grad_pooled: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    *,
+    slope: float,
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernels.
+
+    Args:
+        grad_pooled: gradient of the max-pool of y, if there was one.
+        x, y, weight, mean, rstd, slope: of :func:`batch_norm_fwd`.
+
+    Returns:
+        grad_x (N, C, H, W), channels_last; grad_beta and grad_gamma, (2, C) float32.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    n, c, h, w = x.shape
+    g, sums = activation_norm_bwd(grad, grad_pooled, y, x, mean, rstd, slope=slope)
+    if x.numel():
+        config, pixels = cell_config(c), n * h * w
+        grid = (triton.cdiv(pixels, config.block_p) * triton.cdiv(c, config.block_c),)
+        _batch_norm_bwd_kernel[grid](
+            g, x, mean, rstd, x.new_ones(c) if weight is None else weight, sums, pixels, c,
+            BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.num_warps,
+        )  # fmt: skip
+    return g, sums

@@ -1,0 +1,120 @@
+"""Batch norm, activation and max-pool of a training step, and their gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastunet import kernels
+
+from .conftest import check
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+# (N, C, H, W): each for a reason.
+SHAPES = [
+    pytest.param((2, 3, 5, 7), id="odd-everything"),
+    pytest.param((1, 70, 2, 3), id="two-channel-tiles"),
+    pytest.param((3, 1, 26, 22), id="several-slabs"),
+]
+
+
+def norm(x, weight, bias, slope, pool=False):
+    y = F.batch_norm(x, None, None, weight.to(x.dtype), bias.to(x.dtype), True, 0.0, 1e-5)
+    y = F.leaky_relu(y, slope)
+    return F.max_pool2d(y, 2) if pool else y
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.1, 1.0], ids=["relu", "leaky", "linear"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward(shape, slope, precision, make):
+    x, weight, bias = make(precision, *shape), make(precision, shape[1]), make(precision, shape[1])
+    y, pooled, mean, rstd, variance = kernels.batch_norm_fwd(x, weight, bias, eps=1e-5, slope=slope, pool=True)
+    check(precision, y, norm, x, weight, bias, slope)
+    assert pooled is not None and torch.equal(pooled, F.max_pool2d(y, 2))
+    exact = x.double()
+    torch.testing.assert_close(mean.double(), exact.mean((0, 2, 3)), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(variance.double(), exact.var((0, 2, 3)), rtol=2e-6, atol=0)
+    torch.testing.assert_close(rstd.double() ** -2, exact.var((0, 2, 3), unbiased=False) + 1e-5, rtol=2e-6, atol=0)
+    alone = kernels.batch_norm_fwd(x, weight, bias, eps=1e-5, slope=slope, pool=False)
+    assert alone[1] is None and torch.equal(alone[0], y)
+
+
+def test_statistics_far_from_zero(make):
+    """A mean of 1,000 deviations: of sums of squares in float32 the variance would be 10% off."""
+    x = make("ieee", 2, 5, 30, 31) * 0.1 + 100
+    _, _, mean, _, variance = kernels.batch_norm_fwd(x, None, None, eps=1e-5, slope=1.0, pool=False)
+    exact = x.double()
+    torch.testing.assert_close(mean.double(), exact.mean((0, 2, 3)), rtol=2e-7, atol=0)
+    torch.testing.assert_close(variance.double(), exact.var((0, 2, 3)), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("slope, pool", [(0.0, True), (0.0, False), (0.1, True), (1.0, False), (1.0, True)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients(shape, slope, pool, precision, make):
+    n, c, h, w = shape
+    x, grad, weight = make(precision, *shape), make(precision, *shape), make(precision, c)
+    bias, grad_pooled = make(precision, c), make(precision, n, c, h // 2, w // 2) if pool else None
+    y, _, mean, rstd, _ = kernels.batch_norm_fwd(x, weight, bias, eps=1e-5, slope=slope, pool=False)
+    sides, places = y > 0, F.max_pool2d(y, 2, return_indices=True)[1]
+
+    def g(grad, grad_pooled):
+        """Behind the norm, with the sides and places of the kernel's own y."""
+        if pool:
+            scattered = torch.zeros_like(grad).flatten(2)
+            scattered.scatter_(2, places.to(grad.device).flatten(2), grad_pooled.flatten(2))
+            grad = grad + scattered.view_as(grad)
+        return torch.where(sides.to(grad.device), grad, grad * slope)
+
+    def truth(which):
+        def gradient(x, weight, bias, grad, grad_pooled=None):
+            leaves: list[Any] = [t.clone().requires_grad_() for t in (x, weight, bias)]
+            return torch.autograd.grad(norm(*leaves, slope=1.0), leaves[which], g(grad, grad_pooled))[0]
+
+        return gradient
+
+    def launch():
+        return kernels.batch_norm_bwd(grad, grad_pooled, x, y, weight, mean, rstd, slope=slope)
+
+    found = launch()
+    inputs = x, weight, bias, grad, grad_pooled
+    # What a norm subtracts cancels: a gradient's errors are as large as its terms.
+    terms = {"summed": lambda x, weight, bias, grad, grad_pooled: g(grad, grad_pooled)}
+    check(precision, found[0], truth(0), *inputs)
+    for got, which in ((found[1][1], 1), (found[1][0], 2)):
+        as_map = lambda *a, which=which: truth(which)(*a)[None, :, None, None]
+        check(precision, got.to(x.dtype)[None, :, None, None], as_map, *inputs, **terms)
+    assert all(torch.equal(a, b) for a, b in zip(found, launch(), strict=True))
+
+
+def test_any_strides_and_no_parameters(make):
+    x, grad = (make("fp16", 2, 6, 5, 8).transpose(1, 2) for _ in range(2))
+    y, _, mean, rstd, _ = kernels.batch_norm_fwd(x, None, None, eps=1e-3, slope=0.0, pool=False)
+    torch.testing.assert_close(y, F.batch_norm(x, None, None, None, None, True, 0.0, 1e-3).relu(), rtol=2e-3, atol=2e-3)
+    leaf = x.double().requires_grad_()
+    exact = F.batch_norm(leaf, None, None, None, None, True, 0.0, 1e-3)
+    (want,) = torch.autograd.grad(exact, leaf, torch.where(y > 0, grad.double(), 0.0))
+    got, _ = kernels.batch_norm_bwd(grad, None, x, y, None, mean, rstd, slope=0.0)
+    torch.testing.assert_close(got.double(), want, rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=["nan", "inf"])
+def test_nan_and_inf_spoil_their_channel_alone(value, make):
+    x = make("ieee", 2, 3, 4, 5)
+    x[1, 1, 2, 3] = value
+    y, pooled, mean, _, _ = kernels.batch_norm_fwd(x, None, None, eps=1e-5, slope=0.0, pool=True)
+    expected = F.batch_norm(x, None, None, None, None, True).relu()
+    assert pooled is not None and torch.equal(pooled.isnan(), F.max_pool2d(expected, 2).isnan())
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert mean[0].isfinite() and not mean[1].isfinite()
+
+
+def test_an_empty_batch(make):
+    x = make("fp16", 0, 3, 4, 4)
+    y, pooled, mean, rstd, _ = kernels.batch_norm_fwd(x, None, None, eps=1e-5, slope=0.0, pool=True)
+    assert y.shape == x.shape and pooled is not None and pooled.shape == (0, 3, 2, 2) and mean.isnan().all()
+    grad_x, sums = kernels.batch_norm_bwd(x, None, x, y, None, mean, rstd, slope=0.0)
+    assert grad_x.shape == x.shape and torch.equal(sums, torch.zeros(2, 3))
