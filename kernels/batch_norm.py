@@ -27,7 +27,7 @@ from torch import Tensor
 from .activation_bwd import activation_norm_bwd
 from .implicit_gemm import activate
 from .tensors import empty_channels_last, without_graph
-from .tuning import cell_config, reduce_blocks, slabs
+from .tuning import cell_config, power_of_2, slabs
 
 
 @triton.jit
@@ -168,10 +168,9 @@ def batch_norm_fwd(
     count, steps = slabs(triton.cdiv(pixels, config.block_p), blocks)
     partial = torch.empty((count, 3, c), dtype=torch.float32, device=x.device)
     _moments_kernel[(count * blocks,)](x, partial, pixels, c, steps, **tile)
-    block_s, block_c = reduce_blocks(count)
-    _merge_moments_kernel[(triton.cdiv(c, block_c),)](
-        partial, mean, rstd, variance, count, c, eps, BLOCK_S=block_s, BLOCK_C=block_c, num_warps=4
-    )
+    # Of 2,048 elements and odd channels the compiler of Triton 3.9.0 crashes.
+    merging = {"BLOCK_S": power_of_2(count, 1, 64), "BLOCK_C": 16, "num_warps": 4}
+    _merge_moments_kernel[(triton.cdiv(c, 16),)](partial, mean, rstd, variance, count, c, eps, **merging)
     cells = n * triton.cdiv(h, 2) * triton.cdiv(w, 2)
     gamma, beta = x.new_ones(c) if weight is None else weight, x.new_zeros(c) if bias is None else bias
     _batch_norm_fwd_kernel[(triton.cdiv(cells, config.block_p) * blocks,)](
