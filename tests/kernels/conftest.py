@@ -51,17 +51,23 @@ def far_apart(x: Tensor, axis: int) -> Tensor:
 
 
 def check(
-    precision: str, got: Tensor, reference: Callable[..., Tensor], *inputs: Any, summed: Callable | None = None
+    precision: str,
+    got: Tensor,
+    reference: Callable[..., Tensor],
+    *inputs: Any,
+    summed: Callable | None = None,
+    stages: int = 1,
 ) -> None:
     """``got`` must be as near the float64 reference as the reference in the working dtype is.
 
-    ``summed``: of results that are sums over pixels, the map that is summed, whose terms may cancel.
+    ``summed``: of results that are sums over pixels, the map that is summed, whose terms may cancel. ``stages``: of
+    operations, one behind another.
     """
     wide = [t.double().cpu() if isinstance(t, Tensor) else t for t in inputs]
     tf32 = precision == "tf32" and got.is_cuda
     with tf32_convolutions(tf32):
-        stages = truncating_stages(1, got.dtype, not got.is_cuda)
+        rounded = truncating_stages(stages, got.dtype, not got.is_cuda)
         terms = 0.0 if summed is None or not got.numel() else summed(*wide).square().sum((0, 2, 3)).sqrt().max().item()
-        parity = compare(got, reference(*inputs), reference(*wide), tf32=tf32, stages=stages, terms=terms)
+        parity = compare(got, reference(*inputs), reference(*wide), tf32=tf32, stages=rounded, terms=terms)
     assert parity.ok, str(parity)
     assert got.numel() == 0 or got.is_contiguous(memory_format=torch.channels_last)

@@ -14,6 +14,7 @@ from .conftest import check
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
+STAGES = 2  # statistics, whose errors a whole channel shares, and what is made of them
 # (N, C, H, W): each for a reason.
 SHAPES = [
     pytest.param((2, 3, 5, 7), id="odd-everything"),
@@ -33,7 +34,7 @@ def norm(x, weight, bias, slope, pool=False):
 def test_forward(shape, slope, precision, make):
     x, weight, bias = make(precision, *shape), make(precision, shape[1]), make(precision, shape[1])
     y, pooled, mean, rstd, variance = kernels.batch_norm_fwd(x, weight, bias, eps=1e-5, slope=slope, pool=True)
-    check(precision, y, norm, x, weight, bias, slope)
+    check(precision, y, norm, x, weight, bias, slope, stages=STAGES)
     assert pooled is not None and torch.equal(pooled, F.max_pool2d(y, 2))
     exact = x.double()
     torch.testing.assert_close(mean.double(), exact.mean((0, 2, 3)), rtol=1e-6, atol=1e-6)
@@ -82,8 +83,8 @@ def test_gradients(shape, slope, pool, precision, make):
     found = launch()
     inputs = x, weight, bias, grad, grad_pooled
     # What a norm subtracts cancels: a gradient's errors are as large as its terms.
-    terms = {"summed": lambda x, weight, bias, grad, grad_pooled: g(grad, grad_pooled)}
-    check(precision, found[0], truth(0), *inputs)
+    terms: Any = {"stages": STAGES, "summed": lambda x, weight, bias, grad, grad_pooled: g(grad, grad_pooled)}
+    check(precision, found[0], truth(0), *inputs, stages=STAGES)
     for got, which in ((found[1][1], 1), (found[1][0], 2)):
         as_map = lambda *a, which=which: truth(which)(*a)[None, :, None, None]
         check(precision, got.to(x.dtype)[None, :, None, None], as_map, *inputs, **terms)
