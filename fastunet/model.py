@@ -308,7 +308,8 @@ def _batch_normed(norm: Any, x: Tensor, act: Any, pool: bool) -> Any:
     y, pooled, mean, variance = ops.batch_norm_relu(x, norm.weight, norm.bias, eps=norm.eps, **act, pool=pool)
     if norm.training and norm.running_mean is not None and x.numel():
         with torch.no_grad():
-            norm.num_batches_tracked.add_(1)
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.add_(1)
             share = 1 / norm.num_batches_tracked.float() if norm.momentum is None else norm.momentum
             for running, now in ((norm.running_mean, mean), (norm.running_var, variance)):
                 running.lerp_(now.to(running.dtype), share)
