@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from . import dispatch, ops
+from .built import as_built
 from .config import UNetConfig
-from .model import FastUNet, as_built
+from .model import FastUNet
 from .trace import Layer, Shape, describe_bytes, describe_flops, totals, trace
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint, dispatch, hub, ops
+from .built import as_built
 from .graph import Graphs, in_a_users_capture
 from .origin import Origin
 from .reference import UNet, activate_, center_crop, fit, upsample
@@ -256,27 +257,6 @@ class FastUNet(UNet):
         return found.weights[dtype]
 
 
-_LAYERS = (
-    nn.Conv2d,
-    nn.ConvTranspose2d,
-    nn.BatchNorm2d,
-    nn.InstanceNorm2d,
-    nn.ReLU,
-    nn.LeakyReLU,
-    nn.MaxPool2d,
-    nn.Upsample,
-    nn.Identity,
-)
-
-
-def as_built(module: nn.Module) -> bool:
-    """Whether every layer is one that the operators know: a SyncBatchNorm that took a norm's place is not."""
-    for layer in module._modules.values():
-        if layer is not None and not isinstance(layer, _LAYERS) and not (layer._modules and as_built(layer)):
-            return False
-    return True
-
-
 def _units(layers: Iterable[nn.Module]) -> list[tuple[Any, Any]]:
     """(3x3 convolution, norm or None) of each in a block's layers."""
     found: list[tuple[Any, Any]] = []
@@ -306,13 +286,16 @@ def _takes_batch_statistics(norm: Any) -> bool:
 def _batch_normed(norm: Any, x: Tensor, act: Any, pool: bool) -> Any:
     """``norm(x)``, activated and pooled, by the batch's statistics, which its running ones follow."""
     y, pooled, mean, variance = ops.batch_norm_relu(x, norm.weight, norm.bias, eps=norm.eps, **act, pool=pool)
-    if norm.training and norm.running_mean is not None and x.numel():
+    if norm.training and norm.track_running_stats:
         with torch.no_grad():
+            share: Any = norm.momentum or 0.0
             if norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.add_(1)
-            share = 1 / norm.num_batches_tracked.float() if norm.momentum is None else norm.momentum
-            for running, now in ((norm.running_mean, mean), (norm.running_var, variance)):
-                running.lerp_(now.to(running.dtype), share)
+                share = 1 / norm.num_batches_tracked.to(mean.dtype) if norm.momentum is None else norm.momentum
+            if norm.running_mean is not None and x.numel():
+                # In their width: of float16 a variance may be out of range, and the average of it not.
+                for running, now in ((norm.running_mean, mean), (norm.running_var, variance)):
+                    running.copy_(torch.lerp(running.to(now.dtype), now, share))
     return (y, pooled) if pool else y
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .activation_bwd import activation_norm_bwd
 from .implicit_gemm import activate
-from .tensors import empty_channels_last, without_graph
+from .tensors import bias_or_zeros, empty_channels_last, without_graph
 from .tuning import cell_config, power_of_2, slabs
 
 
@@ -172,7 +172,7 @@ def batch_norm_fwd(
     merging = {"BLOCK_S": power_of_2(count, 1, 64), "BLOCK_C": 16, "num_warps": 4}
     _merge_moments_kernel[(triton.cdiv(c, 16),)](partial, mean, rstd, variance, count, c, eps, **merging)
     cells = n * triton.cdiv(h, 2) * triton.cdiv(w, 2)
-    gamma, beta = x.new_ones(c) if weight is None else weight, x.new_zeros(c) if bias is None else bias
+    gamma, beta = x.new_ones(c) if weight is None else weight.contiguous(), bias_or_zeros(bias, x)
     _batch_norm_fwd_kernel[(triton.cdiv(cells, config.block_p) * blocks,)](
         x, mean, rstd, gamma, beta, y, pooled, n, h, w, c, SLOPE=slope, POOL=pool, **tile
     )
@@ -207,7 +207,7 @@ def batch_norm_bwd(
         config, pixels = cell_config(c), n * h * w
         grid = (triton.cdiv(pixels, config.block_p) * triton.cdiv(c, config.block_c),)
         _batch_norm_bwd_kernel[grid](
-            g, x, mean, rstd, x.new_ones(c) if weight is None else weight, sums, pixels, c,
+            g, x, mean, rstd, x.new_ones(c) if weight is None else weight.contiguous(), sums, pixels, c,
             BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.num_warps,
         )  # fmt: skip
     return g, sums

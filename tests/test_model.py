@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from fastunet import FastUNet, dispatch, explain
+from fastunet.built import as_built
 from fastunet.parity import compare
-from fastunet.reference import UNet
+from fastunet.reference import DoubleConv, UNet
 
 FEATURES = (4, 6, 9)
 OPERATORS = 11  # of such a network, one after another
@@ -310,23 +312,57 @@ def test_bad_input_is_named():
         FastUNet(2, 3, FEATURES)(torch.zeros(1, 1, 12, 12))
 
 
-def with_group_norms(network: UNet) -> UNet:
-    for block in (*network.downs, *network.ups):
-        norm = block.conv.net[1]  # pyright: ignore
-        block.conv.net[1] = nn.GroupNorm(1, norm.num_features)  # pyright: ignore
+class Doubled(nn.BatchNorm2d):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class Halved(nn.Conv2d):
+    def forward(self, input):
+        return super().forward(input) / 2
+
+
+class Doubling(DoubleConv):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def in_bottleneck(place: int, replacement: Callable[[], nn.Module]) -> Callable[[UNet], UNet]:
+    def change(network: UNet) -> UNet:
+        torch.manual_seed(0)
+        network.bottleneck.net[place] = replacement()  # pyright: ignore
+        return network
+
+    return change
+
+
+def with_another_level(network: UNet) -> UNet:
+    level: Any = network.ups[0].conv
+    level.__class__ = Doubling
     return network
 
 
-def with_another_activation(network: UNet) -> UNet:
-    network.bottleneck.net[2] = nn.ELU()  # pyright: ignore
-    return network
+WIDTH, BEFORE = FEATURES[-1], FEATURES[-2]
+REPLACED = {
+    "SyncBatchNorm": nn.SyncBatchNorm.convert_sync_batchnorm,
+    "GroupNorm": in_bottleneck(1, lambda: nn.GroupNorm(1, WIDTH)),
+    "norm of its own": in_bottleneck(1, lambda: Doubled(WIDTH)),
+    "convolution of its own": in_bottleneck(0, lambda: Halved(BEFORE, WIDTH, 3, padding=1)),
+    "padding": in_bottleneck(0, lambda: nn.Conv2d(BEFORE, WIDTH, 3, padding=1, padding_mode="reflect")),
+    "ELU": in_bottleneck(2, nn.ELU),
+    "no activation": in_bottleneck(2, nn.Identity),
+    "leaky": in_bottleneck(5, lambda: nn.LeakyReLU(0.3)),
+    "level of its own": with_another_level,
+}
 
 
-@pytest.mark.parametrize("change", [nn.SyncBatchNorm.convert_sync_batchnorm, with_group_norms, with_another_activation])
+@pytest.mark.parametrize("change", REPLACED.values(), ids=REPLACED)
 def test_a_replaced_layer_is_not_passed_by(change, seed):
     """Whoever puts another module in place of one gets what it computes, and its gradients."""
     reference, fast = (change(network).double().eval() for network in pair(norm="batch"))
     x = torch.randn(2, 2, 24, 24, dtype=torch.float64)
+    with torch.no_grad():
+        assert_close(fast(x), reference(x))
     ours, theirs = fast(x), reference(x)
     assert_close(ours, theirs)
     assert ours.is_contiguous(memory_format=torch.channels_last)
@@ -336,3 +372,13 @@ def test_a_replaced_layer_is_not_passed_by(change, seed):
         assert_close(a.grad, b.grad)
     reasons = {row.choice.reason for row in explain(fast, x.shape).rows}
     assert reasons == {"a layer of the model was replaced; the reference network runs as it is"}
+
+
+@pytest.mark.parametrize("options", [{}, {"norm": "batch"}, {"norm": "instance", "order": "conv_act_norm"}], ids=str)
+@pytest.mark.parametrize("kind", [*KINDS, "nearest_conv"])
+def test_a_network_as_it_was_built_is_known(kind, options):
+    network = FastUNet(2, 3, FEATURES, upsample=kind, activation="leaky_relu", **options)
+    assert as_built(network)
+    network.dropout = nn.Dropout2d()  # beside the layers
+    torch.nn.utils.parametrizations.weight_norm(network.head)
+    assert as_built(network)

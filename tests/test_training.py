@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from fastunet import FastUNet, dispatch
-from fastunet.model import _normed
+from fastunet.model import _batch_normed, _normed
 from fastunet.parity.recording import Recorder
 from fastunet.reference import UNet
 from fastunet.trace import trace
@@ -225,6 +225,49 @@ def test_gradients_of_a_norm_are_exact(training, tolerance, seed):
     exact = torch.autograd.grad(norm(x.double()), list(norm.parameters()), cotangent.double())
     for got, expected in zip(found, exact, strict=True):
         assert_close(got, expected, tolerance)
+
+
+def with_counter_lost(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
+    norm.num_batches_tracked = None
+    return norm
+
+
+NORMS = {
+    "as usual": lambda: nn.BatchNorm2d(3),
+    "cumulative": lambda: nn.BatchNorm2d(3, momentum=None),
+    "cumulative, counter lost": lambda: with_counter_lost(nn.BatchNorm2d(3, momentum=None)),
+    "statistics left alone": lambda: nn.BatchNorm2d(3).train(),
+    "none": lambda: nn.BatchNorm2d(3, track_running_stats=False),
+    "no parameters": lambda: nn.BatchNorm2d(3, affine=False),
+}
+
+
+@pytest.mark.parametrize("shape, scale", [((2, 3, 8, 9), 300.0), ((0, 3, 8, 9), 1.0)], ids=["large", "empty"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("name", NORMS)
+def test_buffers_of_a_norm_follow_as_pytorchs(name, implementation, dtype, shape, scale, seed, device):
+    """In float16 too, where a batch's variance is out of range and the running one is not."""
+    ours, theirs = (NORMS[name]().to(device, dtype) for _ in range(2))
+    for norm in (ours, theirs):
+        norm.track_running_stats = name != "statistics left alone" and norm.track_running_stats
+    for _ in range(2):
+        x = scale * torch.randn(shape, device=device, dtype=dtype)
+        with dispatch.forced(implementation):
+            y = _batch_normed(ours, x, {"relu": False}, False)
+        torch.testing.assert_close(y, theirs(x), rtol=4e-3, atol=4e-3, check_stride=False)
+    found, expected = dict(ours.named_buffers()), dict(theirs.named_buffers())
+    assert found.keys() == expected.keys()
+    for key, buffer in found.items():
+        torch.testing.assert_close(buffer, expected[key], rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_an_empty_batch_goes_back_through_batch_norm(implementation, device):
+    net = FastUNet(1, 2, (4, 6), norm="batch").to(device)
+    with dispatch.forced(implementation):
+        net(torch.randn(0, 1, 8, 8, device=device)).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in net.parameters())
 
 
 @pytest.mark.parametrize("order", ["conv_norm_act", "conv_act_norm"])

@@ -90,8 +90,12 @@ def batch_norm_relu_torch(
 ) -> Normed:
     # A CPU sums channels_last maps pixel by pixel, with up to 300 times the error.
     maps = x if x.is_cuda else x.contiguous()
-    y = result(reference.batch_norm_relu(maps, weight, bias, eps, slope))
     wide = maps.to(torch.promote_types(x.dtype, torch.float32))
+    if any(t is not None and t.dtype != x.dtype for t in (weight, bias)):  # all the same, or all of them wide
+        weight, bias = (t if t is None else t.to(wide.dtype) for t in (weight, bias))
+    y = result(reference.batch_norm_relu(maps, weight, bias, eps, slope))
+    if not x.numel():
+        wide = wide.new_full((1, x.shape[1], 1, 1), torch.nan)
     variance, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
     count = x.numel() // x.shape[1]
     pooled = max_pool2x2_torch(y) if pool else y.new_empty(0)

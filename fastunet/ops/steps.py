@@ -65,6 +65,8 @@ def _(
 @torch.library.custom_op("fastunet::batch_norm_backward_torch", mutates_args=())
 def batch_norm_backward(g: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """PyTorch's, in NCHW on a CPU: the gradient of x, and those of bias and weight, (2, C)."""
+    if not x.numel():
+        return torch.zeros_like(x), x.new_zeros((2, x.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32))
     maps, g = (x, g) if x.is_cuda else (x.contiguous(), g.contiguous())
     wide = torch.promote_types(x.dtype, torch.float32)
     gamma = torch.ones_like(x[0, :, 0, 0], dtype=wide) if weight is None else weight.to(wide)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import dispatch, ops
+from ..built import as_built
 from ..config import UNetConfig
 from ..model import FastUNet
 from ..reference import UNet
@@ -328,6 +329,8 @@ def _backward_runs_on(model: nn.Module, name: str, x: Tensor) -> str:
     """Which implementation gives a gradient of a model; norms are PyTorch's, unless they take batch statistics."""
     if not isinstance(model, FastUNet):
         return "module"
+    if not as_built(model):
+        return "torch"
     path = name.rpartition(".")[0]
     module = None if name == _INPUT else model.get_submodule(path)
     if isinstance(module, nn.BatchNorm2d) and (module.training or module.running_mean is None):
@@ -344,7 +347,7 @@ def _backward_runs_on(model: nn.Module, name: str, x: Tensor) -> str:
 
 def _promises_to_repeat(model: nn.Module, x: Tensor) -> bool:
     """Whether operators of ours serve every layer, be they kernels or PyTorch's asked to repeat, and every norm."""
-    if not isinstance(model, FastUNet) or model.config.norm == "instance":
+    if not isinstance(model, FastUNet) or model.config.norm == "instance" or not as_built(model):
         return False
     norms = (module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
     served = all(not layer.unserved for layer in trace(model.config, *x.shape[-2:], batch=len(x)))

@@ -95,6 +95,10 @@ def test_any_strides_and_no_parameters(make):
     x, grad = (make("fp16", 2, 6, 5, 8).transpose(1, 2) for _ in range(2))
     y, _, mean, rstd, _ = kernels.batch_norm_fwd(x, None, None, eps=1e-3, slope=0.0, pool=False)
     torch.testing.assert_close(y, F.batch_norm(x, None, None, None, None, True, 0.0, 1e-3).relu(), rtol=2e-3, atol=2e-3)
+    wide = make("fp16", 5, 2)  # a column of it, and one value for all
+    strided = kernels.batch_norm_fwd(x, wide[:, 0], wide[:1, 1].expand(5), eps=1e-3, slope=1.0, pool=False)[0]
+    expected = F.batch_norm(x, None, None, wide[:, 0].contiguous(), wide[0, 1].repeat(5), True, 0.0, 1e-3)
+    torch.testing.assert_close(strided, expected, rtol=5e-3, atol=5e-3, check_stride=False)
     leaf = x.double().requires_grad_()
     exact = F.batch_norm(leaf, None, None, None, None, True, 0.0, 1e-3)
     (want,) = torch.autograd.grad(exact, leaf, torch.where(y > 0, grad.double(), 0.0))
