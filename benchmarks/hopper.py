@@ -31,8 +31,6 @@ from fastunet.trace import trace
 from fastunet.tune import measure, save
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
-PARITY_SIZE = (2, 131, 197)
-SIZES = ((1, 256, 256), (16, 256, 256), (8, 512, 512))
 
 
 Say = Callable[[str, bool | None], None]
@@ -40,9 +38,8 @@ Say = Callable[[str, bool | None], None]
 
 def check_share(rank: int, count: int, dtype: torch.dtype, say: Say) -> None:
     """Check every ``count``-th configuration; say each one's name with None before, a line and if it held after."""
-    for comparison in check_configs(
-        UNetConfig(), PARITY_SIZE, "cuda", dtype, seed=0, share=(rank, count), on_try=lambda text: say(text, None)
-    ):
+    what = UNetConfig(), kernels.hopper.PARITY_SIZE, "cuda", dtype
+    for comparison in check_configs(*what, seed=0, share=(rank, count), on_try=lambda text: say(text, None)):
         say(f"{comparison.name}, {comparison.implementation}: {comparison.parity}", comparison.parity.ok)
 
 
@@ -117,7 +114,7 @@ def main() -> int:
     if arguments.one_layer:
         run_one_layer()
         return 0
-    sizes = [tuple(map(int, size.split("x"))) for size in arguments.size or ()] or SIZES
+    sizes = [tuple(map(int, size.split("x"))) for size in arguments.size or ()] or kernels.hopper.TUNED_SIZES
     dtypes = arguments.dtype or ["bf16", "fp16"]
     torch.backends.cudnn.benchmark = True  # cuDNN at its best
     torch.backends.cudnn.allow_tf32 = True

@@ -48,8 +48,6 @@ from fastunet.parity.launches import launches as launches_of_network
 ARCHES = {80: "sm_80", 90: "sm_90a"}
 # Bytes a block. What is compiled for sm_80 also serves sm_86, sm_89 and sm_120, which have less.
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024}
-# (batch, height, width): of an odd size, and those that benchmarks/hopper.py makes a table for.
-TUNED_SIZES = ((2, 131, 197), (1, 256, 256), (16, 256, 256), (8, 512, 512))
 HOPPER_DTYPES = "fp16", "bf16", "tf32"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 
@@ -141,7 +139,7 @@ def networks() -> Iterator[tuple[UNetConfig, tuple[int, int, int]]]:
     bilinear = [dataclasses.replace(seed, align_corners=corners) for corners in (False, True)]
     others = [dataclasses.replace(seed, upsample=upsample) for upsample in ("bilinear_conv", "nearest", "transpose")]
     for config in (*bilinear, *others, weights.NUCLEI_CONFIG):
-        for size in ((2, 131, 197), (1, 256, 256)):
+        for size in (kernels.hopper.PARITY_SIZE, (1, 256, 256)):
             yield config, size
 
 
@@ -194,7 +192,7 @@ def hopper_launches(dtype: torch.dtype, full: bool) -> Iterator[Callable[[], Any
 
     hopper = kernels.hopper
     kinds: set[Any] = set()
-    for size in TUNED_SIZES if full else ():
+    for size in (kernels.hopper.PARITY_SIZE, *kernels.hopper.TUNED_SIZES) if full else ():
         for upsample in ("bilinear", "transpose"):
             for launch in launches_of_network(UNetConfig(upsample=upsample), size, t):
                 for config in launch.hopper:

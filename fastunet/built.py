@@ -35,10 +35,11 @@ def as_built(network: UNet) -> bool:
             return type(first) is nn.Upsample and _are(others, kinds, slope)
         return type(up.up) is nn.Upsample
 
+    pool = nn.Identity if config.downsample == "stride" else nn.MaxPool2d
     downs: Any = network.downs._modules.values()
     ups: Any = network.ups._modules.values()
     return (
-        all(type(d) is Down and block(d.conv) and (d.pool is None or type(d.pool) is nn.MaxPool2d) for d in downs)
+        all(type(d) is Down and block(d.conv) and type(d.pool) is pool for d in downs)
         and block(network.bottleneck)
         and all(type(up) is Up and upsampling(up) and block(up.conv) for up in ups)
         and _is(network.head, nn.Conv2d, slope)

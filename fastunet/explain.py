@@ -180,13 +180,13 @@ def explain_config(
 def _choose(layer: Layer, config: UNetConfig, device: torch.device, dtype: torch.dtype) -> dispatch.Choice:
     """What serves one layer in eval mode, and why."""
     plain = "cudnn" if device.type == "cuda" else "reference"
-    choice = ops.choose(layer.op, layer.in_shapes, layer.weight_shape, device, dtype, layer.mode)
-    if choice.implementation == "torch" and device.type == "cpu":
+    sizes = layer.in_shapes, layer.weight_shape
+    choice = ops.choose(layer.op, *sizes, device, dtype, layer.mode, unserved=layer.unserved)
+    if device.type == "cpu" and dispatch.asked_for() is None:
         cause = "without padding" if config.padding == "valid" else "with instance norm"
-        if config.padding == "valid" or (config.norm == "instance" and dispatch.asked_for() is None):
-            return dispatch.Choice(plain, f"{choice.reason}; {cause} the reference network runs as it is")
-    if layer.unserved:
-        return dispatch.Choice(plain, f"no kernel for a convolution {layer.unserved}")
+        if config.padding == "valid" or config.norm == "instance":
+            why = dispatch.choose(device, dtype).reason
+            return dispatch.Choice(plain, f"{why}; {cause} the reference network runs as it is")
     if choice.implementation == "torch":
         return dispatch.Choice(plain, choice.reason)
     if layer.norm is not None and (config.norm == "instance" or config.order == "conv_act_norm"):

@@ -15,13 +15,11 @@ from . import checkpoint, dispatch, hub, ops
 from .built import as_built
 from .graph import Graphs, in_a_users_capture
 from .origin import Origin
-from .reference import UNet, activate_, center_crop, fit, upsample
+from .reference import UNet, activate_, center_crop
 from .sources import Sources
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing.Self is new in Python 3.11
-
-aten = torch.ops.aten
 
 
 class FastUNet(UNet):
@@ -133,8 +131,7 @@ class FastUNet(UNet):
     def _forward(self, x: Tensor) -> Tensor:
         if not as_built(self):
             return super().forward(x).contiguous(memory_format=torch.channels_last)
-        if _plain_torch(x) and (self.config.padding == "valid" or self._is_left_to_plain_torch(x)):
-            # Without padding no operator serves, and the crops and copies between layers eat what channels_last gives.
+        if _plain_torch(x) and self._is_left_to_plain_torch(x):
             return super().forward(x).contiguous(memory_format=torch.channels_last)
         skips = []
         for down in self.downs:
@@ -148,15 +145,15 @@ class FastUNet(UNet):
     def _is_left_to_plain_torch(self, x: Tensor) -> bool:
         """Whether a CPU does better without the operators, and nobody asked for them.
 
-        Its norms want NCHW. Instance norm copies channels_last maps there and back, which costs more than the
-        layout gives; batch norm where it trains takes them as they are and sums over their pixels one by one,
-        with up to 300 times the error. The operators' gradients save memory, and time on a GPU alone: a CPU took
-        twice eager's for small maps.
+        Without padding the crops and copies between layers eat what channels_last gives. Norms want NCHW: instance
+        norm copies channels_last maps there and back, which costs more than the layout gives; batch norm where it
+        trains takes them as they are and sums over their pixels one by one, with up to 300 times the error. The
+        operators' gradients save memory, and time on a GPU alone: a CPU took twice eager's for small maps.
         """
         if dispatch.asked_for() is not None:
             return False
         trains = _wants_gradient([x, *self.parameters()]) and not ops.is_watched()
-        return trains or self._takes_statistics()
+        return trains or self.config.padding == "valid" or self._takes_statistics()
 
     def _takes_statistics(self) -> bool:
         """Whether a norm sums over the map it is given, in its forward pass or for its gradients."""
@@ -170,8 +167,7 @@ class FastUNet(UNet):
         for unit in first:
             x = self._unit(*unit, x)
         halves = isinstance(pool, nn.MaxPool2d) and pool.kernel_size == (2, 2)
-        operator = _served(conv) if norm is None or self._folds(conv, norm) else _takes_batch_statistics(norm)
-        if halves and operator:
+        if halves and (norm is None or self._folds(conv, norm) or _takes_batch_statistics(norm)):
             return self._unit(conv, norm, x, pool=True)
         x = self._unit(conv, norm, x)
         if halves:
@@ -189,11 +185,9 @@ class FastUNet(UNet):
         folded = norm if norm is not None and self._folds(conv, norm) else None
         apart = norm is not None and folded is None
         act: Any = {"relu": not (apart and norm_first), "negative_slope": slope}
-        if not _served(conv):
-            y = _convolution(conv, _joined(x, skip, self.config.concat), *self._weights(conv, folded))
-            y = activate_(y, slope) if act["relu"] else y
-        elif skip is None:
-            options["pool"] = pool and not apart
+        options["padding"] = "valid" if conv.padding == (0, 0) else "same"
+        if skip is None:
+            options |= {"pool": pool and not apart, "stride": conv.stride}
             y = ops.conv2d_relu(x, *self._weights(conv, folded), **act, **options)
         else:
             # The operator concatenates the upsampled map first; to it, the other order is a matter of weights.
@@ -210,9 +204,7 @@ class FastUNet(UNet):
     def _up(self, up: Any, x: Tensor, skip: Tensor) -> Tensor:
         corners, mode = self.config.align_corners, up.kind
         if mode == "transpose":
-            weights, mode = self._weights(up.up), "none"
-            doubles = up.up.stride == (2, 2)
-            x = ops.conv_transpose2x2(x, *weights) if doubles else _convolution(up.up, x, *weights)
+            x, mode = ops.conv_transpose2x2(x, *self._weights(up.up)), "none"
         elif mode == "bilinear_conv":
             # Interpolation weights sum to 1, so a 1x1 convolution commutes with it: a quarter of the work.
             x = ops.conv2d_relu(x, *self._weights(up.up[1]), relu=False)
@@ -223,9 +215,7 @@ class FastUNet(UNet):
             x, mode = self._unit(conv, norm, x, nothing, mode="nearest"), "none"
         (conv, norm), *others = _units(up.conv.net)
         options = {"mode": mode, "align_corners": corners}
-        if not _served(conv):
-            (x, skip), options = fit(upsample(x, mode, corners), skip, up.match), {}
-        elif up.match == "center_crop":
+        if up.match == "center_crop":
             scale = 1 if mode == "none" else 2
             skip = center_crop(skip, scale * x.shape[2], scale * x.shape[3])
         else:
@@ -268,17 +258,6 @@ def _units(layers: Iterable[nn.Module]) -> list[tuple[Any, Any]]:
     return found
 
 
-def _served(conv: Any) -> bool:
-    """Whether there is an operator for a 3x3 convolution: one that keeps the size."""
-    return conv.stride == (1, 1) and conv.padding == (1, 1)
-
-
-def _joined(x: Tensor, skip: Tensor | None, concat: str) -> Tensor:
-    if skip is not None:
-        x = torch.cat([x, skip] if concat == "upsampled_first" else [skip, x], dim=1)
-    return x
-
-
 def _takes_batch_statistics(norm: Any) -> bool:
     return isinstance(norm, nn.BatchNorm2d) and (norm.training or norm.running_mean is None)
 
@@ -307,14 +286,6 @@ def _normed(norm: Any, x: Tensor) -> Tensor:
 def _sums_over_its_map(norm: Any) -> bool:
     """For statistics, or for the gradients of its parameters."""
     return norm.training or norm.running_mean is None or _wants_gradient([*norm.parameters()])
-
-
-def _convolution(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """PyTorch's own convolution where no operator serves; by its ATen name, so that it is told from a module's."""
-    x = x.contiguous(memory_format=torch.channels_last)
-    if isinstance(conv, nn.ConvTranspose2d):
-        return aten.conv_transpose2d.input(x, weight, bias, conv.stride)
-    return aten.conv2d.default(x, weight, bias, conv.stride, conv.padding)
 
 
 def _plain_torch(x: Tensor) -> bool:

@@ -7,6 +7,7 @@ operator of :mod:`fastunet.ops` must equal, written with nothing but torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,12 +31,20 @@ def activate_(x: Tensor, slope: float) -> Tensor:
     return F.relu_(x) if slope == 0 else F.leaky_relu_(x, slope)
 
 
-def conv2d_relu(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> Tensor:
-    """Stride-1 convolution that keeps the size, then the activation.
+def conv2d_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    slope: float,
+    stride: Sequence[int] = (1, 1),
+    padding: str = "same",
+) -> Tensor:
+    """Convolution, then the activation. ``padding``: ``"same"``, K // 2 zeros on each side, or ``"valid"``, none.
 
-    Shapes: x (N, C, H, W), weight (O, C, K, K) with K odd, bias (O,) -> (N, O, H, W).
+    Shapes: x (N, C, H, W), weight (O, C, K, K) with K odd, bias (O,) -> (N, O, H, W), by default.
     """
-    return activate_(F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2), slope)
+    zeros = weight.shape[-1] // 2 if padding == "same" else 0
+    return activate_(F.conv2d(x, weight, bias, tuple(stride), zeros), slope)
 
 
 def upsample(x: Tensor, mode: str, align_corners: bool) -> Tensor:
@@ -96,9 +105,10 @@ def upsample_concat_conv2d_relu(
     mode: str,
     align_corners: bool,
     slope: float,
+    padding: str = "same",
 ) -> Tensor:
     """:func:`conv2d_relu` of :func:`upsample_concat`."""
-    return conv2d_relu(upsample_concat(x, skip, mode, align_corners), weight, bias, slope)
+    return conv2d_relu(upsample_concat(x, skip, mode, align_corners), weight, bias, slope, padding=padding)
 
 
 def batch_norm_relu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float) -> Tensor:
@@ -107,8 +117,8 @@ def batch_norm_relu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: 
 
 
 def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """2x2 stride-2 transposed convolution. x (N, C, H, W), weight (C, O, 2, 2) -> (N, O, 2H, 2W)."""
-    return F.conv_transpose2d(x, weight, bias, stride=2)
+    """Transposed convolution of a stride as its filter. x (N, C, H, W), weight (C, O, 2, 2) -> (N, O, 2H, 2W)."""
+    return F.conv_transpose2d(x, weight, bias, tuple(weight.shape[2:]))
 
 
 # --- blocks ----------------------------------------------------------------------------------

@@ -374,11 +374,24 @@ def test_a_replaced_layer_is_not_passed_by(change, seed):
     assert reasons == {"a layer of the model was replaced; the reference network runs as it is"}
 
 
-@pytest.mark.parametrize("options", [{}, {"norm": "batch"}, {"norm": "instance", "order": "conv_act_norm"}], ids=str)
+BUILT: list[dict[str, Any]] = [
+    {},
+    {"norm": "batch"},
+    {"norm": "instance", "order": "conv_act_norm"},
+    {"downsample": "stride"},
+    {"padding": "valid", "match": "center_crop"},
+]
+
+
+@pytest.mark.parametrize("options", BUILT, ids=str)
 @pytest.mark.parametrize("kind", [*KINDS, "nearest_conv"])
 def test_a_network_as_it_was_built_is_known(kind, options):
     network = FastUNet(2, 3, FEATURES, upsample=kind, activation="leaky_relu", **options)
     assert as_built(network)
+    pool = network.downs[0].pool
+    network.downs[0].pool = nn.AvgPool2d(2)  # pyright: ignore[reportAttributeAccessIssue]
+    assert not as_built(network)
+    network.downs[0].pool = pool  # pyright: ignore[reportAttributeAccessIssue]
     network.dropout = nn.Dropout2d()  # beside the layers
     torch.nn.utils.parametrizations.weight_norm(network.head)
     assert as_built(network)

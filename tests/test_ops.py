@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastunet import dispatch, ops, reference
 from fastunet.ops import backward, commuted, steps, upsampling
 from fastunet.parity import compare
+from fastunet.parity.recording import Recorder, Replay
+from fastunet.parity.rule import truncating_stages
 
 
 def replicated(x, skip, weight, bias, mode):
@@ -39,6 +41,21 @@ CASES = {
         lambda x, w: ops.conv2d_relu(x, w, relu=False),
         lambda x, w: reference.conv2d_relu(x, w, None, 1.0),
         [(2, 3, 1, 4), (1, 3, 1, 1)],
+    ),
+    "strided": (
+        lambda x, w, b: ops.conv2d_relu(x, w, b, stride=(2, 1)),
+        lambda x, w, b: F.relu(F.conv2d(x, w, b, stride=(2, 1), padding=1)),
+        [(2, 3, 5, 6), (4, 3, 3, 3), (4,)],
+    ),
+    "unpadded": (
+        lambda x, w, b: ops.conv2d_relu(x, w, b, negative_slope=0.1, padding="valid"),
+        lambda x, w, b: F.leaky_relu(F.conv2d(x, w, b), 0.1),
+        [(2, 3, 5, 6), (4, 3, 3, 3), (4,)],
+    ),
+    "unpadded_pool": (
+        lambda x, w: ops.conv2d_relu(x, w, pool=True, padding="valid"),
+        lambda x, w: (y := F.relu(F.conv2d(x, w)), F.max_pool2d(y, 2)),
+        [(2, 3, 5, 7), (4, 3, 3, 3)],
     ),
     "max_pool2x2": (
         ops.max_pool2x2,
@@ -85,6 +102,11 @@ CASES = {
         lambda x, w, b: reference.conv2d_relu(F.pad(F.interpolate(x, scale_factor=2.0), [0, 0, 0, 1]), w, b, 0.0),
         [(2, 3, 2, 3), (4, 3, 3, 3), (4,)],
     ),
+    "unpadded_concat": (
+        lambda x, s, w, b: ops.upsample_concat_conv2d_relu(x, s, w, b, padding="valid"),
+        lambda x, s, w, b: F.relu(F.conv2d(reference.upsample_concat(x, s, "bilinear", True), w, b)),
+        [(2, 3, 2, 3), (2, 2, 5, 6), (4, 5, 3, 3), (4,)],
+    ),
     "concat_conv2d": (
         lambda x, s, w: ops.upsample_concat_conv2d_relu(x, s, w, mode="none", relu=False),
         lambda x, s, w: reference.upsample_concat_conv2d_relu(x, s, w, None, "none", False, 1.0),
@@ -94,6 +116,11 @@ CASES = {
         ops.conv_transpose2x2,
         reference.conv_transpose2x2,
         [(2, 3, 4, 3), (3, 5, 2, 2), (5,)],
+    ),
+    "conv_transpose_oblong": (
+        ops.conv_transpose2x2,
+        lambda x, w, b: F.conv_transpose2d(x, w, b, (1, 3)),
+        [(2, 3, 4, 3), (3, 5, 1, 3), (5,)],
     ),
 }
 
@@ -162,9 +189,8 @@ def test_results_may_be_changed_in_place(name, seed):
     inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
     *_, y = outputs(op(*inputs))
     y.add_(1)
-    if name in {"conv2d_relu", "upsample_concat_conv2d_relu", "replicated", "replicated_alone", "no_skip"} | {
-        "batch_norm_relu"
-    }:
+    kept = {"conv2d_relu", "upsample_concat_conv2d_relu", "replicated", "replicated_alone", "no_skip"}
+    if name in kept | {"batch_norm_relu", "strided", "unpadded", "unpadded_concat"}:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
     else:
@@ -255,13 +281,40 @@ def test_a_layer_of_which_a_table_prefers_torch(case, theirs, monkeypatch, seed,
     expected = torch.autograd.grad(loss(plain(*inputs)), inputs)
 
     def choose(*layer: object) -> dispatch.Choice:
-        return dispatch.Choice("torch" if layer[-1] in theirs else "triton", "measured")
+        *_, step, unserved = layer
+        return dispatch.Choice("torch" if unserved or step in theirs else "triton", "measured")
 
     monkeypatch.setattr(backward, "choose", choose)
     with dispatch.forced("triton"):
         got = torch.autograd.grad(loss(op(*inputs)), inputs)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "name", ["replicated", "replicated_alone", "no_skip", "strided", "unpadded_concat", "conv_transpose_oblong"]
+)
+def test_gradients_in_16_bits(name, dtype, implementation, seed, device):
+    """By the rule, each network's truth taking the sides of ReLUs that it took."""
+    op, plain, shapes = CASES[name]
+    inputs = [(torch.randn(shape, device=device) / max(1, len(shape) - 2)).to(dtype) for shape in shapes]
+    cotangent = torch.randn_like(outputs(plain(*inputs))[0])
+
+    def run(function, mode, wide=False):
+        leaves = [(t.double() if wide else t).detach().requires_grad_() for t in inputs]
+        with dispatch.forced(implementation), mode:
+            y = outputs(function(*leaves))[0]
+        return torch.autograd.grad(y, leaves, cotangent.to(y.dtype))
+
+    ours, theirs = Recorder(), Recorder()
+    got, baseline = run(op, ours), run(plain, theirs)
+    exact, their_exact = (run(plain, Replay(sides.decisions), wide=True) for sides in (ours, theirs))
+    stages = truncating_stages(4, dtype, implementation == "triton" and device == "cpu")
+    for a, b, true, their_true in zip(got, baseline, exact, their_exact, strict=True):
+        parity = compare(a, b, true, baseline_truth=their_true, stages=stages)
+        assert parity.ok, str(parity)
 
 
 @pytest.mark.parametrize("wanted", range(4))
@@ -293,8 +346,19 @@ def test_bilinear_gradient_as_matrix_products(corners, seed):
     torch.testing.assert_close(upsampling.bilinear_backward(grad, corners), want)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_gradients_by_cudnn_are_asked_to_repeat_in_compiled_code_too(transposed, monkeypatch, seed):
+GEOMETRIES = {  # transposed, stride, padding, and the size of what comes of 4 x 5 pixels
+    "same": (False, [1, 1], 1, (4, 5)),
+    "strided": (False, [2, 1], 1, (2, 5)),
+    "unpadded": (False, [1, 1], 0, (2, 3)),
+    "transposed": (True, [2, 2], 0, (8, 10)),
+    "transposed oblong": (True, [1, 3], 0, (4, 15)),
+}
+
+
+@pytest.mark.parametrize("transposed, stride, padding, size", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_gradients_by_cudnn_are_asked_to_repeat_in_compiled_code_too(
+    transposed, stride, padding, size, monkeypatch, seed
+):
     seen = []
     right = torch.ops.aten.convolution_backward
 
@@ -304,14 +368,14 @@ def test_gradients_by_cudnn_are_asked_to_repeat_in_compiled_code_too(transposed,
             return right(*arguments)
 
     monkeypatch.setattr(steps, "aten", Aten())
-    x, weight = torch.randn(2, 3, 4, 5), torch.randn((3, 6, 2, 2) if transposed else (6, 3, 3, 3))
-    grad = torch.randn((2, 6, 8, 10) if transposed else (2, 6, 4, 5))
-    stride = 2 if transposed else 1
+    x, weight = torch.randn(2, 3, 4, 5), torch.randn((3, 6, *stride) if transposed else (6, 3, 3, 3))
+    grad = torch.randn(2, 6, *size)
     conv = F.conv_transpose2d if transposed else F.conv2d
     leaves = [t.clone().requires_grad_() for t in (x, weight, torch.zeros(6))]
-    y = conv(*leaves, stride=stride, padding=0 if transposed else 1)
+    y = conv(*leaves, stride=stride, padding=padding)
     want = torch.autograd.grad(y, leaves, grad)
-    ours = torch.compile(lambda mask: OPS.cudnn_backward(grad, x, weight, mask, transposed), backend="aot_eager")
+    given = grad, x, weight
+    ours = torch.compile(lambda m: OPS.cudnn_backward(*given, m, stride, padding, transposed), backend="aot_eager")
     for mask in ([True, True, True], [False, True, False]):
         for got, expected, wanted in zip(ours(mask), want, mask, strict=True):
             assert got.numel() == 0 if not wanted else torch.allclose(got, expected, rtol=1e-5, atol=1e-5)
@@ -330,31 +394,48 @@ def test_on_cuda_gradients_by_pytorch_are_those_asked_to_repeat(seed):
 
 
 OPS = torch.ops.fastunet
+SAME = (1, 1), "same"
 OP_ARGUMENTS = {
-    "conv2d_relu": lambda t: (OPS.conv2d_relu.default, (t(2, 3, 5, 6), t(4, 3, 3, 3), t(4), 0.1)),
-    "conv2d_relu no bias": lambda t: (OPS.conv2d_relu.default, (t(2, 3, 1, 1), t(1, 3, 1, 1), None, 1.0)),
-    "conv2d_relu_pool": lambda t: (OPS.conv2d_relu_pool.default, (t(2, 3, 5, 2), t(4, 3, 3, 3), t(4), 0.0)),
+    "conv2d_relu": lambda t: (OPS.conv2d_relu.default, (t(2, 3, 5, 6), t(4, 3, 3, 3), t(4), 0.1, *SAME)),
+    "conv2d_relu no bias": lambda t: (OPS.conv2d_relu.default, (t(2, 3, 1, 1), t(1, 3, 1, 1), None, 1.0, *SAME)),
+    "conv2d_relu strided": lambda t: (
+        OPS.conv2d_relu.default,
+        (t(2, 3, 5, 6), t(4, 3, 3, 3), t(4), 0.1, (2, 3), "same"),
+    ),
+    "conv2d_relu_pool": lambda t: (OPS.conv2d_relu_pool.default, (t(2, 3, 5, 2), t(4, 3, 3, 3), t(4), 0.0, *SAME)),
+    "conv2d_relu_pool unpadded": lambda t: (
+        OPS.conv2d_relu_pool.default,
+        (t(2, 3, 5, 4), t(4, 3, 3, 3), t(4), 0.0, (1, 1), "valid"),
+    ),
     "max_pool2x2": lambda t: (OPS.max_pool2x2.default, (t(2, 3, 5, 2),)),
     "batch_norm_relu": lambda t: (OPS.batch_norm_relu.default, (t(2, 3, 5, 4), t(3), t(3), 1e-5, 0.0, True)),
     "batch_norm_relu alone": lambda t: (OPS.batch_norm_relu.default, (t(2, 3, 5, 1), None, t(3), 1e-3, 1.0, False)),
     "upsample_concat": lambda t: (OPS.upsample_concat.default, (t(1, 3, 2, 3), t(1, 2, 5, 6), "bilinear", True)),
     "upsample_concat_conv2d_relu": lambda t: (
         OPS.upsample_concat_conv2d_relu.default,
-        (t(1, 3, 2, 3), t(1, 2, 4, 7), t(4, 5, 3, 3), t(4), "nearest", False, 0.0),
+        (t(1, 3, 2, 3), t(1, 2, 4, 7), t(4, 5, 3, 3), t(4), "nearest", False, 0.0, "zero_pad", "same"),
     ),
     "upsample_concat_conv2d_relu replicated": lambda t: (
         OPS.upsample_concat_conv2d_relu.default,
-        (t(1, 3, 2, 3), t(1, 2, 5, 9), t(4, 5, 3, 3), t(4), "bilinear", True, 0.0, "replicate_pad"),
+        (t(1, 3, 2, 3), t(1, 2, 5, 9), t(4, 5, 3, 3), t(4), "bilinear", True, 0.0, "replicate_pad", "same"),
     ),
     "upsample_concat_conv2d_relu no skip": lambda t: (
         OPS.upsample_concat_conv2d_relu.default,
-        (t(1, 3, 2, 3), t(1, 0, 4, 7).detach(), t(4, 3, 3, 3), t(4), "nearest", False, 1.0),
+        (t(1, 3, 2, 3), t(1, 0, 4, 7).detach(), t(4, 3, 3, 3), t(4), "nearest", False, 1.0, "zero_pad", "same"),
+    ),
+    "upsample_concat_conv2d_relu unpadded": lambda t: (
+        OPS.upsample_concat_conv2d_relu.default,
+        (t(1, 3, 2, 3), t(1, 2, 4, 6), t(4, 5, 3, 3), t(4), "bilinear", True, 0.1, "zero_pad", "valid"),
     ),
     "cudnn_backward": lambda t: (
         OPS.cudnn_backward.default,
-        (t(2, 4, 5, 6).detach(), t(2, 3, 5, 6).detach(), t(4, 3, 3, 3).detach(), [True, True, False], False),
+        (
+            *(shape.detach() for shape in (t(2, 4, 3, 6), t(2, 3, 5, 6), t(4, 3, 3, 3))),
+            *([True, True, False], [2, 1], 1, False),
+        ),
     ),
     "conv_transpose2x2": lambda t: (OPS.conv_transpose2x2.default, (t(2, 3, 4, 3), t(3, 1, 2, 2), t(1))),
+    "conv_transpose2x2 oblong": lambda t: (OPS.conv_transpose2x2.default, (t(2, 3, 4, 3), t(3, 1, 1, 3), None)),
 }
 
 
@@ -414,6 +495,24 @@ BAD = {
         lambda: ops.conv2d_relu(*zeros((1, 3, 1, 4), W), pool=True),
         "x: expected H and W of at least 2 to pool, got",
     ),
+    "small to pool": (
+        lambda: ops.conv2d_relu(*zeros((1, 3, 3, 4), W), pool=True, padding="valid"),
+        "x: expected H and W of at least 4 to pool, got",
+    ),
+    "small": (
+        lambda: ops.conv2d_relu(*zeros((1, 3, 2, 4), W), padding="valid"),
+        r"x: expected H and W of at least 3, got \(1, 3, 2, 4\)",
+    ),
+    "small skip": (
+        lambda: ops.upsample_concat_conv2d_relu(*zeros((1, 2, 1, 4), (1, 1, 2, 8), W), padding="valid"),
+        r"skip: expected H and W of at least 3, got \(1, 1, 2, 8\)",
+    ),
+    "stride": (lambda: ops.conv2d_relu(*zeros(X, W), stride=(0, 1)), r"stride: expected two positive .*got \(0, 1\)"),
+    "strided pool": (
+        lambda: ops.conv2d_relu(*zeros(X, W), stride=(2, 2), pool=True),
+        r"stride: expected 1 and 1 to pool, got \(2, 2\)",
+    ),
+    "padding": (lambda: ops.conv2d_relu(*zeros(X, W), padding="full"), r"padding: expected one of .*, got 'full'"),
     "one value": (
         lambda: ops.batch_norm_relu(*zeros((1, 3, 1, 1))),
         r"x: expected more than one value for each channel, got \(1, 3, 1, 1\)",

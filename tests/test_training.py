@@ -378,6 +378,26 @@ def test_what_is_saved_is_at_most_six_tenths_of_eagers(features, size):
     assert ours <= 0.6 * theirs
 
 
+UNSERVED = {
+    "unpadded": {"padding": "valid", "match": "center_crop"},
+    "unpadded, transpose": {"padding": "valid", "match": "center_crop", "upsample": "transpose"},
+    "strided": {"downsample": "stride", "upsample": "transpose", "strides": ((2, 1), (3, 2))},
+}
+
+
+@pytest.mark.parametrize("options", UNSERVED.values(), ids=UNSERVED)
+def test_where_pytorch_convolves_no_map_is_saved_twice(options, seed):
+    """Nor one that was upsampled or concatenated: the results of convolutions and pools alone, and the input."""
+    net, sizes = FastUNet(1, 2, (4, 6, 8), **options), []
+    x = torch.randn(1, 1, 60, 60)
+    with dispatch.forced("torch"):
+        with Recorder() as recorder:
+            loss_of(net, x)
+        *inner, _ = recorder.steps  # the head's is the output
+        sizes = [t.numel() for step in inner for t in (step.result, step.pooled) if t is not None]
+        assert kept_bytes(net, x) == 4 * sum(sizes)
+
+
 @pytest.mark.parametrize("match", ["zero_pad", "center_crop"])
 def test_no_less_is_saved_where_a_map_and_its_skip_differ(match):
     nets = (net(1, 2, (8, 16, 32), match=match) for net in (FastUNet, UNet))

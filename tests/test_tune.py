@@ -91,7 +91,7 @@ class TestChoice:
     def test_the_launcher_gets_the_measured_configuration(self, monkeypatch):
         save(measured.cache_path(GPU), GPU, {KEY: Entry("hopper", {"hopper": 1.0}, CONFIG_FIELDS)})
         x = torch.empty(1, 64, 32, 32, dtype=BF16, device="meta")
-        monkeypatch.setattr(launchers, "choose", lambda *a, real=ops.choose: real(*a[:3], GPU, *a[4:]))
+        monkeypatch.setattr(launchers, "choose", lambda *a, real=ops.choose, **k: real(*a[:3], GPU, *a[4:], **k))
         launcher = launchers.launcher("conv_fwd", "conv2d_relu", (x,), torch.empty(64, 64, 3, 3))
         assert launcher.func is kernels.hopper.conv_fwd
         assert launcher.keywords == {"config": CONFIG}
@@ -103,7 +103,7 @@ class TestChoice:
         """A shipped table may come from another version, or a Triton that takes other ones."""
         save(measured.cache_path(GPU), GPU, {KEY: Entry("hopper", {"hopper": 1.0}, CONFIG_FIELDS | changes)})
         x = torch.empty(1, 64, 32, 32, dtype=BF16, device="meta")
-        monkeypatch.setattr(launchers, "choose", lambda *a, real=ops.choose: real(*a[:3], GPU, *a[4:]))
+        monkeypatch.setattr(launchers, "choose", lambda *a, real=ops.choose, **k: real(*a[:3], GPU, *a[4:], **k))
         launcher = launchers.launcher("conv_fwd", "conv2d_relu", (x,), torch.empty(64, 64, 3, 3))
         assert launcher.func is kernels.hopper.conv_fwd
         assert launcher.keywords == {"config": None}

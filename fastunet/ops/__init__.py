@@ -36,6 +36,7 @@ __all__ = [
 
 _UPSAMPLING = ("bilinear", "nearest")
 _MATCH = ("zero_pad", "replicate_pad")
+_PADDING = ("same", "valid")
 
 
 def _check(condition: bool, argument: str, expected: str, got: object) -> None:
@@ -43,7 +44,7 @@ def _check(condition: bool, argument: str, expected: str, got: object) -> None:
         raise ValueError(f"{argument}: expected {expected}, got {got}")
 
 
-def _check_conv(x: Tensor, channels: int, weight: Tensor, bias: Tensor | None) -> None:
+def _check_conv(x: Tensor, channels: int, weight: Tensor, bias: Tensor | None, padding: str) -> None:
     _check(x.dim() == 4 and x.shape[1] > 0, "x", "shape (N, C, H, W), C at least 1", tuple(x.shape))
     _check(weight.dim() == 4, "weight", "shape (O, C, K, K)", tuple(weight.shape))
     k = weight.shape[2]
@@ -51,6 +52,7 @@ def _check_conv(x: Tensor, channels: int, weight: Tensor, bias: Tensor | None) -
     _check(weight.shape[1] == channels, "weight", f"{channels} input channels", tuple(weight.shape))
     if bias is not None:
         _check(bias.shape == weight.shape[:1], "bias", f"shape ({weight.shape[0]},)", tuple(bias.shape))
+    _check(padding in _PADDING, "padding", f"one of {_PADDING}", repr(padding))
 
 
 def _check_alike(x: Tensor, **others: Tensor | None) -> None:
@@ -89,6 +91,8 @@ def conv2d_relu(
     relu: bool = True,
     negative_slope: float = 0.0,
     pool: Literal[False] = False,
+    stride: tuple[int, int] = (1, 1),
+    padding: str = "same",
 ) -> Tensor: ...
 
 
@@ -101,6 +105,8 @@ def conv2d_relu(
     relu: bool = True,
     negative_slope: float = 0.0,
     pool: Literal[True],
+    stride: tuple[int, int] = (1, 1),
+    padding: str = "same",
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -112,8 +118,10 @@ def conv2d_relu(
     relu: bool = True,
     negative_slope: float = 0.0,
     pool: bool = False,
+    stride: tuple[int, int] = (1, 1),
+    padding: str = "same",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Same-size convolution, bias, ReLU and, on request, 2x2 max-pool, in one pass.
+    """Convolution, bias, ReLU and, on request, 2x2 max-pool, in one pass.
 
     Args:
         x: (N, C, H, W), any strides; float16, bfloat16, float32 (float64 through plain torch).
@@ -122,21 +130,27 @@ def conv2d_relu(
         relu: apply the activation.
         negative_slope: of a leaky ReLU; 0 is the plain one.
         pool: also return the 2x2 max-pool.
+        stride: (rows, columns). padding: ``"same"``, K // 2 zeros on each side, or ``"valid"``, none. No kernel
+            serves others than the defaults; their convolution is PyTorch's, and gradients and what is kept are alike.
 
     Returns:
-        y (N, O, H, W), channels_last; with ``pool`` also (N, O, H // 2, W // 2).
+        y (N, O, H, W), channels_last; with ``pool`` also (N, O, H // 2, W // 2). Smaller by stride and padding.
 
     Raises:
         ValueError: names the argument, its value and what was expected.
     """
     x, weight, bias = _autocast(x, weight, bias)
-    _check_conv(x, x.shape[1], weight, bias)
+    _check_conv(x, x.shape[1], weight, bias, padding)
     _check_alike(x, weight=weight, bias=bias)
-    slope = _slope(relu, negative_slope)
+    _check(len(stride) == 2 and min(stride) > 0, "stride", "two positive integers", stride)
+    _check(not pool or tuple(stride) == (1, 1), "stride", "1 and 1 to pool", stride)
+    lost = 0 if padding == "same" else weight.shape[2] - 1
+    least = lost + 2 if pool else lost + bool(lost)
+    _check(min(x.shape[2:]) >= least, "x", f"H and W of at least {least}{' to pool' if pool else ''}", tuple(x.shape))
+    given = x, weight, bias, _slope(relu, negative_slope), stride, padding
     if not pool:
-        return (forward.conv2d_relu_torch if at_once(x) else forward.conv2d_relu)(x, weight, bias, slope)
-    _check(x.shape[2] >= 2 and x.shape[3] >= 2, "x", "H and W of at least 2 to pool", tuple(x.shape))
-    return (forward.conv2d_relu_pool_torch if at_once(x) else forward.conv2d_relu_pool)(x, weight, bias, slope)
+        return (forward.conv2d_relu_torch if at_once(x) else forward.conv2d_relu)(*given)
+    return (forward.conv2d_relu_pool_torch if at_once(x) else forward.conv2d_relu_pool)(*given)
 
 
 def max_pool2x2(x: Tensor) -> Tensor:
@@ -217,6 +231,7 @@ def upsample_concat_conv2d_relu(
     match: str = "zero_pad",
     relu: bool = True,
     negative_slope: float = 0.0,
+    padding: str = "same",
 ) -> Tensor:
     """3x3 :func:`conv2d_relu` of :func:`upsample_concat`, with neither map materialised.
 
@@ -224,34 +239,37 @@ def upsample_concat_conv2d_relu(
         x: (N, C1, h, w). skip: (N, C2, H, W); C2 may be 0. weight: (O, C1 + C2, 3, 3). bias: (O,) or None.
         mode: as there, or ``"none"`` for an x of the skip's scale.
         match: ``"zero_pad"``, or ``"replicate_pad"`` to pad with the upsampled map's own border.
+        padding: as there, of the convolution.
 
     Returns:
-        (N, O, H, W), channels_last. Errors as in :func:`conv2d_relu`.
+        (N, O, H, W), channels_last; H - 2 and W - 2 if ``"valid"``. Errors as in :func:`conv2d_relu`.
     """
     x, skip, weight, bias = _autocast(x, skip, weight, bias)
     _check_sources(x, skip, mode, (*_UPSAMPLING, "none"))
     _check(match in _MATCH, "match", f"one of {_MATCH}", repr(match))
-    _check_conv(x, x.shape[1] + skip.shape[1], weight, bias)
+    _check_conv(x, x.shape[1] + skip.shape[1], weight, bias, padding)
     _check(weight.shape[2] == 3, "weight", "a 3x3 filter", tuple(weight.shape))
+    _check(padding == "same" or min(skip.shape[2:]) > 2, "skip", "H and W of at least 3", tuple(skip.shape))
     _check_alike(x, skip=skip, weight=weight, bias=bias)
     slope = _slope(relu, negative_slope)
     op = forward.upsample_concat_conv2d_relu_torch if at_once(x) else forward.upsample_concat_conv2d_relu
-    return op(x, skip, weight, bias, mode, align_corners, slope, match)
+    return op(x, skip, weight, bias, mode, align_corners, slope, match, padding)
 
 
 def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """2x2 stride-2 transposed convolution and bias.
 
     Args:
-        x: (N, C, H, W), any strides. weight: (C, O, 2, 2). bias: (O,) or None.
+        x: (N, C, H, W), any strides. bias: (O,) or None.
+        weight: (C, O, 2, 2). Or (C, O, R, S), of a stride of R and S; no kernel serves others than 2 and 2.
 
     Returns:
-        (N, O, 2H, 2W), channels_last. Errors as in :func:`conv2d_relu`.
+        (N, O, R H, S W), channels_last. Errors as in :func:`conv2d_relu`.
     """
     x, weight, bias = _autocast(x, weight, bias)
     _check(x.dim() == 4 and x.shape[1] > 0, "x", "shape (N, C, H, W), C at least 1", tuple(x.shape))
     _check(
-        weight.dim() == 4 and weight.shape[0] == x.shape[1] and tuple(weight.shape[2:]) == (2, 2),
+        weight.dim() == 4 and weight.shape[0] == x.shape[1],
         "weight", f"shape ({x.shape[1]}, O, 2, 2)", tuple(weight.shape),
     )  # fmt: skip
     if bias is not None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import dispatch
 from .common import channels_last, empty
-from .launchers import Shapes, choose
+from .launchers import Shapes, choose, unserved, unserved_transpose
 from .steps import (
     Gradient,
     activation_kernel,
@@ -77,10 +77,10 @@ def _first_order(formula: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple
 # --- which step runs on what -------------------------------------------------------------------------------
 
 
-def _choose(ctx: Any, op: str, maps: Shapes, weight: Tensor, mode: str = "none") -> None:
+def _choose(ctx: Any, op: str, maps: Shapes, weight: Tensor, mode: str = "none", unserved: str = "") -> None:
     """Which steps are kernels of ours: of this layer, and where no layer is measured, the passes between them."""
     layer = op, maps, tuple(weight.shape), weight.device, weight.dtype, mode
-    ctx.dgrad, ctx.wgrad = (choose(*layer, step).implementation == "triton" for step in ("dgrad", "wgrad"))
+    ctx.dgrad, ctx.wgrad = (choose(*layer, step, unserved).implementation == "triton" for step in ("dgrad", "wgrad"))
     ctx.gather, also = (_ours(weight, step) for step in ("dgrad", "wgrad"))
     ctx.kernels = ctx.gather or also
 
@@ -113,22 +113,24 @@ def _through_max_pool(grad_pooled: Tensor, y: Tensor) -> Tensor:
     return aten.max_pool2d_with_indices_backward(grad_pooled, y, [2, 2], [2, 2], [0, 0], [1, 1], False, places)
 
 
-def _dgrad(ctx: Any, g: Tensor, weight: Tensor) -> Gradient:
-    """Gradient of an input of g's size."""
+def _dgrad(ctx: Any, g: Tensor, weight: Tensor, height: int, width: int) -> Gradient:
+    """Gradient of an input of ``height`` x ``width``."""
     if ctx.dgrad:
         return dgrad_kernel(g, weight)
     # PyTorch asks for the input, and reads its shape and layout.
-    return convolution_backward(g, empty(g, weight.shape[1], *g.shape[2:]), weight, (True, False, False))[0]
+    x = empty(g, weight.shape[1], height, width)
+    return convolution_backward(g, x, weight, (True, False, False), ctx.stride, ctx.padding)[0]
 
 
 def _wgrad_torch(
-    g: Tensor, sources: Sequence[Tensor], weight: Tensor, need_weight: bool, need_bias: bool
+    ctx: Any, g: Tensor, sources: Sequence[Tensor], weight: Tensor, need_weight: bool, need_bias: bool
 ) -> tuple[Gradient, Gradient]:
     """PyTorch's gradients of the weight of concatenated sources, and of the bias."""
     parts = weight.split([x.shape[1] for x in sources], 1)
     found = []
     for i, (x, part) in enumerate(zip(sources, parts, strict=True)):
-        found.append(convolution_backward(g, x, part, (False, need_weight, need_bias and i == 0)))
+        wanted = False, need_weight, need_bias and i == 0
+        found.append(convolution_backward(g, x, part, wanted, ctx.stride, ctx.padding))
         if not need_weight:
             break
     if len(found) == 1:
@@ -147,28 +149,31 @@ def _through_upsampling(ctx: Any, grad: Tensor, x: Tensor, match: str = "zero_pa
 
 
 def save_conv(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, _, ctx.slope = inputs
+    x, weight, _, ctx.slope, ctx.stride, ctx.padding = inputs
     y = output[0] if isinstance(output, tuple) else output
     linear = ctx.slope == 1 and not isinstance(output, tuple)
     ctx.save_for_backward(x, weight, None if linear else y)
-    _choose(ctx, "conv2d_relu_pool" if isinstance(output, tuple) else "conv2d_relu", (tuple(x.shape),), weight)
+    op = "conv2d_relu_pool" if isinstance(output, tuple) else "conv2d_relu"
+    _choose(ctx, op, (tuple(x.shape),), weight, unserved=unserved(ctx.stride, ctx.padding))
 
 
 def _conv_gradients(ctx: Any, grad: Tensor, grad_pooled: Tensor | None) -> tuple[Any, ...]:
     x, weight, y = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
     g, grad_bias = _activation_backward(ctx, grad, grad_pooled, y, need_bias)
+    geometry = ctx.stride, ctx.padding
     if not ctx.kernels:  # in one call, which lays g out once
-        return *convolution_backward(g, x, weight, (need_x, need_weight, need_bias)), None
+        return *convolution_backward(g, x, weight, (need_x, need_weight, need_bias), *geometry), None, None, None
     need_bias &= grad_bias is None
     grad_weight = None
     if need_weight and ctx.wgrad:
         grad_weight, with_it = wgrad_kernel(g, x, weight.shape[-1], need_bias)
         grad_bias = with_it if need_bias else grad_bias
     elif need_weight or need_bias:
-        grad_weight, grad_bias_torch = _wgrad_torch(g, [x], weight, need_weight, need_bias)
+        grad_weight, grad_bias_torch = _wgrad_torch(ctx, g, [x], weight, need_weight, need_bias)
         grad_bias = grad_bias_torch if grad_bias is None else grad_bias
-    return _dgrad(ctx, g, weight) if need_x else None, grad_weight, grad_bias, None
+    grad_x = _dgrad(ctx, g, weight, *x.shape[2:]) if need_x else None
+    return grad_x, grad_weight, grad_bias, None, None, None
 
 
 @_first_order
@@ -245,10 +250,11 @@ def upsample_concat(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def save_upsample_conv(ctx: Any, inputs: Any, output: Any) -> None:
-    x, skip, weight, _, ctx.mode, ctx.align_corners, ctx.slope, ctx.match = inputs
+    x, skip, weight, _, ctx.mode, ctx.align_corners, ctx.slope, ctx.match, ctx.padding = inputs
+    ctx.stride = [1, 1]
     ctx.save_for_backward(x, skip, weight, None if ctx.slope == 1 else output)
     maps, mode = launched(x, skip, ctx.mode, ctx.match)
-    _choose(ctx, "upsample_concat_conv2d_relu", maps, weight, mode)
+    _choose(ctx, "upsample_concat_conv2d_relu", maps, weight, mode, unserved(ctx.stride, ctx.padding))
 
 
 @_first_order
@@ -257,19 +263,20 @@ def upsample_concat_conv2d_relu(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     need_x, need_skip, need_weight, need_bias = ctx.needs_input_grad[:4]
     g, grad_bias = _activation_backward(ctx, grad, None, y, need_bias)
     c1, c2 = x.shape[1], skip.shape[1]
-    how = ctx.mode, ctx.align_corners, ctx.match
+    how, geometry = (ctx.mode, ctx.align_corners, ctx.match), (ctx.stride, ctx.padding)
+    rest = [None] * 5
     grad_weight = grad_x = grad_skip = None
     if not ctx.kernels:
-        wanted = need_x, need_weight, need_bias
-        grad_upsampled, grad_weight, grad_bias = convolution_backward(g, fitted(x, skip, *how), weight[:, :c1], wanted)
+        given = g, fitted(x, skip, *how), weight[:, :c1], (need_x, need_weight, need_bias)
+        grad_upsampled, grad_weight, grad_bias = convolution_backward(*given, *geometry)
         if c2:
-            wanted = need_skip, need_weight, False
-            grad_skip, second, _ = convolution_backward(g, channels_last(skip), weight[:, c1:], wanted)
+            given = g, channels_last(skip), weight[:, c1:], (need_skip, need_weight, False)
+            grad_skip, second, _ = convolution_backward(*given, *geometry)
             if grad_weight is not None and second is not None:
                 grad_weight = torch.cat([grad_weight, second], 1)
         if grad_upsampled is not None:
             grad_x = _through_upsampling(ctx, grad_upsampled, x, ctx.match)
-        return grad_x, grad_skip, grad_weight, grad_bias, None, None, None, None
+        return grad_x, grad_skip, grad_weight, grad_bias, *rest
     need_bias &= grad_bias is None
     # The weight's first, so that the upsampled map is gone before the gradient of it comes.
     if need_weight and ctx.wgrad:
@@ -277,16 +284,16 @@ def upsample_concat_conv2d_relu(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad_bias = with_it if need_bias else grad_bias
     elif need_weight or need_bias:
         sources = [fitted(x, skip, *how), skip] if c2 else [fitted(x, skip, *how)]
-        grad_weight, grad_bias_torch = _wgrad_torch(g, sources, weight, need_weight, need_bias)
+        grad_weight, grad_bias_torch = _wgrad_torch(ctx, g, sources, weight, need_weight, need_bias)
         grad_bias = grad_bias_torch if grad_bias is None else grad_bias
         del sources
     if need_x:
-        grad_upsampled = _dgrad(ctx, g, weight[:, :c1])
+        grad_upsampled = _dgrad(ctx, g, weight[:, :c1], *skip.shape[2:])
         assert grad_upsampled is not None
         grad_x = _through_upsampling(ctx, grad_upsampled, x, ctx.match)
     if need_skip and c2:
-        grad_skip = _dgrad(ctx, g, weight[:, c1:])
-    return grad_x, grad_skip, grad_weight, grad_bias, None, None, None, None
+        grad_skip = _dgrad(ctx, g, weight[:, c1:], *skip.shape[2:])
+    return grad_x, grad_skip, grad_weight, grad_bias, *rest
 
 
 # --- conv_transpose2x2 -----------------------------------------------------------------------
@@ -295,7 +302,7 @@ def upsample_concat_conv2d_relu(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 def save_transpose(ctx: Any, inputs: Any, output: Any) -> None:
     x, weight, _ = inputs
     ctx.save_for_backward(x, weight)
-    _choose(ctx, "conv_transpose2x2", (tuple(x.shape),), weight)
+    _choose(ctx, "conv_transpose2x2", (tuple(x.shape),), weight, unserved=unserved_transpose(weight))
 
 
 @_first_order
@@ -310,6 +317,7 @@ def conv_transpose2x2(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         found[2] = with_it if need_bias else None
         need_weight = need_bias = False
     if need_x or need_weight or need_bias:
-        rest = convolution_backward(grad, x, weight, (need_x, need_weight, need_bias), transposed=True)
+        wanted, stride = (need_x, need_weight, need_bias), weight.shape[2:]
+        rest = convolution_backward(grad, x, weight, wanted, stride, transposed=True)
         found = [ours if theirs is None else theirs for ours, theirs in zip(found, rest, strict=True)]
     return tuple(found)

@@ -5,6 +5,7 @@ wants no gradients.
 """
 
 import contextlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from .. import dispatch, reference
 from . import backward, commuted
 from .common import channels_last, empty, on_device, repeatable_cudnn, result, takes_triton, tf32
-from .launchers import launcher
+from .launchers import launcher, unserved, unserved_transpose
 from .upsampling import fitted, is_replicated
 
 if TYPE_CHECKING or dispatch.has_triton():
@@ -24,43 +25,59 @@ if TYPE_CHECKING or dispatch.has_triton():
 # --- conv2d_relu -----------------------------------------------------------------------------
 
 
-def conv2d_relu_torch(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> Tensor:
+def conv2d_relu_torch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, slope: float, stride: Sequence[int], padding: str
+) -> Tensor:
     # channels_last is the faster layout of torch's CPU convolutions as well.
-    return result(reference.conv2d_relu(channels_last(x), weight, bias, slope))
+    return result(reference.conv2d_relu(channels_last(x), weight, bias, slope, stride, padding))
 
 
 @torch.library.custom_op("fastunet::conv2d_relu", mutates_args=())
-def conv2d_relu(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> Tensor:
-    launch = launcher("conv_fwd", "conv2d_relu", (x,), weight)
+def conv2d_relu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, slope: float, stride: Sequence[int], padding: str
+) -> Tensor:
+    launch = launcher("conv_fwd", "conv2d_relu", (x,), weight, unserved=unserved(stride, padding))
     if launch is not None:
         with on_device(x):
             return launch(x, weight, bias, slope=slope, tf32=tf32())
-    return conv2d_relu_torch(x, weight, bias, slope)
+    return conv2d_relu_torch(x, weight, bias, slope, stride, padding)
 
 
 @conv2d_relu.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> Tensor:
-    return empty(x, weight.shape[0], x.shape[2], x.shape[3])
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float, stride: Sequence[int], padding: str) -> Tensor:
+    return empty(x, weight.shape[0], *_convolved(x, weight, stride, padding))
 
 
-def conv2d_relu_pool_torch(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> tuple[Tensor, Tensor]:
-    y = conv2d_relu_torch(x, weight, bias, slope)
+def conv2d_relu_pool_torch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, slope: float, stride: Sequence[int], padding: str
+) -> tuple[Tensor, Tensor]:
+    y = conv2d_relu_torch(x, weight, bias, slope, stride, padding)
     return y, max_pool2x2_torch(y)
 
 
 @torch.library.custom_op("fastunet::conv2d_relu_pool", mutates_args=())
-def conv2d_relu_pool(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> tuple[Tensor, Tensor]:
-    launch = launcher("conv_pool_fwd", "conv2d_relu_pool", (x,), weight)
+def conv2d_relu_pool(
+    x: Tensor, weight: Tensor, bias: Tensor | None, slope: float, stride: Sequence[int], padding: str
+) -> tuple[Tensor, Tensor]:
+    launch = launcher("conv_pool_fwd", "conv2d_relu_pool", (x,), weight, unserved=unserved(stride, padding))
     if launch is not None:
         with on_device(x):
             return launch(x, weight, bias, slope=slope, tf32=tf32())
-    return conv2d_relu_pool_torch(x, weight, bias, slope)
+    return conv2d_relu_pool_torch(x, weight, bias, slope, stride, padding)
 
 
 @conv2d_relu_pool.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> tuple[Tensor, Tensor]:
-    o, h, w = weight.shape[0], x.shape[2], x.shape[3]
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, slope: float, stride: Sequence[int], padding: str
+) -> tuple[Tensor, Tensor]:
+    o, (h, w) = weight.shape[0], _convolved(x, weight, stride, padding)
     return empty(x, o, h, w), empty(x, o, h // 2, w // 2)
+
+
+def _convolved(x: Tensor, weight: Tensor, stride: Sequence[int], padding: str) -> tuple[int, int]:
+    """(H, W) of a convolution's result."""
+    lost = 0 if padding == "same" else weight.shape[-1] - 1
+    return (x.shape[2] - lost - 1) // stride[0] + 1, (x.shape[3] - lost - 1) // stride[1] + 1
 
 
 # --- max_pool2x2 -----------------------------------------------------------------------------
@@ -152,13 +169,16 @@ def upsample_concat_conv2d_relu_torch(
     mode: str,
     align_corners: bool,
     slope: float,
-    match: str = "zero_pad",
+    match: str,
+    padding: str,
 ) -> Tensor:
     if is_replicated(x, skip, mode, match):
         x, mode = fitted(x, skip, mode, align_corners, match), "none"
     x, skip = channels_last(x), channels_last(skip)
-    serve = commuted if commuted.pays(x, skip, mode) else reference
-    return result(serve.upsample_concat_conv2d_relu(x, skip, weight, bias, mode, align_corners, slope))
+    given = x, skip, weight, bias, mode, align_corners, slope
+    if padding == "same" and commuted.pays(x, skip, mode):
+        return result(commuted.upsample_concat_conv2d_relu(*given))
+    return result(reference.upsample_concat_conv2d_relu(*given, padding))
 
 
 @torch.library.custom_op("fastunet::upsample_concat_conv2d_relu", mutates_args=())
@@ -170,15 +190,17 @@ def upsample_concat_conv2d_relu(
     mode: str,
     align_corners: bool,
     slope: float,
-    match: str = "zero_pad",
+    match: str,
+    padding: str,
 ) -> Tensor:
     if is_replicated(x, skip, mode, match):
         x, mode = fitted(x, skip, mode, align_corners, match), "none"
-    launch = launcher("upconcat_conv3x3_fwd", "upsample_concat_conv2d_relu", (x, skip), weight, mode)
+    of = "upsample_concat_conv2d_relu", (x, skip), weight, mode
+    launch = launcher("upconcat_conv3x3_fwd", *of, unserved=unserved((1, 1), padding))
     if launch is not None:
         with on_device(x):
             return launch(x, skip, weight, bias, mode=mode, align_corners=align_corners, slope=slope, tf32=tf32())
-    return upsample_concat_conv2d_relu_torch(x, skip, weight, bias, mode, align_corners, slope)
+    return upsample_concat_conv2d_relu_torch(x, skip, weight, bias, mode, align_corners, slope, match, padding)
 
 
 @upsample_concat_conv2d_relu.register_fake
@@ -190,9 +212,10 @@ def _(
     mode: str,
     align_corners: bool,
     slope: float,
-    match: str = "zero_pad",
+    match: str,
+    padding: str,
 ) -> Tensor:
-    return empty(skip, weight.shape[0], skip.shape[2], skip.shape[3])
+    return empty(skip, weight.shape[0], *_convolved(skip, weight, (1, 1), padding))
 
 
 # --- conv_transpose2x2 -----------------------------------------------------------------------
@@ -206,7 +229,8 @@ def conv_transpose2x2_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> T
 
 @torch.library.custom_op("fastunet::conv_transpose2x2", mutates_args=())
 def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    launch = launcher("conv_transpose2x2_fwd", "conv_transpose2x2", (x,), weight)
+    plain = unserved_transpose(weight)
+    launch = launcher("conv_transpose2x2_fwd", "conv_transpose2x2", (x,), weight, unserved=plain)
     if launch is not None:
         with on_device(x):
             return launch(x, weight, bias, tf32=tf32())
@@ -215,7 +239,7 @@ def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @conv_transpose2x2.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return empty(x, weight.shape[1], 2 * x.shape[2], 2 * x.shape[3])
+    return empty(x, weight.shape[1], weight.shape[2] * x.shape[2], weight.shape[3] * x.shape[3])
 
 
 # --- gradients -------------------------------------------------------------------------------

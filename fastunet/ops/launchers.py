@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ def choose(
     dtype: torch.dtype,
     mode: str = "none",
     step: str = "forward",
+    unserved: str = "",
 ) -> dispatch.Choice:
     """Which implementation serves a step of an operator, and why.
 
@@ -32,7 +34,10 @@ def choose(
         maps: shape (N, C, H, W) of each source. weight: its shape.
         mode: how the first source is upsampled.
         step: of :data:`fastunet.dispatch.STEPS`.
+        unserved: what of the convolution no kernel serves; empty if one does.
     """
+    if unserved:
+        return dispatch.Choice("torch", f"no kernel for a convolution {unserved}")
     key = measured.layer_key(op, maps, weight, dtype, mode, step)
 
     def obstacle(implementation: str) -> str | None:
@@ -45,10 +50,26 @@ def choose(
     return dispatch.choose_layer(device, dtype, key, obstacle, step)
 
 
-def launcher(name: str, op: str, maps: tuple[Tensor, ...], weight: Tensor, mode: str = "none") -> Any:
+def unserved(stride: Sequence[int], padding: str) -> str:
+    """What of a convolution no kernel serves; empty if one does."""
+    if tuple(stride) != (1, 1):
+        return "with a stride of {}x{}".format(*stride)
+    return "" if padding == "same" else "without padding"
+
+
+def unserved_transpose(weight: Tensor) -> str:
+    """:func:`unserved` of a transposed convolution, whose stride is the size of its filter."""
+    rows, columns = weight.shape[2:]
+    return "" if (rows, columns) == (2, 2) else f"with a stride of {rows}x{columns}"
+
+
+def launcher(
+    name: str, op: str, maps: tuple[Tensor, ...], weight: Tensor, mode: str = "none", unserved: str = ""
+) -> Any:
     """The launcher of that name in the module that serves these tensors; None for plain torch."""
     shapes = tuple(tuple(x.shape) for x in maps)
-    choice = choose(op, shapes, tuple(weight.shape), maps[-1].device, maps[-1].dtype, mode)
+    layer = op, shapes, tuple(weight.shape), maps[-1].device, maps[-1].dtype, mode
+    choice = choose(*layer, unserved=unserved)
     if choice.implementation == "torch":
         return None
     if choice.implementation == "commuted":

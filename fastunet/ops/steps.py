@@ -3,6 +3,7 @@
 Of several results that need not be wanted, those that are not are of no elements: operators give tensors alone.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -95,31 +96,39 @@ def _(grad_pooled: Tensor, x: Tensor) -> Tensor:
 
 
 def convolution_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool], *, transposed: bool = False
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mask: tuple[bool, bool, bool],
+    stride: Sequence[int] = (1, 1),
+    padding: str = "same",
+    *,
+    transposed: bool = False,
 ) -> tuple[Gradient, Gradient, Gradient]:
     """PyTorch's gradients of input, weight and bias, those that ``mask`` asks for."""
+    pad = weight.shape[-1] // 2 if padding == "same" and not transposed else 0
+    geometry = list(stride), pad, transposed
     if not grad.is_cuda:
-        return _convolution_backward(grad, x, weight, mask, transposed)
-    found = _cudnn_backward(grad, x, weight, list(mask), transposed)
+        return _convolution_backward(grad, x, weight, list(mask), *geometry)
+    found = _cudnn_backward(grad, x, weight, list(mask), *geometry)
     x_grad, weight_grad, bias_grad = (g if wanted else None for g, wanted in zip(found, mask, strict=True))
     return x_grad, weight_grad, bias_grad
 
 
 def _convolution_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool] | list[bool], transposed: bool
+    grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool], stride: list[int], pad: int, transposed: bool
 ) -> tuple[Gradient, Gradient, Gradient]:
-    stride, pad = (2, 0) if transposed else (1, weight.shape[-1] // 2)
-    options = [stride, stride], [pad, pad], [1, 1], transposed, [0, 0], 1
+    options = stride, [pad, pad], [1, 1], transposed, [0, 0], 1
     return aten.convolution_backward(grad, x, weight, [grad.shape[1]], *options, mask)
 
 
 # Compiled code, which takes no operator of ours apart, would lose what is set around the call.
 @torch.library.custom_op("fastunet::cudnn_backward", mutates_args=())
 def _cudnn_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool], transposed: bool
+    grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool], stride: list[int], pad: int, transposed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     with repeatable_cudnn():
-        found = _convolution_backward(grad, x, weight, mask, transposed)
+        found = _convolution_backward(grad, x, weight, mask, stride, pad, transposed)
     grad_x, grad_weight, grad_bias = (grad.new_empty(0) if g is None else g for g in found)
     if mask[0]:
         grad_x = channels_last(grad_x)
@@ -127,7 +136,9 @@ def _cudnn_backward(
 
 
 @_cudnn_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool], transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool], stride: list[int], pad: int, transposed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     wanted = (t if asked else t.new_empty(0) for t, asked in zip((x, weight), mask[:2], strict=True))
     grad_x, grad_weight = (empty(t, *t.shape[1:]) if t.dim() == 4 else t for t in wanted)
     return grad_x, grad_weight, grad.new_empty(grad.shape[1] if mask[2] else 0)

@@ -29,11 +29,11 @@ def alone(step: Step, compare: Callable[..., Parity], smallest: float) -> Iterat
         compare: the rule, its settings made; takes candidate, baseline, truth and ``terms``.
         smallest: the working dtype's smallest normal number.
     """
-    tensors = [t for t in step.arguments if isinstance(t, Tensor)]
+    tensors = [t for t in step.arguments.values() if isinstance(t, Tensor)]
     if not tensors or not all(t.isfinite().all() for t in tensors):
         return  # what made them so is for the layer before to answer
     theirs, _ = _reference(step.arguments, smallest)
-    wide = tuple(t.double() if isinstance(t, Tensor) else t for t in step.arguments)
+    wide = {name: t.double() if isinstance(t, Tensor) else t for name, t in step.arguments.items()}
     exact, terms = _reference(wide, smallest)
     results = [(step.result, theirs, exact)]
     if step.pooled is not None:
@@ -42,23 +42,15 @@ def alone(step: Step, compare: Callable[..., Parity], smallest: float) -> Iterat
         yield Alone(compare(mine, base, true, terms=terms), distance(mine, true), distance(base, true))
 
 
-def _reference(arguments: tuple[Any, ...], smallest: float) -> tuple[Tensor, float]:
+def _reference(arguments: dict[str, Any], smallest: float) -> tuple[Tensor, float]:
     """What an operator of these arguments must give, and the size of its terms."""
-    slope, given = 1.0, list[Any](arguments)
-    if len(given) > 4:
-        x, skip, weight, bias, mode, align_corners, slope, match = (given + ["zero_pad"])[:8]
+    left = dict(arguments)
+    x, weight, bias = (left.pop(name) for name in ("x", "weight", "bias"))
+    if "skip" in left:
+        skip, mode, align_corners, match = (left.pop(name) for name in ("skip", "mode", "align_corners", "match"))
         x = torch.cat(reference.fit(reference.upsample(x, mode, align_corners), skip, match), 1)
-    elif len(given) == 4:
-        x, weight, bias, slope = given
-    else:
-        x, weight, bias = given
-
-    def operator(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> Tensor:
-        if len(given) == 3:
-            return reference.conv_transpose2x2(x, weight, bias)
-        return reference.conv2d_relu(x, weight, bias, slope)
-
-    y = operator(x, weight, bias, slope)
+    operator: Any = reference.conv2d_relu if "slope" in left else reference.conv_transpose2x2
+    y = operator(x, weight, bias, **left)
     squares = (x**2).clamp(min=smallest**2), weight**2, None if bias is None else bias**2
-    terms = operator(*squares, 1.0)
+    terms = operator(*squares, **left | ({"slope": 1.0} if left else {}))
     return y, terms.max().sqrt().item() if terms.numel() else 0.0

@@ -20,12 +20,12 @@ from torch.overrides import TorchFunctionMode
 from .. import ops
 from ..config import UNetConfig
 from ..model import FastUNet
+from ..ops.launchers import unserved, unserved_transpose
 from ..ops.upsampling import launched
 from ..trace import Layer, trace
 
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 _LEAKY_RELUS = {F.leaky_relu, F.leaky_relu_}
-_CONVOLUTIONS = {torch.ops.aten.conv2d.default, torch.ops.aten.conv_transpose2d.input}  # as FastUNet calls them
 _IN_PLACE = {F.relu_, torch.relu_, Tensor.relu_, F.leaky_relu_}
 
 
@@ -38,12 +38,12 @@ class Step:
     """What a FastUNet did for one layer.
 
     Attributes:
-        arguments: of the fused operator; none of an operator of PyTorch's.
+        arguments: of the fused operator, by their names.
         result, pooled: what it gave.
         implementation: what computed it.
     """
 
-    arguments: tuple[Any, ...]
+    arguments: dict[str, Any]
     result: Tensor
     pooled: Tensor | None
     implementation: str
@@ -77,29 +77,37 @@ class Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func in _RELUS or func in _LEAKY_RELUS:
             self.decisions.append(result.detach() > 0)
-        elif func in _CONVOLUTIONS:
-            # An activation that follows in place is in it.
-            self.steps.append(Step((), result.detach(), None, "torch"))
-        elif getattr(func, "namespace", None) == "fastunet" and func.name() == "fastunet::max_pool2x2":
-            self.decisions.append(_places(args[0], 2))
-        elif getattr(func, "namespace", None) == "fastunet" and func.name() == "fastunet::batch_norm_relu":
-            *_, slope, pools = args
-            self.decisions += [result[0].detach() > 0] * (slope != 1) + [_places(result[0], 2)] * pools
         elif getattr(func, "namespace", None) == "fastunet":
-            y, *pooled = (t.detach() for t in (result if isinstance(result, tuple) else (result,)))
-            arguments = tuple(t.detach() if isinstance(t, Tensor) else t for t in args)
-            operator = func.name().removeprefix("fastunet::")
-            maps, mode, weight, slope = (tuple(args[0].shape),), "none", args[1], args[-1]
-            if operator.startswith("upsample"):
-                maps, mode = launched(args[0], args[1], args[4], args[7] if len(args) > 7 else "zero_pad")
-                weight, slope = args[2], args[6]
-            choice = ops.choose(operator, maps, tuple(weight.shape), y.device, y.dtype, mode)
-            self.steps.append(Step(arguments, y, pooled[0] if pooled else None, choice.implementation))
-            if func.name() != "fastunet::conv_transpose2x2" and slope != 1:  # a slope of 1 is no activation
-                self.decisions.append(y > 0)
-            if pooled:
-                self.decisions.append(_places(y, 2))
+            names = [argument.name for argument in func._schema.arguments]
+            given = {name: t.detach() if isinstance(t, Tensor) else t for name, t in zip(names, args, strict=True)}
+            found = tuple(t.detach() for t in (result if isinstance(result, tuple) else (result,)))
+            self._keep(func.name().removeprefix("fastunet::"), given, found)
         return result
+
+    def _keep(self, operator: str, given: dict[str, Any], found: tuple[Tensor, ...]) -> None:
+        if operator == "max_pool2x2":
+            self.decisions.append(_places(given["x"], 2))
+            return
+        y, pools = found[0], given.get("pool", operator == "conv2d_relu_pool")
+        if given.get("slope", 1) != 1:  # a slope of 1 is no activation
+            self.decisions.append(y > 0)
+        if pools:
+            self.decisions.append(_places(y, 2))
+        if operator != "batch_norm_relu":
+            self.steps.append(Step(given, y, found[1] if pools else None, _implementation(operator, given)))
+
+
+def _implementation(operator: str, given: dict[str, Any]) -> str:
+    """What an operator of these arguments ran on."""
+    x, weight, mode = given["x"], given["weight"], "none"
+    maps: Any = (tuple(x.shape),)
+    if "skip" in given:
+        maps, mode = launched(x, given["skip"], given["mode"], given["match"])
+    if operator == "conv_transpose2x2":
+        plain = unserved_transpose(weight)
+    else:
+        plain = unserved(given.get("stride", (1, 1)), given["padding"])
+    return ops.choose(operator, maps, tuple(weight.shape), x.device, x.dtype, mode, unserved=plain).implementation
 
 
 class Replay(TorchFunctionMode):

@@ -7,9 +7,19 @@ from .conv3x3 import (
     upconcat_conv3x3_commuted_fwd,
     upconcat_conv3x3_fwd,
 )
-from .tuning import HopperConfig, hopper_configs, layer_configs, why_not, why_not_layer
+from .tuning import (
+    PARITY_SIZE,
+    TUNED_SIZES,
+    HopperConfig,
+    hopper_configs,
+    layer_configs,
+    why_not,
+    why_not_layer,
+)
 
 __all__ = [
+    "PARITY_SIZE",
+    "TUNED_SIZES",
     "HopperConfig",
     "conv_fwd",
     "conv_pool_fwd",

@@ -17,6 +17,8 @@ from .compat import OVERLAPPING_WINDOWS
 
 SHARED_MEMORY = 227 * 1024  # bytes a block can have on sm_90
 _RESERVED = 1024  # of it, for barriers, the state of warp specialisation, alignment
+TUNED_SIZES = ((1, 256, 256), (16, 256, 256), (8, 512, 512))  # (N, H, W) that benchmarks/hopper.py makes a table for
+PARITY_SIZE = (2, 131, 197)  # and one of odd numbers, at which every configuration is checked
 _MULTIPROCESSORS = 132  # H100 SXM and H200; counted on the device where there is one
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import nn
+
+import fastunet
+from fastunet.checkpoint import WeightsError
 
 from .networks import Assembled, Jvanvugt, LeeJunHyun, Listed, Mateuszbuda, Milesial
 
@@ -96,3 +100,15 @@ def make(name: str) -> nn.Module:
 def image(network: nn.Module, size: tuple[int, int], batch: int = 2) -> torch.Tensor:
     first = next(p for p in network.parameters() if p.ndim == 4)
     return torch.randn(batch, first.shape[1], *size, dtype=first.dtype)
+
+
+State = dict[str, Any]
+
+
+def refusal(x: Any, /, **told: Any) -> str:
+    """The one line with which :func:`fastunet.convert` refuses ``x``."""
+    with pytest.raises(WeightsError) as error:
+        fastunet.convert(x, **told)
+    message = str(error.value)
+    assert "\n" not in message
+    return message

@@ -20,30 +20,30 @@ from fastunet.sources import Sources
 from .networks import Faulty, pair
 
 
-def shifted_tap(x, weight, bias, slope):
+def shifted_tap(x, weight, bias, slope, *_):
     weight = weight.roll(1, 3) if weight.shape[-1] == 3 else weight
     return reference.conv2d_relu(x, weight, bias, slope)
 
 
-def no_bias(x, weight, bias, slope):
+def no_bias(x, weight, bias, slope, *_):
     return reference.conv2d_relu(x, weight, None, slope)
 
 
-def replicated_border(x, weight, bias, slope):
+def replicated_border(x, weight, bias, slope, *_):
     pad = weight.shape[-1] // 2
     y = F.conv2d(F.pad(x, [pad] * 4, mode="replicate"), weight, bias)
     return reference.activate_(y, slope)
 
 
-def activation_before_bias(x, weight, bias, slope):
+def activation_before_bias(x, weight, bias, slope, *_):
     return reference.conv2d_relu(x, weight, None, slope) + bias[:, None, None]
 
 
-def last_channel_skipped(x, weight, bias, slope):
+def last_channel_skipped(x, weight, bias, slope, *_):
     return reference.conv2d_relu(x[:, :-1], weight[:, :-1], bias, slope)
 
 
-def half_precision_sum(x, weight, bias, slope):
+def half_precision_sum(x, weight, bias, slope, *_):
     """Each tap's part is rounded to bfloat16 as it is added."""
     pad = weight.shape[-1] // 2
     total = torch.zeros(1, dtype=torch.bfloat16)
@@ -55,14 +55,14 @@ def half_precision_sum(x, weight, bias, slope):
     return reference.activate_(total.to(x.dtype) + bias[:, None, None], slope)
 
 
-def seam(x, weight, bias, slope):
+def seam(x, weight, bias, slope, *_):
     y = reference.conv2d_relu(x, weight, bias, slope)
     if x.shape[3] > 16:
         y[..., 16] = reference.conv2d_relu(x[..., 16:], weight, bias, slope)[..., 0]  # as if nothing were left of it
     return y
 
 
-def half_sum(x, weight, bias, slope):
+def half_sum(x, weight, bias, slope, *_):
     """The sum is kept in the working dtype, 16 channels and one tap at a time, as without accumulators."""
     total = torch.zeros(1, dtype=x.dtype)
     taps = [(row, column) for row in range(weight.shape[-1]) for column in range(weight.shape[-1])]
@@ -82,7 +82,7 @@ def test_a_sum_in_half_precision_is_caught_in_its_layer(dtype, seed, monkeypatch
     plain.load_state_dict(model.state_dict())
     there = model.get_parameter("downs.1.conv.net.2.weight").shape
 
-    def once(x, weight, bias, slope):
+    def once(x, weight, bias, slope, *_):
         faulty = weight.shape == there and x.shape[-1] == 16  # not the bottleneck's of 8
         return (half_sum if faulty else reference.conv2d_relu)(x, weight, bias, slope)
 
@@ -110,12 +110,12 @@ def test_a_faulty_convolution_is_caught_in_the_first_layer(fault: Callable, dtyp
     assert f"first to break the rule: layer {report.first_failure.name}, on torch" in str(report)
 
 
-def swapped_concat(x, skip, weight, bias, mode, align_corners, slope):
+def swapped_concat(x, skip, weight, bias, mode, align_corners, slope, *_):
     y = reference.upsample_concat(x, skip, mode, align_corners)
     return reference.conv2d_relu(y.roll(skip.shape[1], 1), weight, bias, slope)
 
 
-def other_corners(x, skip, weight, bias, mode, align_corners, slope):
+def other_corners(x, skip, weight, bias, mode, align_corners, slope, *_):
     return reference.upsample_concat_conv2d_relu(x, skip, weight, bias, mode, not align_corners, slope)
 
 

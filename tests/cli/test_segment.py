@@ -1,13 +1,9 @@
-"""The command line: what it writes, what it says, and how it fails."""
+"""``fastunet segment``: what it writes, what it says, and how it fails."""
 
 from __future__ import annotations
 
-import os
 import re
-import shlex
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,58 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import fastunet
 from fastunet import images, weights
 from fastunet.cli.segment import output_names
-from fastunet.config import UPSAMPLE, UNetConfig
 from fastunet.predict import predict_mask
 from fastunet.reference import UNet
-from fastunet.trace import totals, trace
 
-FUNCTIONS = {
-    "segment": "fastunet.cli.segment.segment",
-    "train": "fastunet.cli.train.train",
-    "summary": "fastunet.cli.describe.summary",
-    "info": "fastunet.cli.describe.info",
-    "verify": "fastunet.cli.verify.run",
-    "convert": "fastunet.cli.convert.run",
-    "bench": "fastunet.cli.bench.bench",
-    "report": "fastunet.cli.bench.report",
-}
-COMMANDS = tuple(FUNCTIONS)
-
-
-@pytest.fixture
-def model(seed: int) -> UNet:
-    return UNet(1, 2, (4, 8, 16), upsample="nearest").eval()
-
-
-@pytest.fixture
-def file(model: UNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
-    weights.save(model, path)
-    return path
-
-
-@pytest.fixture
-def rng(seed: int) -> np.random.Generator:
-    return np.random.default_rng(seed)
-
-
-@pytest.fixture
-def picture(rng: np.random.Generator, tmp_path: Path) -> Path:
-    return draw(tmp_path / "in" / "cell.png", rng)
-
-
-def draw(path: Path, rng: np.random.Generator, size: tuple[int, ...] = (20, 31)) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(path)
-    return path
-
-
-def listing(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
+from .helpers import draw, listing, process
 
 # --- segment: what it writes -----------------------------------------------------------------
 
@@ -294,35 +244,6 @@ def test_an_output_folder_that_is_read_from(run, file: Path, picture: Path) -> N
     assert listing(picture.parent) == {"cell.png"}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        ("segment a.png", "the following arguments are required: --out"),
-        ("segment --out b", "the following arguments are required: IMAGE_OR_FOLDER"),
-        ("segment a.png --out b --device tpu", "argument --device: expected cpu, cuda or cuda:N, got 'tpu'"),
-        ("segment a.png --out b --dtype int8", "argument --dtype: invalid choice: 'int8'"),
-        ("summary --size 12by9", "argument --size: expected a side or HEIGHTxWIDTH in pixels, got '12by9'"),
-        ("summary --batch 0", "argument --batch: expected a positive integer, got '0'"),
-        ("summary --upsample cubic", "argument --upsample: invalid choice: 'cubic'"),
-        ("summary --upsample nearest --weights a.pt", "not allowed with argument"),
-        ("paint", "invalid choice: 'paint'"),
-        ("", "the following arguments are required: COMMAND"),
-    ],
-)
-def test_wrong_usage_is_one_line(run, arguments: str, named: str) -> None:
-    done = run(*arguments.split())
-    assert (done.code, done.out, len(done.errors)) == (2, "", 1)
-    assert named in done.err
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is available here")
-@pytest.mark.parametrize("device", ["cuda", "cuda:0"], ids=["current", "first"])
-def test_cuda_asked_for_but_not_available(run, device: str) -> None:
-    done = run("summary", "--device", device)
-    assert (done.code, len(done.errors)) == (2, 1)
-    assert f"argument --device: expected cpu, as CUDA is not available here, got '{device}'" in done.err
-
-
 def test_ctrl_c(run, file: Path, picture: Path, tmp_path: Path, monkeypatch) -> None:
     def interrupt(*_) -> None:
         raise KeyboardInterrupt
@@ -331,92 +252,6 @@ def test_ctrl_c(run, file: Path, picture: Path, tmp_path: Path, monkeypatch) -> 
     done = run("segment", picture, "--out", tmp_path / "out", "--weights", file)
     assert (done.code, done.errors) == (130, ["fastunet: interrupted"])
     assert listing(tmp_path / "out") == set()
-
-
-# --- summary and info ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("size", "parsed"), [("256", (256, 256)), ("48x64", (48, 64)), ("50x33", (50, 33))])
-@pytest.mark.parametrize("upsample", UPSAMPLE)
-def test_summary_shows_every_layer_and_the_totals(run, size: str, parsed: tuple[int, int], upsample: str) -> None:
-    done = run("summary", "--size", size, "--batch", "3", "--upsample", upsample)
-    assert (done.code, done.err) == (0, "")
-    layers = trace(UNetConfig(upsample=upsample), *parsed, batch=3)
-    shown = [line.split() for line in done.out.splitlines()]
-    for layer in layers:
-        row = next(words for words in shown if words[:1] == [layer.name])
-        assert layer.op in row
-        assert "x".join(map(str, layer.out_shape)) in row
-        assert f"{layer.parameters:,}" in row
-    assert f"{totals(layers)[0]:,} parameters" in done.out
-    assert "reference: the device is a CPU" in done.out or torch.cuda.is_available()
-    assert "the bottleneck is 16x16" in done.out
-
-
-def test_summary_builds_no_network(run, monkeypatch) -> None:
-    def refuse(*_, **__) -> None:
-        raise AssertionError("a module was built")
-
-    monkeypatch.setattr(torch.nn.Module, "__init__", refuse)
-    assert run("summary").code == 0
-
-
-def test_summary_of_a_file(run, file: Path, model: UNet) -> None:
-    done = run("summary", "--weights", file, "--size", "64")
-    assert done.code == 0
-    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in done.out
-    assert "tutorial" not in done.out
-
-
-def test_summary_of_too_small_a_size(run) -> None:
-    done = run("summary", "--size", "15x300")
-    assert (done.code, done.out) == (2, "")
-    assert done.errors == ["fastunet: --size: expected at least 16x16 for this network, got 15x300"]
-
-
-def test_info(run) -> None:
-    done = run("info")
-    assert (done.code, done.err) == (0, "")
-    for name in ("fastunet", "torch", "triton", "python", "CUDA", "cuDNN", "capability", "SMs"):
-        assert name in done.out
-    assert torch.__version__ in done.out
-    for dtype in ("fp32", "fp16", "bf16"):
-        assert re.search(rf"cpu +{dtype} +(usable|not usable: )", done.out)
-
-
-# --- help and processes ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_help_has_examples_that_parse(run, command: str, monkeypatch) -> None:
-    shown = run(*command.split(), "--help")
-    assert (shown.code, shown.err) == (0, "")
-    examples = shown.out.partition("Examples:\n")[2].splitlines()
-    assert examples
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for name in COMMANDS:
-        monkeypatch.setattr(FUNCTIONS[name], lambda arguments: 0)
-    for example in examples:
-        assert run(*shlex.split(example)[1:]).code == 0, example
-
-
-def process(*arguments: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(fastunet.__file__).parents[1])}
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_python_m_fastunet() -> None:
-    child = process("-m", "fastunet", "summary", "--size", "8")
-    out, err = child.communicate(timeout=60)
-    assert (child.returncode, out) == (2, "")
-    assert err == "fastunet: --size: expected at least 16x16 for this network, got 8x8\n"
 
 
 def test_a_kill_while_writing_leaves_nothing(file: Path, picture: Path, tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ import fastunet
 from fastunet import UNetConfig, train, weights
 from fastunet.train import processes
 
-from .blobs import write_pairs, write_split
-from .train.runs import FILES, assert_same, files_of, names_of
+from ..blobs import write_pairs, write_split
+from ..train.runs import FILES, assert_same, files_of, names_of
 
 CONFIG = json.dumps({"features": [4, 8]})
 QUICK = ("--config", CONFIG, "--steps", 4, "--batch", 2, "--size", 16, "--every", 2)
