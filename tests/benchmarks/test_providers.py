@@ -17,7 +17,7 @@ from benchmarks.work import Call, Work, make_work
 from fastunet import kernels, ops
 from fastunet.config import UNetConfig
 
-from ..test_ops import Names
+from ..ops.cases import Names
 from .helpers import GOOD, TINY, measured
 
 
