@@ -75,7 +75,6 @@ Exit code: 0 all fine, 1 the loss became NaN or infinite, 2 nothing could be sta
         ("weight_decay", float, "of AdamW"),
         ("warmup", float, "share of the steps over which the rate rises; then it falls along a cosine"),
         ("dice_weight", float, "of the soft Dice loss beside cross-entropy"),
-        ("augment", float, "strength of zoom, brightness and noise; 0 leaves crops, turns and flips"),
         ("ema", float, "decay of the averaged weights, which are validated and saved; 0: the latest"),
         ("every", a_count, "steps between two validations, each with a checkpoint"),
         ("seed", a_seed, "of weights and windows"),

@@ -26,11 +26,10 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
     """Batches of windows; item ``(step, first, last)`` holds places ``first`` to ``last - 1`` of a step's batch.
 
     Images are drawn in proportion to the square roots of their areas: a window sees less of a large one.
-    ``size``, ``seed``, ``augment``: as in :class:`fastunet.train.Settings`.
     """
 
-    def __init__(self, data: Data, size: int, seed: int, augment: float = 1.0) -> None:
-        self.data, self.size, self.seed, self.augment = data, size, seed, augment
+    def __init__(self, data: Data, size: int, seed: int) -> None:
+        self.data, self.size, self.seed = data, size, seed
         roots = np.sqrt([math.prod(pair.shape) for pair in data.train])
         self.odds = roots / roots.sum()
 
@@ -41,7 +40,7 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
         for place in range(first, last):
             rng = np.random.default_rng([self.seed, step, place])
             pair = self.data.train[rng.choice(len(self.odds), p=self.odds)]
-            windows.append(window(pair, self.size, self.data.channels, self.data.classes, rng, self.augment))
+            windows.append(window(pair, self.size, self.data.channels, self.data.classes, rng))
         images, masks = zip(*windows, strict=True)
         return torch.stack(images), torch.stack(masks)
 
@@ -53,13 +52,11 @@ def indices(first_step: int, steps: int, batch: int, rank: int, processes: int) 
         yield step, rank * share, (rank + 1) * share
 
 
-def window(
-    pair: Pair, size: int, channels: int, classes: int, rng: np.random.Generator, augment: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def window(pair: Pair, size: int, channels: int, classes: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """A square window, zoomed to ``size``, under one of the eight symmetries of the square, at random exposure."""
     image, mask = pair.read(classes)
     h, w = mask.shape
-    side = max(1, min(round(size * rng.uniform(*ZOOM) ** augment), h, w))
+    side = max(1, min(round(size * rng.uniform(*ZOOM)), h, w))
     top, left = int(rng.integers(0, h - side + 1)), int(rng.integers(0, w - side + 1))
     foreground = np.flatnonzero(mask) if rng.random() < AROUND_FOREGROUND else ()
     if len(foreground):
@@ -74,7 +71,6 @@ def window(
     if rng.random() < 0.5:
         x, y = x.flip(2), y.flip(1)
     # Brightness: gamma, gain, offset; then the noise of a camera.
-    gamma, gain, offset = (augment * rng.normal(0, deviation) for deviation in (0.3, 0.15, 0.03))
-    x = x ** math.exp(gamma) * math.exp(gain) + offset
-    noise = rng.standard_normal(x.shape, dtype=np.float32) * np.float32(augment * abs(rng.normal(0, 0.02)))
+    x = x ** math.exp(rng.normal(0, 0.3)) * math.exp(rng.normal(0, 0.15)) + rng.normal(0, 0.03)
+    noise = rng.standard_normal(x.shape, dtype=np.float32) * np.float32(abs(rng.normal(0, 0.02)))
     return x + torch.from_numpy(noise), y.contiguous()

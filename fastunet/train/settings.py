@@ -32,7 +32,6 @@ class Settings:
         weight_decay: of AdamW.
         warmup: share of the steps over which the rate rises in a line; then it falls along half a cosine.
         dice_weight: of the soft Dice loss beside cross-entropy; 0 leaves cross-entropy alone.
-        augment: strength of zoom, brightness and noise; 0 leaves crops, turns and flips.
         ema: decay, a step, of the averaged weights, which are validated and saved; 0 for the latest ones.
         every: steps between two validations, each with a checkpoint.
         dtype: "fp32", "bf16" or "fp16", the latter two under autocast; fp16 with a loss scale.
@@ -49,7 +48,6 @@ class Settings:
     weight_decay: float = 1e-3
     warmup: float = 0.1
     dice_weight: float = 1.0
-    augment: float = 1.0
     ema: float = 0.99
     every: int = 100
     dtype: str = "fp32"
@@ -64,7 +62,6 @@ class Settings:
             ("weight_decay", 0, math.inf, "a number of at least 0"),
             ("warmup", 0, 1, "a number in [0, 1)"),
             ("dice_weight", 0, math.inf, "a number of at least 0"),
-            ("augment", 0, math.inf, "a number of at least 0"),
             ("ema", 0, 1, "a number in [0, 1)"),
         ):
             if not low <= getattr(self, name) < high:
