@@ -109,14 +109,13 @@ def _read_tiff(path: Path) -> np.ndarray:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The images in a folder, by name. Hidden files, such as macOS's ``._cell.png``, are not images.
+    """The images in a folder, by name. Hidden files, such as macOS's ``._cell.png``, are not; a broken link is.
 
     Raises:
         OSError: it cannot be listed. ImageError: there are none.
     """
-    found = sorted(
-        path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file()
-    )
+    shown = (path for path in folder.iterdir() if path.name[0] != "." and not path.is_dir())
+    found = sorted(path for path in shown if path.suffix.lower() in SUFFIXES)
     if not found:
         raise ImageError(f"{folder}: no images in this folder (expected {', '.join(SUFFIXES)})")
     return found

@@ -135,6 +135,8 @@ def _train(arguments: argparse.Namespace, process: Processes) -> None:
         raise SetupError(f"--val-fraction: expected a number in (0, 1), got {arguments.val_fraction}")
     if arguments.workers < 0:
         raise SetupError(f"--workers: expected a number of at least 0, got {arguments.workers}")
+    if settings.batch % process.count:
+        raise SetupError(f"--batch: expected a multiple of the {process.count} processes, got {settings.batch}")
     data = find(arguments.data, config.in_channels, config.out_channels, arguments.val_fraction)
 
     console = new_console()

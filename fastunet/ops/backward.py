@@ -44,12 +44,18 @@ aten = torch.ops.aten
 
 
 class _Refusal(torch.autograd.Function):
-    """Passes gradients on; whoever differentiates them is told that it cannot be done."""
+    """Passes ``count`` gradients on; whoever differentiates them by what they depend on is told that it cannot be done.
+
+    Were they cut off from that, a penalty on gradients would be left out of a loss without a word.
+    """
 
     @staticmethod
-    def forward(ctx: Any, name: str, *gradients: Tensor) -> tuple[Tensor, ...]:
-        ctx.name = name
-        return tuple(g.view_as(g) for g in gradients)
+    def forward(name: str, count: int, *gradients_and_sources: Tensor) -> tuple[Tensor, ...]:
+        return tuple(g.view_as(g) for g in gradients_and_sources[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.name = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
@@ -67,8 +73,9 @@ def _first_order(formula: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple
             found = formula(ctx, *gradients)
         if not torch.is_grad_enabled():
             return found
-        tensors = [g.detach().requires_grad_() for g in found if g is not None]
-        passed = iter(_Refusal.apply(formula.__name__, *tensors) if tensors else ())  # pyright: ignore
+        tensors = [g for g in found if g is not None]
+        sources = [t for t in (*gradients, *ctx.saved_tensors) if t is not None]
+        passed = iter(_Refusal.apply(formula.__name__, len(tensors), *tensors, *sources))  # pyright: ignore
         return tuple(None if g is None else next(passed) for g in found)
 
     return backward

@@ -54,12 +54,14 @@ def tf32() -> bool:
 @contextlib.contextmanager
 def repeatable_cudnn() -> Iterator[None]:
     """Within the block cuDNN gives the same bits each time; its fastest gradients of weights do not."""
-    before = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = True
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    # A benchmark may choose another algorithm in another process.
+    cudnn.deterministic, cudnn.benchmark = True, False
     try:
         yield
     finally:
-        torch.backends.cudnn.deterministic = before
+        cudnn.deterministic, cudnn.benchmark = before
 
 
 def empty(like: Tensor, channels: int, height: int, width: int) -> Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 import tifffile
 from PIL import Image, ImageOps
 
-from ..images import ImageError, is_tiff, is_turned, limits, list_images, read_image
+from ..images import SUFFIXES, ImageError, is_tiff, is_turned, limits, list_images, read_image
 
 MASKS = ("labels", "masks")  # names of the folder beside images/
 MEMORY = 4 * 2**30  # bytes of pixels that are kept after checking; the files of larger sets are read again
@@ -183,6 +183,12 @@ def _checked(folder: Path, channels: int, classes: int, problems: list[str]) -> 
     return pairs
 
 
+def _of_other_formats(folder: Path) -> list[Path]:
+    """Images that Pillow would know and we do not read; hidden files and notes beside the images are none."""
+    others = Image.registered_extensions().keys() - SUFFIXES
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in others and path.name[0] != ".")
+
+
 def _matched(folder: Path, problems: list[str]) -> list[tuple[Path, Path]]:
     """(image, mask) paths of ``folder``, by stem; a line for each without the other is added to ``problems``."""
     mask_folder = next((folder / name for name in MASKS if (folder / name).is_dir()), folder / MASKS[0])
@@ -194,6 +200,7 @@ def _matched(folder: Path, problems: list[str]) -> list[tuple[Path, Path]]:
                 if path.stem in found[-1]:
                     problems.append(f"{path}: has the same name as {found[-1][path.stem].name}")
                 found[-1].setdefault(path.stem, path)
+            problems += [f"{path}: expected a PNG, JPEG or TIFF" for path in _of_other_formats(part)]
         except ImageError as error:
             problems.append(str(error))
         except OSError as error:

@@ -53,16 +53,27 @@ def test_gradients_through_the_kernels(case, forced, seed, device):
         assert parity.ok, str(parity)
 
 
+WAYS = {
+    "backward": lambda loss, inputs: loss.backward(),
+    "backward of inputs": lambda loss, inputs: loss.backward(inputs=inputs),
+    "grad": lambda loss, inputs: torch.autograd.grad(loss, inputs),
+    "grad of some": lambda loss, inputs: torch.autograd.grad(loss, inputs[:1], allow_unused=True),
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
-def test_gradients_of_gradients_are_refused(case, implementation, seed, device):
+def test_gradients_of_gradients_are_refused(case, implementation, way, seed, device):
+    """A penalty on them is not left out of a loss without a word."""
     op, _, shapes = case
     inputs = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
     with dispatch.forced(implementation):
         result = outputs(op(*inputs))
     total = torch.stack([t.square().sum() for t in result]).sum()
     found = torch.autograd.grad(total, inputs, create_graph=True)  # the first ones are given all the same
+    penalty = torch.stack([g.square().sum() for g in found]).sum()
     with pytest.raises(RuntimeError, match=r"fastunet\.ops\.\w+: gradients of gradients are not supported"):
-        sum(g.square().sum() for g in found).backward()  # pyright: ignore[reportAttributeAccessIssue]
+        way(total + penalty, inputs)
 
 
 def test_steps_are_chosen_apart():

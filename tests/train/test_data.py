@@ -161,6 +161,22 @@ def test_classes_the_network_does_not_have_are_reported(folder: Path) -> None:
     assert all("expected classes 0 to 3, got 0 to 4" in line for line in caught.value.problems)
 
 
+def test_images_that_are_not_read_are_said(folder: Path) -> None:
+    """Formats that Pillow would know, and a link to nothing; notes beside the images are none of our business."""
+    images = folder / "train" / "images"
+    for name in ("z.bmp", ".hidden.bmp", "notes.txt"):
+        (images / name).write_bytes(b"BM")
+    (images / "broken.png").symlink_to(folder / "nowhere.png")
+    with pytest.raises(train.DataError) as caught:
+        train.find(folder, 1, 2)
+    assert sorted(caught.value.problems) == sorted(
+        [
+            f"{images / 'z.bmp'}: expected a PNG, JPEG or TIFF",
+            f"{images / 'broken.png'}: has no mask in {images.parent / 'labels'}",
+        ]
+    )
+
+
 def test_data_too_large_to_keep_is_read_again(folder: Path, data: train.Data, monkeypatch) -> None:
     monkeypatch.setattr("fastunet.train.data.MEMORY", 3 * 37 * 52)
     lean = train.find(folder, 1, 2)
