@@ -32,18 +32,22 @@ def as_built(network: UNet) -> bool:
         if type(up.up) is nn.Sequential:
             first, *others = up.up._modules.values()
             kinds = unit if up.kind == "nearest_conv" else [nn.Conv2d]
-            return type(first) is nn.Upsample and _are(others, kinds, slope)
-        return type(up.up) is nn.Upsample
+            return _doubles(first) and _are(others, kinds, slope)
+        return _doubles(up.up)
 
     pool = nn.Identity if config.downsample == "stride" else nn.MaxPool2d
     downs: Any = network.downs._modules.values()
     ups: Any = network.ups._modules.values()
     return (
-        all(type(d) is Down and block(d.conv) and type(d.pool) is pool for d in downs)
+        all(type(d) is Down and block(d.conv) and _is_pool(d.pool, pool) for d in downs)
         and block(network.bottleneck)
         and all(type(up) is Up and upsampling(up) and block(up.conv) for up in ups)
         and _is(network.head, nn.Conv2d, slope)
     )
+
+
+def _doubles(upsample: Any) -> bool:
+    return type(upsample) is nn.Upsample and upsample.scale_factor == 2
 
 
 def _are(layers: Any, kinds: list[Any], slope: float) -> bool:
@@ -54,6 +58,21 @@ def _are(layers: Any, kinds: list[Any], slope: float) -> bool:
     return len(layers) % len(kinds) == 0 and all(_is(layer, kind, slope) for layer, kind in zip(layers, cycle(kinds)))
 
 
+def _is_shaped(conv: Any) -> bool:
+    """Whether operators take its filter, stride and padding: those that networks of ours are built with."""
+    if isinstance(conv, nn.ConvTranspose2d):
+        return conv.stride == conv.kernel_size and conv.padding == conv.output_padding == (0, 0)
+    if conv.kernel_size == (1, 1):
+        return conv.stride == (1, 1) and conv.padding == (0, 0)
+    return conv.kernel_size == (3, 3) and conv.padding in ((0, 0), (1, 1))
+
+
+def _is_pool(pool: Any, kind: Any) -> bool:
+    if type(pool) is not kind:
+        return False
+    return kind is nn.Identity or (pool.stride == pool.kernel_size and not (pool.padding or pool.ceil_mode))
+
+
 def _is(layer: Any, kind: Any, slope: float) -> bool:
     found = type(layer)
     if found is not kind:
@@ -62,5 +81,6 @@ def _is(layer: Any, kind: Any, slope: float) -> bool:
         if found.__bases__ != (kind,) or not hasattr(layer, "parametrizations"):
             return False
     if kind is nn.Conv2d or kind is nn.ConvTranspose2d:
-        return layer.padding_mode == "zeros" and layer.groups == 1 and layer.dilation == (1, 1)
+        plain = layer.padding_mode == "zeros" and layer.groups == 1 and layer.dilation == (1, 1)
+        return plain and _is_shaped(layer)
     return kind is not nn.LeakyReLU or layer.negative_slope == slope

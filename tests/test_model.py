@@ -342,6 +342,13 @@ def with_another_level(network: UNet) -> UNet:
     return network
 
 
+def with_another_upsampling(network: UNet) -> UNet:
+    torch.manual_seed(0)
+    up: Any = network.ups[0]
+    up.kind, up.up = "transpose", nn.ConvTranspose2d(FEATURES[-1], FEATURES[-1], 4, stride=2, padding=1)
+    return network
+
+
 WIDTH, BEFORE = FEATURES[-1], FEATURES[-2]
 REPLACED = {
     "SyncBatchNorm": nn.SyncBatchNorm.convert_sync_batchnorm,
@@ -349,6 +356,9 @@ REPLACED = {
     "norm of its own": in_bottleneck(1, lambda: Doubled(WIDTH)),
     "convolution of its own": in_bottleneck(0, lambda: Halved(BEFORE, WIDTH, 3, padding=1)),
     "padding": in_bottleneck(0, lambda: nn.Conv2d(BEFORE, WIDTH, 3, padding=1, padding_mode="reflect")),
+    "wide filter": in_bottleneck(0, lambda: nn.Conv2d(BEFORE, WIDTH, 5, padding=2)),
+    "wide border": in_bottleneck(0, lambda: nn.Conv2d(BEFORE, WIDTH, 3, padding=2)),
+    "transposed of another stride": with_another_upsampling,
     "ELU": in_bottleneck(2, nn.ELU),
     "no activation": in_bottleneck(2, nn.Identity),
     "leaky": in_bottleneck(5, lambda: nn.LeakyReLU(0.3)),
