@@ -142,7 +142,8 @@ def conv2d_relu(
     x, weight, bias = _autocast(x, weight, bias)
     _check_conv(x, x.shape[1], weight, bias, padding)
     _check_alike(x, weight=weight, bias=bias)
-    _check(len(stride) == 2 and min(stride) > 0, "stride", "two positive integers", stride)
+    pair = isinstance(stride, (tuple, list)) and len(stride) == 2 and all(type(s) is int and s > 0 for s in stride)
+    _check(pair, "stride", "two positive integers", stride)
     _check(not pool or tuple(stride) == (1, 1), "stride", "1 and 1 to pool", stride)
     lost = 0 if padding == "same" else weight.shape[2] - 1
     least = lost + 2 if pool else lost + bool(lost)
