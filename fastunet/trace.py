@@ -27,13 +27,13 @@ Shape = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Layer:
-    """One fused operator of the forward pass in eval mode, or one of PyTorch's where there is none.
+    """One fused operator of the forward pass in eval mode.
 
     Attributes:
         name: path of the module that holds the weight, e.g. ``"downs.0.conv.net.0"``.
         op: ``"conv2d_relu"``, ``"conv2d_relu_pool"``, ``"upsample_concat_conv2d_relu"`` or
-            ``"conv_transpose2x2"``; PyTorch's are ``"conv2d"`` and ``"conv_transpose2d"``. The name of
-            the family: the head, for one, has no activation.
+            ``"conv_transpose2x2"``; ``"conv2d"`` and ``"conv_transpose2d"`` where no kernel serves and PyTorch's
+            convolution is in it. The name of the family: the head, for one, has no activation.
         in_shapes: (N, C, H, W) of each input; the decoder's fused operator reads x and its skip.
         out_shape: (N, C, H, W) of the output; the pooled map that ``conv2d_relu_pool`` also
             returns is the next layer's input.
@@ -45,7 +45,7 @@ class Layer:
         mode: of ``"upsample_concat_conv2d_relu"``, how it upsamples.
         norm, activation: paths of the modules behind the convolution in the reference; None for
             none.
-        unserved: what of the convolution no fused operator serves; empty if one does.
+        unserved: what of the convolution no kernel serves; empty if one does.
     """
 
     name: str

@@ -37,11 +37,6 @@ POINT = (
 
 
 @pytest.fixture
-def rng(seed: int) -> np.random.Generator:
-    return np.random.default_rng(seed)
-
-
-@pytest.fixture
 def folder(rng: np.random.Generator, tmp_path: Path) -> Path:
     return write_split(tmp_path / "data", rng)
 
