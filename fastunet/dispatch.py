@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -104,6 +104,18 @@ def why_not_hopper(device: torch.device) -> str | None:
         return "the device is no Hopper GPU"
     capability = torch.cuda.get_device_capability(device)
     return None if capability == HOPPER else f"compute capability {capability[0]}.{capability[1]} is not 9.0"
+
+
+def unserved(stride: Sequence[int], padding: str) -> str:
+    """What of a convolution no kernel serves; empty if one does."""
+    if tuple(stride) != (1, 1):
+        return "with a stride of {}x{}".format(*stride)
+    return "" if padding == "same" else "without padding"
+
+
+def unserved_transpose(filter_size: Sequence[int]) -> str:
+    """:func:`unserved` of a transposed convolution of that filter, (rows, columns), and a stride as large."""
+    return "" if tuple(filter_size) == (2, 2) else "transposed with a stride of {}x{}".format(*filter_size)
 
 
 def choose_layer(

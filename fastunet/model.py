@@ -280,7 +280,11 @@ def _batch_normed(norm: Any, x: Tensor, act: Any, pool: bool) -> Any:
 
 def _normed(norm: Any, x: Tensor) -> Tensor:
     """``norm(x)``; on a CPU, whose sums over channels_last maps are pixel by pixel and inexact, in NCHW."""
-    return norm(x.contiguous() if _sums_over_its_map(norm) and x.device.type == "cpu" else x)
+    if not _sums_over_its_map(norm) or x.device.type != "cpu":
+        return norm(x)
+    y = norm(x.contiguous())
+    # Flat and back, so that y's gradient is in NCHW too: PyTorch 2.13's, of one image in channels_last, is wrong.
+    return y.flatten().view(y.shape)
 
 
 def _sums_over_its_map(norm: Any) -> bool:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import UNetConfig
+from .dispatch import unserved, unserved_transpose
 
 Shape = tuple[int, int, int, int]
 
@@ -62,10 +63,10 @@ class Layer:
 
     @property
     def weight_shape(self) -> Shape:
-        """(O, C, K, K), or (C, O, 2, 2) of a transposed convolution."""
+        """(O, C, K, K), or (C, O, R, S) of a transposed convolution."""
         channels, (n, out, h, w) = sum(shape[1] for shape in self.in_shapes), self.out_shape
-        if self.op == "conv_transpose2x2":
-            return channels, out, 2, 2
+        if self.op in ("conv_transpose2x2", "conv_transpose2d"):
+            return channels, out, h // self.in_shapes[0][2], w // self.in_shapes[0][3]
         side = math.isqrt(self.flops // (2 * channels * out * n * h * w))  # of the taps
         return out, channels, side, side
 
@@ -140,7 +141,7 @@ class _Tracer:
         if c.match == "center_crop":
             skip = (*skip[:2], *size)
         matches = size == skip[2:]
-        if c.padding == "valid" or not (matches or c.match == "zero_pad"):
+        if c.match == "replicate_pad" and not matches:  # no kernel repeats a border: it is given the upsampled map
             x, mode = (*x[:2], *skip[2:]), "none"
         middle, out = c.decoder_channels(level)
         last = c.convs_up(level) - 1
@@ -169,18 +170,15 @@ class _Tracer:
     ) -> Shape:
         """The ``index``-th 3x3 convolution of a block whose layers start at ``first``."""
         c, (_, _, h, w) = self.config, inputs[-1]  # of x and skip, the skip has the output's size
-        valid = c.padding == "valid" and not first
-        unserved = "without padding" if valid else ""
-        if stride != (1, 1):
-            unserved = f"with a stride of {stride[0]}x{stride[1]}"
-        h, w = (h - 2, w - 2) if valid else (-(-h // stride[0]), -(-w // stride[1]))
+        padding = "same" if first else c.padding
+        h, w = (h - 2, w - 2) if padding == "valid" else (-(-h // stride[0]), -(-w // stride[1]))
         place = first + index * (2 if c.norm is None else 3)
         behind = [f"{parent}.{place + 1}", f"{parent}.{place + 2}"]
         activation = behind.pop(0) if c.norm is None or c.order == "conv_act_norm" else behind.pop(1)
         norm = behind[0] if c.norm is not None else None
         return self.layer(
             f"{parent}.{place}", op, inputs, channels, (h, w), mode=mode, norm=norm, activation=activation,
-            unserved=unserved,
+            unserved=unserved(stride, padding),
         )  # fmt: skip
 
     def layer(
@@ -216,17 +214,17 @@ class _Tracer:
         # Every input pixel meets all taps once.
         out = (x[0], channels, rows * x[2], cols * x[3])
         weight = rows * cols * x[1] * channels
-        unserved = "" if (rows, cols) == (2, 2) else f"with a stride of {rows}x{cols}"
+        plain = unserved_transpose((rows, cols))
         self.layers.append(
             Layer(
                 name,
-                "conv_transpose2d" if unserved else "conv_transpose2x2",
+                "conv_transpose2d" if plain else "conv_transpose2x2",
                 (x,),
                 out,
                 weight + channels,
                 2 * weight * x[0] * x[2] * x[3],
                 math.prod(x) + weight + channels + math.prod(out),
-                unserved=unserved,
+                unserved=plain,
             )
         )
         return out

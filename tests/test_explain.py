@@ -133,7 +133,7 @@ STRIDED = UNetConfig(1, 2, (4, 8), upsample="transpose", downsample="stride", st
             STRIDED,
             {
                 "bottleneck.net.0": "no kernel for a convolution with a stride of 2x1",
-                "ups.0.up": "no kernel for a convolution with a stride of 2x1",
+                "ups.0.up": "no kernel for a convolution transposed with a stride of 2x1",
             },
         ),
         (

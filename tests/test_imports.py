@@ -25,7 +25,6 @@ ROOMS: dict[str, set[str]] = {
     "measured": set(),
     "sources": set(),
     "images": {"files"},
-    "trace": {"config"},
     # Files, and where what is in them comes from.
     "origin": {"config"},
     "checkpoint": {"config", "files", "origin", "reference"},
@@ -33,6 +32,7 @@ ROOMS: dict[str, set[str]] = {
     # The three that the operators choose among never see each other.
     "reference": {"config"},
     "dispatch": {"config", "measured"},
+    "trace": {"config", "dispatch"},
     "ops": {"config", "dispatch", "measured", "reference", "kernels"},
     "graph": {"dispatch", "ops", "sources"},
     "built": {"reference"},

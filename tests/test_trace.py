@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastunet import FastUNet, dispatch
 from fastunet.config import NORM, UPSAMPLE, UNetConfig
+from fastunet.ops.upsampling import launched
+from fastunet.parity.recording import Recorder
 from fastunet.reference import UNet
 from fastunet.trace import describe_flops, totals, trace
 
@@ -108,6 +111,44 @@ def test_parameters_are_counted_layer_by_layer(config: UNetConfig) -> None:
         if layer.norm is not None:
             expected += sum(p.numel() for p in modules[layer.norm].parameters())
         assert layer.parameters == expected, layer.name
+        assert layer.weight_shape == modules[layer.name].weight.shape, layer.name
+
+
+UNPADDED = {"padding": "valid", "match": "center_crop"}
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"upsample": "bilinear"},
+        {"upsample": "nearest", "match": "replicate_pad"},
+        {"upsample": "nearest_conv", "match": "center_crop"},
+        *({"upsample": kind, **UNPADDED} for kind in ("bilinear", "bilinear_conv", "nearest_conv", "transpose")),
+        {"upsample": "transpose", "downsample": "stride", "strides": ((2, 1), (1, 2))},
+    ],
+    ids=str,
+)
+def test_maps_are_those_that_operators_get(options: dict[str, Any], implementation: str) -> None:
+    size = (23, 22) if "downsample" not in options else (6, 6)
+    if options.get("padding") == "valid":
+        size = (37, 36)
+    model = FastUNet(1, 1, (1, 2, 2), encoder_convs=(1, 1, 1), decoder_convs=(1, 1), **options).eval()
+    with torch.no_grad(), dispatch.forced(implementation), Recorder() as recorder:
+        model(torch.zeros(1, 1, *size))
+    layers = trace(model.config, *size)
+    for layer, step in zip(layers, recorder.steps, strict=True):
+        given = step.arguments
+        skip = given.get("skip")
+        maps = (given["x"],) if skip is None else (given["x"], skip)
+        shapes, mode = tuple(tuple(t.shape) for t in maps), given.get("mode", "none")
+        if skip is not None:
+            shapes, mode = launched(*maps, mode, given["match"])
+        assert (layer.in_shapes, layer.mode) == (shapes, mode), layer.name
+        assert layer.out_shape == step.result.shape, layer.name
+        assert bool(layer.unserved) == (implementation == "triton" and step.implementation == "torch") or (
+            implementation == "torch"
+        ), layer.name
 
 
 # bilinear_conv is left out: PyTorch's count is of its 1x1 convolution at the higher resolution.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 
@@ -326,6 +327,20 @@ def test_compiled_step_through_the_kernels(norm, seed, device):
     for (name, g), expected in zip(gradients(compiled).items(), gradients(fast).values(), strict=True):
         assert g is not None and torch.equal(g, expected), name  # pyright: ignore[reportArgumentType]
     assert all(torch.equal(a, b) for a, b in zip(compiled.buffers(), fast.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("how", ["asked for", "compiled"])
+@pytest.mark.parametrize("order", ["conv_norm_act", "conv_act_norm"])
+def test_gradients_through_instance_norms_between_operators(order, how, batch, seed):
+    plain, fast = (network.double() for network in small_pair(norm="instance", order=order))
+    x = torch.randn(batch, 1, 12, 11, dtype=torch.float64)
+    step = torch.compile(loss_of, backend="aot_eager", fullgraph=True) if how == "compiled" else loss_of
+    with dispatch.forced("torch") if how == "asked for" else contextlib.nullcontext():
+        step(fast, x).backward()
+    loss_of(plain, x).backward()
+    for (name, g), expected in zip(gradients(fast).items(), gradients(plain).values(), strict=True):
+        assert g is not None and torch.allclose(g, expected, rtol=1e-9, atol=1e-9), name  # pyright: ignore
 
 
 @pytest.mark.cuda

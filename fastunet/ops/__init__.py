@@ -44,9 +44,12 @@ def _check(condition: bool, argument: str, expected: str, got: object) -> None:
         raise ValueError(f"{argument}: expected {expected}, got {got}")
 
 
-def _check_conv(x: Tensor, channels: int, weight: Tensor, bias: Tensor | None, padding: str) -> None:
-    _check(x.dim() == 4 and x.shape[1] > 0, "x", "shape (N, C, H, W), C at least 1", tuple(x.shape))
-    _check(weight.dim() == 4, "weight", "shape (O, C, K, K)", tuple(weight.shape))
+def _check_map(x: Tensor) -> None:
+    _check(x.dim() == 4 and min(x.shape[1:]) > 0, "x", "shape (N, C, H, W), C, H and W at least 1", tuple(x.shape))
+
+
+def _check_conv(channels: int, weight: Tensor, bias: Tensor | None, padding: str) -> None:
+    _check(weight.dim() == 4 and len(weight) > 0, "weight", "shape (O, C, K, K), O at least 1", tuple(weight.shape))
     k = weight.shape[2]
     _check(k in (1, 3) and weight.shape[3] == k, "weight", "a 1x1 or 3x3 filter", tuple(weight.shape))
     _check(weight.shape[1] == channels, "weight", f"{channels} input channels", tuple(weight.shape))
@@ -64,8 +67,9 @@ def _check_alike(x: Tensor, **others: Tensor | None) -> None:
 
 def _check_sources(x: Tensor, skip: Tensor, mode: str, modes: tuple[str, ...]) -> None:
     _check(mode in modes, "mode", f"one of {modes}", repr(mode))
-    _check(x.dim() == 4 and x.shape[1] > 0, "x", "shape (N, C, H, W), C at least 1", tuple(x.shape))
-    _check(skip.dim() == 4, "skip", "shape (N, C, H, W)", tuple(skip.shape))
+    _check_map(x)
+    sized = skip.dim() == 4 and min(skip.shape[2:]) > 0
+    _check(sized, "skip", "shape (N, C, H, W), H and W at least 1", tuple(skip.shape))
     _check(skip.shape[0] == x.shape[0], "skip", f"x's batch of {x.shape[0]}", tuple(skip.shape))
 
 
@@ -140,7 +144,8 @@ def conv2d_relu(
         ValueError: names the argument, its value and what was expected.
     """
     x, weight, bias = _autocast(x, weight, bias)
-    _check_conv(x, x.shape[1], weight, bias, padding)
+    _check_map(x)
+    _check_conv(x.shape[1], weight, bias, padding)
     _check_alike(x, weight=weight, bias=bias)
     pair = isinstance(stride, (tuple, list)) and len(stride) == 2 and all(type(s) is int and s > 0 for s in stride)
     _check(pair, "stride", "two positive integers", stride)
@@ -248,7 +253,7 @@ def upsample_concat_conv2d_relu(
     x, skip, weight, bias = _autocast(x, skip, weight, bias)
     _check_sources(x, skip, mode, (*_UPSAMPLING, "none"))
     _check(match in _MATCH, "match", f"one of {_MATCH}", repr(match))
-    _check_conv(x, x.shape[1] + skip.shape[1], weight, bias, padding)
+    _check_conv(x.shape[1] + skip.shape[1], weight, bias, padding)
     _check(weight.shape[2] == 3, "weight", "a 3x3 filter", tuple(weight.shape))
     _check(padding == "same" or min(skip.shape[2:]) > 2, "skip", "H and W of at least 3", tuple(skip.shape))
     _check_alike(x, skip=skip, weight=weight, bias=bias)
@@ -268,11 +273,9 @@ def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
         (N, O, R H, S W), channels_last. Errors as in :func:`conv2d_relu`.
     """
     x, weight, bias = _autocast(x, weight, bias)
-    _check(x.dim() == 4 and x.shape[1] > 0, "x", "shape (N, C, H, W), C at least 1", tuple(x.shape))
-    _check(
-        weight.dim() == 4 and weight.shape[0] == x.shape[1],
-        "weight", f"shape ({x.shape[1]}, O, 2, 2)", tuple(weight.shape),
-    )  # fmt: skip
+    _check_map(x)
+    filters = weight.dim() == 4 and min(weight.shape) > 0 and weight.shape[0] == x.shape[1]
+    _check(filters, "weight", f"shape ({x.shape[1]}, O, R, S), each at least 1", tuple(weight.shape))
     if bias is not None:
         _check(bias.shape == weight.shape[1:2], "bias", f"shape ({weight.shape[1]},)", tuple(bias.shape))
     _check_alike(x, weight=weight, bias=bias)

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..dispatch import unserved, unserved_transpose
 from .common import channels_last, empty
-from .launchers import Shapes, choose, unserved, unserved_transpose
+from .launchers import Shapes, choose
 from .steps import (
     Gradient,
     activation_kernel,
@@ -309,7 +310,7 @@ def upsample_concat_conv2d_relu(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 def save_transpose(ctx: Any, inputs: Any, output: Any) -> None:
     x, weight, _ = inputs
     ctx.save_for_backward(x, weight)
-    _choose(ctx, "conv_transpose2x2", (tuple(x.shape),), weight, unserved=unserved_transpose(weight))
+    _choose(ctx, "conv_transpose2x2", (tuple(x.shape),), weight, unserved=unserved_transpose(weight.shape[2:]))
 
 
 @_first_order

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch, reference
+from ..dispatch import unserved, unserved_transpose
 from . import backward, commuted
 from .common import channels_last, empty, on_device, repeatable_cudnn, result, takes_triton, tf32
-from .launchers import launcher, unserved, unserved_transpose
+from .launchers import launcher
 from .upsampling import fitted, is_replicated
 
 if TYPE_CHECKING or dispatch.has_triton():
@@ -229,7 +230,7 @@ def conv_transpose2x2_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> T
 
 @torch.library.custom_op("fastunet::conv_transpose2x2", mutates_args=())
 def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    plain = unserved_transpose(weight)
+    plain = unserved_transpose(weight.shape[2:])
     launch = launcher("conv_transpose2x2_fwd", "conv_transpose2x2", (x,), weight, unserved=plain)
     if launch is not None:
         with on_device(x):

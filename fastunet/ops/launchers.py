@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,19 +47,6 @@ def choose(
         return kernels.hopper.why_not_layer(op, maps, weight, dtype, mode=mode, tf32=tf32())
 
     return dispatch.choose_layer(device, dtype, key, obstacle, step)
-
-
-def unserved(stride: Sequence[int], padding: str) -> str:
-    """What of a convolution no kernel serves; empty if one does."""
-    if tuple(stride) != (1, 1):
-        return "with a stride of {}x{}".format(*stride)
-    return "" if padding == "same" else "without padding"
-
-
-def unserved_transpose(weight: Tensor) -> str:
-    """:func:`unserved` of a transposed convolution, whose stride is the size of its filter."""
-    rows, columns = weight.shape[2:]
-    return "" if (rows, columns) == (2, 2) else f"with a stride of {rows}x{columns}"
 
 
 def launcher(

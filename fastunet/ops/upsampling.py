@@ -17,7 +17,13 @@ aten = torch.ops.aten
 
 def fitted(x: Tensor, skip: Tensor, mode: str, align_corners: bool, match: str = "zero_pad") -> Tensor:
     """x upsampled, and padded or cropped to its skip's size."""
-    return reference.fit(reference.upsample(channels_last(x), mode, align_corners), skip, match)[0]
+    x = channels_last(x)
+    if mode == "bilinear":
+        # F.interpolate takes another formula in PyTorch's deterministic mode, with other roundings.
+        x = aten.upsample_bilinear2d(x, upsampled_size(x.shape[2], x.shape[3], mode), align_corners, 2.0, 2.0)
+    else:
+        x = reference.upsample(x, mode, align_corners)
+    return reference.fit(x, skip, match)[0]
 
 
 def is_replicated(x: Tensor, skip: Tensor, mode: str, match: str) -> bool:

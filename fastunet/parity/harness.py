@@ -57,7 +57,7 @@ def verify(
         reference: any module of the same function, on the same device.
         inputs: (N, C, H, W), finite, on that device; cast to the working dtype, whose rounded
             values all three networks see.
-        dtype: working dtype; by default that of the model's parameters.
+        dtype: working dtype, float16, bfloat16 or float32; by default that of the model's parameters.
         gradients: compare those of ``sum(logits * v)``, v being random numbers of variance 1, for
             the parameters that require one and the input. Their truth takes the sides of ReLUs and
             max-pools that the network took (see :mod:`fastunet.parity.recording`).
@@ -70,9 +70,9 @@ def verify(
         on_result: called with each result as it is found, for who wants to see the run go on.
 
     Raises:
-        ValueError: inputs that are not four-dimensional or finite; weights that are not finite; a
-            reference of other ones, lacking some, or in another mode; outputs of another shape; for gradients, ReLUs
-            or max-pools in another order than the model's.
+        ValueError: inputs that are not four-dimensional or finite; another ``dtype`` than these; weights that are not
+            finite; a reference of other ones, lacking some, or in another mode; outputs of another shape; for
+            gradients, ReLUs or max-pools in another order than the model's.
     """
     if not isinstance(inputs, Tensor) or inputs.ndim != 4 or not inputs.is_floating_point():
         got = f"{inputs.dtype} {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
@@ -83,6 +83,9 @@ def verify(
         raise ValueError("reference: expected plain PyTorch, got a FastUNet, which would share its mistakes")
     if dtype is None:
         dtype = next((p.dtype for p in model.parameters()), inputs.dtype)
+    if dtype not in dispatch.TRITON_DTYPES:
+        expected = "float16, bfloat16 or float32, of which float64 is the truth"
+        raise ValueError(f"dtype: expected {expected}, got {str(dtype).removeprefix('torch.')}")
     if _norm_modes(model) != _norm_modes(reference) and _norm_modes(model) and _norm_modes(reference):
         raise ValueError("reference: expected its batch norms in the train or eval mode of the model's, got the other")
     _check_weights(model, reference, dtype)
@@ -156,7 +159,7 @@ def verify(
         with torch.no_grad():  # nobody looks on, so this may be other code
             keep([same("as it is called, unwatched", {_LOGITS: run.output}, {_LOGITS: candidate(x)})])
     if deterministic:
-        steady = "triton" in used or not x.is_cuda
+        steady = not x.is_cuda or (bool(used) and "torch" not in used)
         keep(repeat("", ours, lambda x: _forward(candidate, x, config), x, steady=steady))
         if "triton" in used and x.is_cuda and len(x) > 1 and not is_training:
             again = {name: t.roll(-1, 0) for name, t in _forward(candidate, x.roll(1, 0), config).items()}
@@ -176,9 +179,7 @@ def verify(
             )
         )
         if is_reference:
-            skipped.append(
-                "gradients of code of our own (a network with norms trains as the reference itself on a CPU)"
-            )
+            skipped.append("gradients of code of our own (such a network trains as the reference itself on a CPU)")
         elif isinstance(model, FastUNet) and "triton" not in used and not x.is_cuda:
             skipped.append(
                 "what trains on a CPU, which is the reference itself (compared are the operators' gradients)"
@@ -191,7 +192,7 @@ def verify(
                 return {name: g for name, g in again.items() if g is not None}
 
             steady = all(_backward_runs_on(model, name, x) == "triton" for name in found)
-            promised = isinstance(model, FastUNet) and as_built(model)
+            promised = isinstance(model, FastUNet) and type(model).forward is FastUNet.forward and as_built(model)
             if x.is_cuda and not promised and not _repeats(baseline, x, cotangent):
                 skipped.append("repeatability of gradients (PyTorch's layers do not repeat here)")
             else:
@@ -332,17 +333,16 @@ def _backward_runs_on(model: nn.Module, name: str, x: Tensor) -> str:
         return "module"
     if not as_built(model):
         return "torch"
-    path = name.rpartition(".")[0]
-    module = None if name == _INPUT else model.get_submodule(path)
+    layers = trace(model.config, *x.shape[-2:], batch=len(x))
+    path = layers[0].name if name == _INPUT else name.rpartition(".")[0]
+    module = model.get_submodule(path)
     if isinstance(module, nn.BatchNorm2d) and (module.training or module.running_mean is None):
         return dispatch.choose(x.device, x.dtype, "dgrad").implementation
-    if module is not None and not isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-        return "torch"
-    for layer in trace(model.config, *x.shape[-2:], batch=len(x)):
-        if (name == _INPUT or layer.name == path) and not layer.unserved:
+    for layer in layers:
+        if layer.name == path:
             step = "dgrad" if name == _INPUT else "wgrad"
-            sizes = layer.in_shapes, layer.weight_shape
-            return ops.choose(layer.op, *sizes, x.device, x.dtype, layer.mode, step).implementation
+            of = layer.op, layer.in_shapes, layer.weight_shape, x.device, x.dtype, layer.mode, step
+            return ops.choose(*of, unserved=layer.unserved).implementation
     return "torch"
 
 

@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from .. import ops
 from ..config import UNetConfig
+from ..dispatch import unserved, unserved_transpose
 from ..model import FastUNet
-from ..ops.launchers import unserved, unserved_transpose
 from ..ops.upsampling import launched
 from ..trace import Layer, trace
 
@@ -104,7 +104,7 @@ def _implementation(operator: str, given: dict[str, Any]) -> str:
     if "skip" in given:
         maps, mode = launched(x, given["skip"], given["mode"], given["match"])
     if operator == "conv_transpose2x2":
-        plain = unserved_transpose(weight)
+        plain = unserved_transpose(weight.shape[2:])
     else:
         plain = unserved(given.get("stride", (1, 1)), given["padding"])
     return ops.choose(operator, maps, tuple(weight.shape), x.device, x.dtype, mode, unserved=plain).implementation

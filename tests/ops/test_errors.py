@@ -15,8 +15,17 @@ def zeros(*shapes, **options):
 X, W = (1, 3, 4, 4), (2, 3, 3, 3)
 BAD = {
     "rank": (lambda: ops.conv2d_relu(*zeros((3, 4, 4), W)), r"x: expected shape \(N, C, H, W\), .*got \(3, 4, 4\)"),
-    "no channel": (lambda: ops.conv2d_relu(*zeros((1, 0, 4, 4), (2, 0, 3, 3))), r"C at least 1, got \(1, 0, 4, 4\)"),
-    "empty source": (lambda: ops.upsample_concat(*zeros((1, 0, 4, 4), X)), r"x: .*C at least 1, got \(1, 0, 4, 4\)"),
+    "no channel": (
+        lambda: ops.conv2d_relu(*zeros((1, 0, 4, 4), (2, 0, 3, 3))),
+        r"x: .* at least 1, got \(1, 0, 4, 4\)",
+    ),
+    "no pixel": (lambda: ops.conv2d_relu(*zeros((1, 3, 0, 4), W)), r"x: .* at least 1, got \(1, 3, 0, 4\)"),
+    "no filter": (lambda: ops.conv2d_relu(*zeros(X, (0, 3, 3, 3))), r"weight: .*O at least 1, got \(0, 3, 3, 3\)"),
+    "no pixel of a skip": (
+        lambda: ops.upsample_concat(*zeros(X, (1, 3, 8, 0))),
+        r"skip: .*H and W at least 1, got \(1, 3, 8, 0\)",
+    ),
+    "empty source": (lambda: ops.upsample_concat(*zeros((1, 0, 4, 4), X)), r"x: .* at least 1, got \(1, 0, 4, 4\)"),
     "filter": (lambda: ops.conv2d_relu(*zeros(X, (1, 3, 5, 5))), "weight: expected a 1x1 or 3x3 filter, got .*5, 5"),
     "channels": (
         lambda: ops.conv2d_relu(*zeros(X, (1, 2, 3, 3))),
@@ -71,7 +80,11 @@ BAD = {
     "batch": (lambda: ops.upsample_concat(*zeros(X, (2, 3, 8, 8))), "skip: expected x's batch of 1, got"),
     "transpose": (
         lambda: ops.conv_transpose2x2(*zeros(X, (2, 3, 2, 2))),
-        r"weight: expected shape \(3, O, 2, 2\), got",
+        r"weight: expected shape \(3, O, R, S\), .*got",
+    ),
+    "empty transpose": (
+        lambda: ops.conv_transpose2x2(*zeros(X, (3, 2, 0, 2))),
+        r"weight: .*each at least 1, got \(3, 2, 0, 2\)",
     ),
 }
 

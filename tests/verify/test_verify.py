@@ -116,6 +116,20 @@ def test_a_network_that_trains_behind_norms_that_do_not(x):
     assert report.ok, str(report)
 
 
+def test_an_input_gradient_is_of_the_first_layer(x):
+    model, plain = pair(padding="valid", match="center_crop")
+    with dispatch.forced("triton"):
+        report = fastunet.verify(model, plain, torch.randn(1, x.shape[1], 44, 44), deterministic=False)
+    assert report.ok, str(report)
+    ran_on = {c.name: c.implementation for c in report.comparisons if c.kind == "gradient"}
+    assert ran_on["input"] == "torch" and ran_on["head.weight"] == "triton"
+
+
+def test_a_dtype_of_no_kernel_is_refused(x):
+    with pytest.raises(ValueError, match="dtype: expected float16, .* got float64"):
+        fastunet.verify(*pair(), x, dtype=torch.float64)
+
+
 def test_frozen_parameters_have_no_gradient_to_compare(x):
     model, plain = pair(norm="batch")
     for network in (model, plain):
