@@ -45,6 +45,7 @@ def quick_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
         from . import interpreter
 
         interpreter.patching_once_a_launch(monkeypatch)
+        interpreter.remembering_types(monkeypatch)
         if request.node.get_closest_marker("overflow") is None:
             interpreter.without_search_for_overflow(monkeypatch)
 

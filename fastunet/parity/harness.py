@@ -16,22 +16,17 @@ from ..built import as_built
 from ..config import UNetConfig
 from ..model import FastUNet
 from ..reference import UNet
-from ..trace import trace
 from .alone import alone
+from .gradients import backward_runs_on, compare_gradients, repeats
 from .measures import distance, error_map, segmentation
-from .recording import OtherDecisions, Recorder, Run, gradients, run_with_layers
+from .recording import Recorder, Run, run_with_layers
+from .recording import gradients as gradients_of
 from .repeatability import Tensors, fresh, repeat, same
 from .report import Alone, Check, Comparison, Report
-from .rule import Parity, compare, truncating_stages
-from .terms import Terms, gradients_and_terms, terms_of_layers
+from .rule import Rule, compare, truncating_stages
+from .terms import terms_of_layers
 
-Rule = Callable[..., Parity]
-_LOGITS, _INPUT = "logits", "input"
-
-# Backward has as many stages as forward, and both factors of a gradient's terms carry errors: twice the
-# stages, and twice the floor. Once the floor, 2 of some 600 runs of one small float16 network broke it, in
-# biases of few elements that are within it twice.
-_GRADIENT_STAGES = 2 * 2**2
+_LOGITS = "logits"
 
 
 def verify(
@@ -167,15 +162,16 @@ def verify(
     if gradients:
         cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
         sides = Recorder()
-        again, found = _gradients(candidate, x, cotangent, sides)
+        again, found = gradients_of(candidate, x, cotangent, sides)
+        ran_on = backward_runs_on(candidate, x)
         # With gradients wanted the forward pass is other code: nothing folded, nothing prepared.
         is_reference = isinstance(model, FastUNet) and not sides.steps
         with_gradients = comparison("output", _LOGITS, again, depth, "reference" if is_reference else overall)
         keep([dataclasses.replace(with_gradients, name="logits with gradients")])
         keep(
             dataclasses.replace(gradient, implementation="reference") if is_reference else gradient
-            for gradient in _compare_gradients(
-                found, sides.decisions, candidate, baseline, truth, x, cotangent, depth, terms, tf32, rule
+            for gradient in compare_gradients(
+                found, sides.decisions, ran_on, baseline, truth, x, cotangent, depth, terms, tf32, rule
             )
         )
         if is_reference:
@@ -188,12 +184,12 @@ def verify(
             kept = {name: g for name, g in found.items() if g is not None}
 
             def gradients_again(x: Tensor) -> Tensors:
-                again = _gradients(candidate, x, cotangent, Recorder())[1]
+                again = gradients_of(candidate, x, cotangent, Recorder())[1]
                 return {name: g for name, g in again.items() if g is not None}
 
-            steady = all(_backward_runs_on(model, name, x) == "triton" for name in found)
+            steady = {*ran_on.values()} == {"triton"}
             promised = isinstance(model, FastUNet) and type(model).forward is FastUNet.forward and as_built(model)
-            if x.is_cuda and not promised and not _repeats(baseline, x, cotangent):
+            if x.is_cuda and not promised and not repeats(baseline, x, cotangent):
                 skipped.append("repeatability of gradients (PyTorch's layers do not repeat here)")
             else:
                 keep(repeat("gradients, ", kept, gradients_again, x, steady=steady or not x.is_cuda))
@@ -322,80 +318,3 @@ def _forward(network: nn.Module, x: Tensor, config: UNetConfig | None) -> Tensor
     """Every layer by its name, and the logits last."""
     run = _run(network, x, config)
     return {**run.layers, _LOGITS: run.output}
-
-
-_gradients = gradients  # verify's argument has the same name
-
-
-def _backward_runs_on(model: nn.Module, name: str, x: Tensor) -> str:
-    """Which implementation gives a gradient of a model; norms are PyTorch's, unless they take batch statistics."""
-    if not isinstance(model, FastUNet):
-        return "module"
-    if not as_built(model):
-        return "torch"
-    layers = trace(model.config, *x.shape[-2:], batch=len(x))
-    path = layers[0].name if name == _INPUT else name.rpartition(".")[0]
-    module = model.get_submodule(path)
-    if isinstance(module, nn.BatchNorm2d) and (module.training or module.running_mean is None):
-        return dispatch.choose(x.device, x.dtype, "dgrad").implementation
-    for layer in layers:
-        if layer.name == path:
-            step = "dgrad" if name == _INPUT else "wgrad"
-            of = layer.op, layer.in_shapes, layer.weight_shape, x.device, x.dtype, layer.mode, step
-            return ops.choose(*of, unserved=layer.unserved).implementation
-    return "torch"
-
-
-def _repeats(network: nn.Module, x: Tensor, cotangent: Tensor) -> bool:
-    """Whether the gradients of a network are the same twice, to the bit."""
-    first, again = (gradients(network, x, cotangent, Recorder())[1] for _ in range(2))
-    kept = {name: g for name, g in first.items() if g is not None}
-    return same("", kept, {name: again[name] for name in kept}).ok  # pyright: ignore[reportArgumentType]
-
-
-def _compare_gradients(
-    ours: dict[str, Tensor | None],
-    decisions: list[Tensor],
-    candidate: nn.Module,
-    baseline: nn.Module,
-    truth: nn.Module,
-    x: Tensor,
-    cotangent: Tensor,
-    depth: int,
-    forward: Terms,
-    tf32: bool,
-    rule: Rule,
-) -> Iterator[Comparison]:
-    their_sides = Recorder()
-    _, theirs = gradients(baseline, x, cotangent, their_sides)
-    wide = x.double(), cotangent.double()
-    try:
-        exact, terms = gradients_and_terms(truth, *wide, decisions, forward)
-        their_exact, _ = gradients_and_terms(truth, *wide, their_sides.decisions, forward)
-    except OtherDecisions as error:
-        raise ValueError(f"gradients: cannot be compared, {error}; gradients=False leaves them out") from None
-    for name, truth_of_it in exact.items():
-        base, base_truth = theirs[name], their_exact[name]
-        if name not in ours or truth_of_it is None or base is None or base_truth is None:
-            continue  # a parameter of the reference's own, or one that the output does not depend on
-        found = ours[name]
-        size, summands = terms.get(name, (0.0, 1))
-        implementation = _backward_runs_on(candidate, name, x)
-        if found is None:
-            parity = Parity(False, float("inf"), 0.0, 0.0, "the candidate has no gradient")
-            found = torch.full_like(base, torch.nan)
-        else:
-            parity = rule(
-                found,
-                base,
-                truth_of_it,
-                baseline_truth=base_truth,
-                tf32=tf32,
-                stages=truncating_stages(
-                    _GRADIENT_STAGES * depth, x.dtype, implementation == "triton" and not x.is_cuda
-                ),
-                terms=size,
-                summands=summands,
-            )
-        errors = distance(found, truth_of_it), distance(base, base_truth)
-        yield Comparison("gradient", name, implementation, parity, *errors)

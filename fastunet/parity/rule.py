@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,9 @@ class Parity:
             f"{verdict}: candidate error {self.candidate_error:.3e}, baseline error {self.baseline_error:.3e}, "
             f"limit {self.limit:.3e} ({self.reason})"
         )
+
+
+Rule = Callable[..., Parity]  # takes what :func:`compare` takes
 
 
 def compare(
