@@ -83,4 +83,6 @@ def _is(layer: Any, kind: Any, slope: float) -> bool:
     if kind is nn.Conv2d or kind is nn.ConvTranspose2d:
         plain = layer.padding_mode == "zeros" and layer.groups == 1 and layer.dilation == (1, 1)
         return plain and _is_shaped(layer)
+    if kind is nn.InstanceNorm2d:
+        return layer.running_mean is None
     return kind is not nn.LeakyReLU or layer.negative_slope == slope

@@ -153,9 +153,9 @@ class FastUNet(UNet):
         if dispatch.asked_for() is not None:
             return False
         trains = _wants_gradient([x, *self.parameters()]) and not ops.is_watched()
-        return trains or self.config.padding == "valid" or self._takes_statistics()
+        return trains or self.config.padding == "valid" or self._sums_over_maps()
 
-    def _takes_statistics(self) -> bool:
+    def _sums_over_maps(self) -> bool:
         """Whether a norm sums over the map it is given, in its forward pass or for its gradients."""
         if self.config.norm != "batch":
             return self.config.norm == "instance"
@@ -167,7 +167,7 @@ class FastUNet(UNet):
         for unit in first:
             x = self._unit(*unit, x)
         halves = isinstance(pool, nn.MaxPool2d) and pool.kernel_size == (2, 2)
-        if halves and (norm is None or self._folds(conv, norm) or _takes_batch_statistics(norm)):
+        if halves and (norm is None or self._folds(conv, norm) or _takes_statistics(norm)):
             return self._unit(conv, norm, x, pool=True)
         x = self._unit(conv, norm, x)
         if halves:
@@ -194,8 +194,9 @@ class FastUNet(UNet):
             roll = x.shape[1] if self.config.concat == "skip_first" and skip.shape[1] else 0
             weights = self._weights(conv, folded, roll)
             y = ops.upsample_concat_conv2d_relu(x, skip, *weights, **act, **options)
-        if apart and _takes_batch_statistics(norm):
-            return _batch_normed(norm, y, {"relu": norm_first, "negative_slope": slope}, pool)
+        if apart and _takes_statistics(norm):
+            normed = _instance_normed if isinstance(norm, nn.InstanceNorm2d) else _batch_normed
+            return normed(norm, y, {"relu": norm_first, "negative_slope": slope}, pool)
         if apart:
             y = _normed(norm, y)
             y = activate_(y, slope) if norm_first else y
@@ -258,8 +259,15 @@ def _units(layers: Iterable[nn.Module]) -> list[tuple[Any, Any]]:
     return found
 
 
-def _takes_batch_statistics(norm: Any) -> bool:
-    return isinstance(norm, nn.BatchNorm2d) and (norm.training or norm.running_mean is None)
+def _takes_statistics(norm: Any) -> bool:
+    """Of the map that it is given; a batch norm in eval mode has its own."""
+    return norm.training or norm.running_mean is None
+
+
+def _instance_normed(norm: Any, x: Tensor, act: Any, pool: bool) -> Any:
+    """``norm(x)``, activated and pooled."""
+    y, pooled = ops.instance_norm_relu(x, norm.weight, norm.bias, eps=norm.eps, **act, pool=pool)
+    return (y, pooled) if pool else y
 
 
 def _batch_normed(norm: Any, x: Tensor, act: Any, pool: bool) -> Any:
@@ -279,17 +287,13 @@ def _batch_normed(norm: Any, x: Tensor, act: Any, pool: bool) -> Any:
 
 
 def _normed(norm: Any, x: Tensor) -> Tensor:
-    """``norm(x)``; on a CPU, whose sums over channels_last maps are pixel by pixel and inexact, in NCHW."""
-    if not _sums_over_its_map(norm) or x.device.type != "cpu":
-        return norm(x)
-    y = norm(x.contiguous())
-    # Flat and back, so that y's gradient is in NCHW too: PyTorch 2.13's, of one image in channels_last, is wrong.
-    return y.flatten().view(y.shape)
+    """``norm(x)`` by fixed statistics; where a CPU sums over it, pixel by pixel in channels_last, in NCHW."""
+    return norm(x.contiguous() if _sums_over_its_map(norm) and x.device.type == "cpu" else x)
 
 
 def _sums_over_its_map(norm: Any) -> bool:
     """For statistics, or for the gradients of its parameters."""
-    return norm.training or norm.running_mean is None or _wants_gradient([*norm.parameters()])
+    return _takes_statistics(norm) or _wants_gradient([*norm.parameters()])
 
 
 def _plain_torch(x: Tensor) -> bool:

@@ -116,6 +116,11 @@ def batch_norm_relu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: 
     return activate_(F.batch_norm(x, None, None, weight, bias, True, 0.0, eps), slope)
 
 
+def instance_norm_relu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float) -> Tensor:
+    """Instance norm, each image of x (N, C, H, W) by its own statistics, then the activation."""
+    return activate_(F.instance_norm(x, None, None, weight, bias, True, 0.0, eps), slope)
+
+
 def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Transposed convolution of a stride as its filter. x (N, C, H, W), weight (C, O, 2, 2) -> (N, O, 2H, 2W)."""
     return F.conv_transpose2d(x, weight, bias, tuple(weight.shape[2:]))

@@ -6,11 +6,11 @@ computes an operator; ``_bwd``, ``_dgrad`` (of the input) and ``_wgrad`` (of the
 
 from . import hopper
 from .activation_bwd import activation_bwd
-from .batch_norm import batch_norm_bwd, batch_norm_fwd
 from .commuted import upconcat_conv3x3_commuted_fwd
 from .conv3x3 import conv_fwd, conv_pool_fwd
 from .conv_bwd import conv_dgrad, conv_transpose2x2_dgrad, conv_transpose2x2_wgrad, conv_wgrad
 from .conv_transpose2x2 import conv_transpose2x2_fwd
+from .norm import norm_bwd, norm_fwd
 from .stem import STEM_CHANNELS, stem_fwd
 from .upconcat_conv3x3 import upconcat_conv3x3_fwd
 from .upsample_bwd import upsample_bwd
@@ -19,8 +19,6 @@ from .upsample_concat import upsample_concat_fwd, upsample_fwd
 __all__ = [
     "STEM_CHANNELS",
     "activation_bwd",
-    "batch_norm_bwd",
-    "batch_norm_fwd",
     "conv_dgrad",
     "conv_fwd",
     "conv_pool_fwd",
@@ -29,6 +27,8 @@ __all__ = [
     "conv_transpose2x2_wgrad",
     "conv_wgrad",
     "hopper",
+    "norm_bwd",
+    "norm_fwd",
     "stem_fwd",
     "upconcat_conv3x3_commuted_fwd",
     "upconcat_conv3x3_fwd",

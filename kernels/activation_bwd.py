@@ -1,6 +1,6 @@
 """From the gradient of a convolution's outputs to that of its sums: pool, activation, bias in one pass.
 
-The same for a batch norm's outputs, with the two sums that its own gradient wants (batch_norm.py).
+The same for a norm's outputs, with the two sums that its own gradient wants (norm.py).
 
     g[n, o, h, w] = act'(y[n, o, h, w]) (grad[n, o, h, w] + grad_pooled[n, o, h // 2, w // 2] [(h, w) is its maximum])
     grad_bias[o]  = sum over n, h, w of g;  behind a norm also the sum of g (x - mean) rstd
@@ -10,7 +10,8 @@ is found in it again by torch's rule (the first of equal values in reading order
 there is one), so that neither the sums nor the places are saved.
 
 Tiling: one program takes BLOCK_C channels of a slab of 2x2 cells, BLOCK_P cells a step, and leaves
-its share of the bias gradient for reduce_slabs.py.
+its share of the bias gradient for reduce_slabs.py; behind a norm a slab is of one of the G groups of images that
+share statistics.
 
 Shapes: grad (N, O, H, W) and grad_pooled (N, O, H // 2, W // 2) of any strides, y (N, O, H, W)
 -> g (N, O, H, W), channels_last, grad_bias (O,); float16, bfloat16 or float32, sums in float32.
@@ -31,26 +32,28 @@ from .tuning import PointwiseConfig, cell_config, slabs
 @triton.jit
 def _activation_bwd_kernel(
     grad_ptr, grad_pooled_ptr, y_ptr, x_ptr, mean_ptr, rstd_ptr, g_ptr, sums_ptr,
-    N, H, W, O, steps,
+    G, images, H, W, O, steps,
     stride_gn, stride_gc, stride_gh, stride_gw, stride_pn, stride_pc, stride_ph, stride_pw,
     SLOPE: tl.constexpr, POOL: tl.constexpr, SUMS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(O, BLOCK_C)
-    slab = tl.program_id(0) // blocks
+    slab = (tl.program_id(0) // blocks).to(tl.int64)
+    group, slab = slab % G, slab // G
     c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     cells_h, cells_w = tl.cdiv(H, 2), tl.cdiv(W, 2)
     channels = c.to(tl.int64)[None, :]
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     if SUMS == 2:
         products = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-        mean = tl.load(mean_ptr + c, mask=c < O, other=0.0)[None, :]
-        rstd = tl.load(rstd_ptr + c, mask=c < O, other=0.0)[None, :]
+        mean = tl.load(mean_ptr + group * O + c, mask=c < O, other=0.0)[None, :]
+        rstd = tl.load(rstd_ptr + group * O + c, mask=c < O, other=0.0)[None, :]
     for step in range(0, steps):
-        cell = (slab.to(tl.int64) * steps + step) * BLOCK_P + tl.arange(0, BLOCK_P)
+        cell = (slab * steps + step) * BLOCK_P + tl.arange(0, BLOCK_P)
         n = cell // cells_w // cells_h
         cell_h, cell_w = cell // cells_w % cells_h, cell % cells_w
-        here = (n < N)[:, None] & (c < O)[None, :]
+        here = (n < images)[:, None] & (c < O)[None, :]
+        n += group * images
         if POOL:
             whole = here & ((cell_h < H // 2) & (cell_w < W // 2))[:, None]
             largest = tl.full([BLOCK_P, BLOCK_C], float("-inf"), tl.float32)
@@ -82,9 +85,9 @@ def _activation_bwd_kernel(
             if SUMS == 2:
                 products += g * ((tl.load(x_ptr + pixel, mask=mask, other=0.0).to(tl.float32) - mean) * rstd)
     if SUMS > 0:
-        tl.store(sums_ptr + slab.to(tl.int64) * SUMS * O + c, tl.sum(total, 0), mask=c < O)
+        tl.store(sums_ptr + (slab * SUMS * G + group) * O + c, tl.sum(total, 0), mask=c < O)
     if SUMS == 2:
-        tl.store(sums_ptr + (slab.to(tl.int64) * SUMS + 1) * O + c, tl.sum(products, 0), mask=c < O)
+        tl.store(sums_ptr + ((slab * SUMS + 1) * G + group) * O + c, tl.sum(products, 0), mask=c < O)
 
 
 @without_graph
@@ -115,14 +118,14 @@ def activation_bwd(
 def activation_norm_bwd(
     grad: Tensor, grad_pooled: Tensor | None, y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *, slope: float
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`activation_bwd`, behind a batch norm of ``x``, channels_last, with those statistics.
+    """As :func:`activation_bwd`, behind a norm of ``x``, channels_last, with those statistics, (C,) or (N, C).
 
     Returns:
-        g; (2, C) float32, the sums of g and of g (x - mean) rstd.
+        g; (2, C) or (2, N, C) float32, the sums of g and of g (x - mean) rstd over what shares statistics.
     """
     g, sums = _launch(grad, grad_pooled, y, (x, mean, rstd), slope, 2, None)
     assert sums is not None
-    return g, reduce_slabs(sums, torch.float32).view(2, -1)
+    return g, reduce_slabs(sums, torch.float32).view(2, *mean.shape)
 
 
 def _launch(
@@ -134,20 +137,21 @@ def _launch(
     wanted: int,
     config: PointwiseConfig | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """g, and of each slab so many sums, (slabs, wanted * O)."""
+    """g, and of each slab so many sums, (slabs, wanted * groups * O)."""
     n, o, h, w = y.shape
     g = empty_channels_last(y, o, h, w)
     y = y.contiguous(memory_format=torch.channels_last)
     config = config or cell_config(o)
-    cells = n * triton.cdiv(h, 2) * triton.cdiv(w, 2)
-    blocks = triton.cdiv(o, config.block_c)
-    if y.numel() == 0:
-        return g, y.new_zeros((1, wanted * o), dtype=torch.float32) if wanted else None
-    count, steps = slabs(triton.cdiv(cells, config.block_p), blocks)
-    sums = torch.empty((count, wanted * o), dtype=torch.float32, device=y.device) if wanted else None
     x, mean, rstd = normed or (None, None, None)
-    _activation_bwd_kernel[(count * blocks,)](
-        grad, grad_pooled, y, x, mean, rstd, g, sums, n, h, w, o, steps,
+    groups = 1 if mean is None or mean.dim() == 1 else n
+    if y.numel() == 0:
+        return g, y.new_zeros((1, wanted * groups * o), dtype=torch.float32) if wanted else None
+    images, blocks = n // groups, triton.cdiv(o, config.block_c)
+    cells = images * triton.cdiv(h, 2) * triton.cdiv(w, 2)
+    count, steps = slabs(triton.cdiv(cells, config.block_p), blocks * groups)
+    sums = torch.empty((count, wanted * groups * o), dtype=torch.float32, device=y.device) if wanted else None
+    _activation_bwd_kernel[(count * groups * blocks,)](
+        grad, grad_pooled, y, x, mean, rstd, g, sums, groups, images, h, w, o, steps,
         *grad.stride(), *(grad if grad_pooled is None else grad_pooled).stride(),
         SLOPE=slope, POOL=grad_pooled is not None, SUMS=wanted,
         BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.num_warps,

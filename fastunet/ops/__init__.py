@@ -26,6 +26,7 @@ __all__ = [
     "choose",
     "conv2d_relu",
     "conv_transpose2x2",
+    "instance_norm_relu",
     "is_watched",
     "max_pool2x2",
     "tf32",
@@ -194,16 +195,42 @@ def batch_norm_relu(
         y (N, C, H, W), channels_last; its max-pool or None; mean and unbiased variance of each channel (C,), without
         gradients, float32 or wider. Errors as in :func:`conv2d_relu`.
     """
+    y, pooled, mean, _, variance = _norm_relu(x, weight, bias, eps, _slope(relu, negative_slope), pool, False)
+    return y, pooled if pool else None, mean, variance
+
+
+def instance_norm_relu(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    relu: bool = True,
+    negative_slope: float = 0.0,
+    pool: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """As :func:`batch_norm_relu`, each image by statistics of its own: in training and in inference.
+
+    Returns:
+        y (N, C, H, W), channels_last; its max-pool or None.
+    """
+    y, pooled, *_ = _norm_relu(x, weight, bias, eps, _slope(relu, negative_slope), pool, True)
+    return y, pooled if pool else None
+
+
+def _norm_relu(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float, pool: bool, per_image: bool
+) -> forward.Normed:
     _check(x.dim() == 4 and x.shape[1] > 0, "x", "shape (N, C, H, W), C at least 1", tuple(x.shape))
-    _check(x.shape[0] * x.shape[2] * x.shape[3] != 1, "x", "more than one value for each channel", tuple(x.shape))
+    pixels = (1 if per_image else x.shape[0]) * x.shape[2] * x.shape[3]
+    _check(pixels != 1, "x", "more than one value for each channel", tuple(x.shape))
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
             _check(tensor.shape == x.shape[1:2], name, f"shape ({x.shape[1]},)", tuple(tensor.shape))
             _check(tensor.device == x.device, name, f"x's device {x.device}", tensor.device)
     _check(not pool or min(x.shape[2:]) >= 2, "x", "H and W of at least 2 to pool", tuple(x.shape))
-    op = forward.batch_norm_relu_torch if at_once(x) else forward.batch_norm_relu
-    y, pooled, mean, _, variance = op(x, weight, bias, eps, _slope(relu, negative_slope), pool)
-    return y, pooled if pool else None, mean, variance
+    op = forward.norm_relu_torch if at_once(x) else forward.norm_relu
+    return op(x, weight, bias, eps, slope, pool, per_image)
 
 
 def upsample_concat(x: Tensor, skip: Tensor, *, mode: str = "bilinear", align_corners: bool = True) -> Tensor:

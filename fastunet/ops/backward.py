@@ -26,11 +26,11 @@ from .launchers import Shapes, choose
 from .steps import (
     Gradient,
     activation_kernel,
-    batch_norm_backward,
-    batch_norm_kernel,
     convolution_backward,
     dgrad_kernel,
     max_pool_kernel,
+    norm_backward,
+    norm_kernel,
     transpose_dgrad_kernel,
     transpose_wgrad_kernel,
     wgrad_kernel,
@@ -209,11 +209,11 @@ def max_pool2x2(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return ((max_pool_kernel if ctx.kernel else _through_max_pool)(grad, x),)
 
 
-# --- batch_norm_relu -------------------------------------------------------------------------
+# --- norm_relu -------------------------------------------------------------------------------
 
 
-def save_batch_norm(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, bias, ctx.eps, ctx.slope, ctx.pool = inputs
+def save_norm(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, bias, ctx.eps, ctx.slope, ctx.pool, ctx.per_image = inputs
     y, _, *statistics = output
     ctx.mark_non_differentiable(*statistics)
     mean, rstd, _ = statistics
@@ -223,17 +223,17 @@ def save_batch_norm(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 @_first_order
-def batch_norm_relu(ctx: Any, grad: Tensor, grad_pooled: Tensor, *_: Any) -> tuple[Any, ...]:
+def norm_relu(ctx: Any, grad: Tensor, grad_pooled: Tensor, *_: Any) -> tuple[Any, ...]:
     x, y, weight, mean, rstd = ctx.saved_tensors
     pooled = grad_pooled if ctx.pool else None
     if ctx.kernels:
-        grad_x, sums = batch_norm_kernel(grad, pooled, x, y, weight, mean, rstd, ctx.slope)
+        grad_x, sums = norm_kernel(grad, pooled, x, y, weight, mean, rstd, ctx.slope)
     else:
         g = _activation_backward(ctx, grad, pooled, y, False)[0]
-        grad_x, sums = batch_norm_backward(g, x, weight, ctx.eps)
+        grad_x, sums = norm_backward(g, x, weight, ctx.eps, ctx.per_image)
     of_bias, of_weight = sums
     grads = [None if dtype is None else s.to(dtype) for s, dtype in zip((of_weight, of_bias), ctx.dtypes, strict=True)]
-    return grad_x, *grads, None, None, None
+    return grad_x, *grads, None, None, None, None
 
 
 # --- upsample_concat -------------------------------------------------------------------------

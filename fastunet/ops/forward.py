@@ -98,44 +98,48 @@ def _(x: Tensor) -> Tensor:
     return empty(x, x.shape[1], x.shape[2] // 2, x.shape[3] // 2)
 
 
-# --- batch_norm_relu -------------------------------------------------------------------------
+# --- norm_relu: batch norm, and per image instance norm ----------------------------------------
 
 Normed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # y, its max-pool, mean, rstd, unbiased variance
 
 
-def batch_norm_relu_torch(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float, pool: bool
+def norm_relu_torch(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float, pool: bool, per_image: bool
 ) -> Normed:
     # A CPU sums channels_last maps pixel by pixel, with up to 300 times the error.
     maps = x if x.is_cuda else x.contiguous()
     wide = maps.to(torch.promote_types(x.dtype, torch.float32))
     if any(t is not None and t.dtype != x.dtype for t in (weight, bias)):  # all the same, or all of them wide
         weight, bias = (t if t is None else t.to(wide.dtype) for t in (weight, bias))
-    y = result(reference.batch_norm_relu(maps, weight, bias, eps, slope))
+    norm_relu = reference.instance_norm_relu if per_image else reference.batch_norm_relu
+    y = result(norm_relu(maps, weight, bias, eps, slope) if x.numel() else torch.empty_like(maps))
     if not x.numel():
-        wide = wide.new_full((1, x.shape[1], 1, 1), torch.nan)
-    variance, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
-    count = x.numel() // x.shape[1]
+        wide = wide.new_full((len(x) if per_image else 1, x.shape[1], 1, 1), torch.nan)
+    variance, mean = torch.var_mean(wide, (2, 3) if per_image else (0, 2, 3), correction=0)
+    count = x.numel() // max(1, mean.numel())
     pooled = max_pool2x2_torch(y) if pool else y.new_empty(0)
     return y, pooled, mean, torch.rsqrt(variance + eps), variance * (count / max(1, count - 1))
 
 
-@torch.library.custom_op("fastunet::batch_norm_relu", mutates_args=())
-def batch_norm_relu(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float, pool: bool
+@torch.library.custom_op("fastunet::norm_relu", mutates_args=())
+def norm_relu(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float, pool: bool, per_image: bool
 ) -> Normed:
     if not takes_triton(x):
-        return batch_norm_relu_torch(x, weight, bias, eps, slope, pool)
+        return norm_relu_torch(x, weight, bias, eps, slope, pool, per_image)
     with on_device(x):
-        y, pooled, mean, rstd, variance = kernels.batch_norm_fwd(x, weight, bias, eps=eps, slope=slope, pool=pool)
+        y, pooled, *statistics = kernels.norm_fwd(x, weight, bias, eps=eps, slope=slope, pool=pool, per_image=per_image)
+    mean, rstd, variance = statistics
     return y, y.new_empty(0) if pooled is None else pooled, mean, rstd, variance
 
 
-@batch_norm_relu.register_fake
-def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float, pool: bool) -> Normed:
+@norm_relu.register_fake
+def _(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float, pool: bool, per_image: bool
+) -> Normed:
     n, c, h, w = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
-    mean, rstd, variance = (x.new_empty(c, dtype=wide) for _ in range(3))
+    mean, rstd, variance = (x.new_empty((n, c) if per_image else (c,), dtype=wide) for _ in range(3))
     return empty(x, c, h, w), empty(x, c, h // 2, w // 2) if pool else x.new_empty(0), mean, rstd, variance
 
 
@@ -247,7 +251,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 conv2d_relu.register_autograd(backward.conv2d_relu, setup_context=backward.save_conv)
 conv2d_relu_pool.register_autograd(backward.conv2d_relu_pool, setup_context=backward.save_conv)
-batch_norm_relu.register_autograd(backward.batch_norm_relu, setup_context=backward.save_batch_norm)
+norm_relu.register_autograd(backward.norm_relu, setup_context=backward.save_norm)
 max_pool2x2.register_autograd(backward.max_pool2x2, setup_context=backward.save_max_pool)
 upsample_concat.register_autograd(backward.upsample_concat, setup_context=backward.save_upsample)
 upsample_concat_conv2d_relu.register_autograd(

@@ -34,8 +34,8 @@ def _(grad: Tensor, grad_pooled: Tensor | None, y: Tensor, slope: float, bias: b
     return empty(y, *y.shape[1:]), grad.new_empty(y.shape[1] if bias else 0)
 
 
-@torch.library.custom_op("fastunet::batch_norm_backward", mutates_args=())
-def batch_norm_kernel(
+@torch.library.custom_op("fastunet::norm_backward", mutates_args=())
+def norm_kernel(
     grad: Tensor,
     grad_pooled: Tensor | None,
     x: Tensor,
@@ -46,10 +46,10 @@ def batch_norm_kernel(
     slope: float,
 ) -> tuple[Tensor, Tensor]:
     with on_device(grad):
-        return kernels.batch_norm_bwd(grad, grad_pooled, x, y, weight, mean, rstd, slope=slope)
+        return kernels.norm_bwd(grad, grad_pooled, x, y, weight, mean, rstd, slope=slope)
 
 
-@batch_norm_kernel.register_fake
+@norm_kernel.register_fake
 def _(
     grad: Tensor,
     grad_pooled: Tensor | None,
@@ -60,25 +60,28 @@ def _(
     rstd: Tensor,
     slope: float,
 ) -> tuple[Tensor, Tensor]:
-    return empty(x, *x.shape[1:]), mean.new_empty(2, mean.shape[0])
+    return empty(x, *x.shape[1:]), mean.new_empty(2, mean.shape[-1])
 
 
-@torch.library.custom_op("fastunet::batch_norm_backward_torch", mutates_args=())
-def batch_norm_backward(g: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("fastunet::norm_backward_torch", mutates_args=())
+def norm_backward(g: Tensor, x: Tensor, weight: Tensor | None, eps: float, per_image: bool) -> tuple[Tensor, Tensor]:
     """PyTorch's, in NCHW on a CPU: the gradient of x, and those of bias and weight, (2, C)."""
     if not x.numel():
         return torch.zeros_like(x), x.new_zeros((2, x.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32))
-    maps, g = (x, g) if x.is_cuda else (x.contiguous(), g.contiguous())
+    maps, g = (x, g) if x.is_cuda and not per_image else (x.contiguous(), g.contiguous())
     wide = torch.promote_types(x.dtype, torch.float32)
     gamma = torch.ones_like(x[0, :, 0, 0], dtype=wide) if weight is None else weight.to(wide)
+    n, c, h, w = x.shape
+    if per_image:  # the batch norm of one image that has the channels of all
+        maps, g, gamma = maps.view(1, n * c, h, w), g.view(1, n * c, h, w), gamma.repeat(n)
     _, mean, rstd = aten.native_batch_norm(maps, gamma, torch.zeros_like(gamma), None, None, True, 0.0, eps)
     statistics = None, None, mean, rstd, True, eps
     grad_x, *sums = aten.native_batch_norm_backward(g, maps, gamma, *statistics, [True, True, True])
-    return result(grad_x), torch.stack(sums[::-1])
+    return result(grad_x.view(x.shape)), torch.stack(sums[::-1]).view(2, -1, c).sum(1)
 
 
-@batch_norm_backward.register_fake
-def _(g: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+@norm_backward.register_fake
+def _(g: Tensor, x: Tensor, weight: Tensor | None, eps: float, per_image: bool) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     return empty(x, *x.shape[1:]), x.new_empty((2, x.shape[1]), dtype=wide)
 

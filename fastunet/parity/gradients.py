@@ -25,7 +25,7 @@ _STAGES = 2 * 2**2
 
 
 def backward_runs_on(model: nn.Module, x: Tensor) -> dict[str, str]:
-    """Which implementation gives each gradient of a model; norms are PyTorch's, unless they take batch statistics."""
+    """Which implementation gives each gradient of a model; norms of fixed statistics are PyTorch's."""
     names = [name for name, _ in model.named_parameters()]
     if not isinstance(model, FastUNet) or not as_built(model):
         return dict.fromkeys([*names, "input"], "torch" if isinstance(model, FastUNet) else "module")
@@ -40,7 +40,7 @@ def backward_runs_on(model: nn.Module, x: Tensor) -> dict[str, str]:
     def of_parameter(name: str) -> str:
         path = name.rpartition(".")[0]
         module = model.get_submodule(path)
-        if isinstance(module, nn.BatchNorm2d) and (module.training or module.running_mean is None):
+        if isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d)) and (module.training or module.running_mean is None):
             return norms
         return chosen[path][1] if path in chosen else "torch"
 

@@ -93,7 +93,7 @@ class Recorder(TorchFunctionMode):
             self.decisions.append(y > 0)
         if pools:
             self.decisions.append(_places(y, 2))
-        if operator != "batch_norm_relu":
+        if operator != "norm_relu":
             self.steps.append(Step(given, y, found[1] if pools else None, _implementation(operator, given)))
 
 

@@ -23,8 +23,8 @@ ARGUMENTS = {
     "conv_pool_fwd": CONV,
     "conv_transpose2x2_dgrad": {"grad": t(1, 4, 4, 4), "weight": t(3, 4, 2, 2)},
     "conv_transpose2x2_fwd": TRANSPOSE,
-    "batch_norm_fwd": {"x": t(1, 4, 4, 4), "weight": t(4), "bias": t(4)},
-    "batch_norm_bwd": {"grad": t(1, 4, 4, 4), "grad_pooled": t(1, 4, 2, 2), "x": t(1, 4, 4, 4), "y": t(1, 4, 4, 4)}
+    "norm_fwd": {"x": t(1, 4, 4, 4), "weight": t(4), "bias": t(4)},
+    "norm_bwd": {"grad": t(1, 4, 4, 4), "grad_pooled": t(1, 4, 2, 2), "x": t(1, 4, 4, 4), "y": t(1, 4, 4, 4)}
     | {"weight": t(4), "mean": t(4), "rstd": t(4)},
     "conv_transpose2x2_wgrad": {"grad": t(1, 4, 4, 4), "x": t(1, 3, 2, 2)},
     "conv_wgrad": {"g": t(1, 4, 4, 4), "sources": [t(1, 3, 4, 4), t(1, 2, 4, 4)], "ksize": 3},
@@ -37,8 +37,8 @@ ARGUMENTS = {
 }
 OPTIONS = {
     "activation_bwd": {"slope": 0.0, "bias": True},
-    "batch_norm_fwd": {"eps": 1e-5, "slope": 0.0, "pool": True},
-    "batch_norm_bwd": {"slope": 0.0},
+    "norm_fwd": {"eps": 1e-5, "slope": 0.0, "pool": True, "per_image": False},
+    "norm_bwd": {"slope": 0.0},
     "conv_wgrad": {"bias": True},
     "conv_transpose2x2_wgrad": {"bias": True},
     "conv_fwd": {"slope": 0.0},

@@ -66,6 +66,16 @@ CASES = {
         lambda x: (y := F.batch_norm(x, None, None, None, None, True), F.max_pool2d(y, 2)),
         [(2, 3, 5, 6)],
     ),
+    "instance_norm_relu": (
+        lambda x, w, b: ops.instance_norm_relu(x, w, b, negative_slope=0.1)[0],
+        lambda x, w, b: F.leaky_relu(F.instance_norm(x, weight=w, bias=b), 0.1),
+        [(2, 3, 5, 6), (3,), (3,)],
+    ),
+    "instance_norm_pool": (
+        lambda x: ops.instance_norm_relu(x, relu=False, pool=True),
+        lambda x: (y := F.instance_norm(x), F.max_pool2d(y, 2)),
+        [(2, 3, 5, 6)],  # of one image PyTorch 2.13's gradient is wrong, where that of y comes in channels_last
+    ),
     "upsample_concat": (
         ops.upsample_concat,
         lambda x, s: reference.upsample_concat(x, s, "bilinear", True),

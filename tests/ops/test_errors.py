@@ -70,6 +70,10 @@ BAD = {
         lambda: ops.batch_norm_relu(*zeros((1, 3, 1, 1))),
         r"x: expected more than one value for each channel, got \(1, 3, 1, 1\)",
     ),
+    "one pixel": (
+        lambda: ops.instance_norm_relu(*zeros((2, 3, 1, 1))),
+        r"x: expected more than one value for each channel, got \(2, 3, 1, 1\)",
+    ),
     "gamma": (lambda: ops.batch_norm_relu(*zeros(X, (2,))), r"weight: expected shape \(3,\), got \(2,\)"),
     "max-pool": (lambda: ops.max_pool2x2(*zeros((1, 3, 1, 4))), "x: expected .*H and W of at least 2, got"),
     "mode": (

@@ -57,7 +57,7 @@ def test_results_may_be_changed_in_place(name, seed):
     *_, y = outputs(op(*inputs))
     y.add_(1)
     kept = {"conv2d_relu", "upsample_concat_conv2d_relu", "replicated", "replicated_alone", "no_skip"}
-    if name in kept | {"batch_norm_relu", "strided", "unpadded", "unpadded_concat"}:
+    if name in kept | {"batch_norm_relu", "instance_norm_relu", "strided", "unpadded", "unpadded_concat"}:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
     else:

@@ -1,20 +1,22 @@
-"""Batch norm of a training step with activation and 2x2 max-pool, and its gradients.
+"""Batch norm of a training step, or instance norm, with activation and 2x2 max-pool, and their gradients.
 
-    xhat[n, c, h, w] = (x[n, c, h, w] - mean[c]) rstd[c],   rstd = 1 / sqrt(var + eps)
+    xhat[n, c, h, w] = (x[n, c, h, w] - mean[k, c]) rstd[k, c],   rstd = 1 / sqrt(var + eps)
     y                = act(gamma xhat + beta),   pooled = 2x2 max of y
     grad_beta        = sum over n, h, w of g,   grad_gamma = sum of g xhat
-    grad_x           = gamma rstd (g - (grad_beta + xhat grad_gamma) / (N H W))
+    grad_x           = gamma rstd (g - (sum of g + xhat sum of g xhat, both of k alone) / pixels of k)
 
-g is the gradient before the activation, from the pass that undoes it (activation_bwd.py), which takes both sums
-too. Ioffe & Szegedy (2015, arXiv:1502.03167).
+k is the group of images that share statistics: there is one of a batch norm, and each image is one of an instance
+norm. g is the gradient before the activation, from the pass that undoes it (activation_bwd.py), which takes both
+sums too. Ioffe & Szegedy (2015, arXiv:1502.03167); Ulyanov, Vedaldi & Lempitsky (2016, arXiv:1607.08022).
 
 Statistics: each lane keeps the mean and the squared deviations of its pixels (Welford 1962), each program merges
 its lanes' and a second launch the programs', always in the same order (Chan, Golub & LeVeque 1979); nothing
 cancels, however far the mean is from 0.
 
-Tiling: one program takes BLOCK_P pixels, or 2x2 cells of them, x BLOCK_C channels; for statistics a slab of such
-steps. Shapes: x (N, C, H, W), float16, bfloat16 or float32; gamma, beta (C,) of any of them; y and grad_x as x,
-channels_last; statistics and sums (C,) in float32.
+Tiling: one program takes BLOCK_P pixels of a group, or 2x2 cells of them, x BLOCK_C channels; for statistics a slab
+of such steps. Consecutive slabs are of consecutive groups, so that a sum over slabs sums no groups. Shapes: x
+(N, C, H, W), float16, bfloat16 or float32; gamma, beta (C,) of any of them; y and grad_x as x, channels_last;
+statistics (C,), or (N, C) of images, and sums in float32.
 """
 
 from __future__ import annotations
@@ -31,10 +33,12 @@ from .tuning import cell_config, power_of_2, slabs
 
 
 @triton.jit
-def _moments_kernel(x_ptr, partial_ptr, pixels, C, steps, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Of each slab: how many pixels, their mean and their squared deviations, [3, C]."""
+def _moments_kernel(x_ptr, partial_ptr, G, pixels, C, steps, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Of each slab: how many pixels, their mean and their squared deviations, [3, G, C]."""
     blocks = tl.cdiv(C, BLOCK_C)
     slab = (tl.program_id(0) // blocks).to(tl.int64)
+    group, slab = slab % G, slab // G
+    x_ptr += group * pixels * C
     c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     count = tl.zeros([BLOCK_P], tl.float32)
     mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
@@ -51,17 +55,17 @@ def _moments_kernel(x_ptr, partial_ptr, pixels, C, steps, BLOCK_P: tl.constexpr,
     total = tl.sum(count, 0)
     center = tl.sum(count[:, None] * mean, 0) / tl.maximum(total, 1.0)
     apart = mean - center[None, :]
-    row = partial_ptr + slab * 3 * C + c
+    row = partial_ptr + (slab * 3 * G + group) * C + c
     tl.store(row, tl.full([BLOCK_C], 0.0, tl.float32) + total, mask=c < C)
-    tl.store(row + C, center, mask=c < C)
-    tl.store(row + 2 * C, tl.sum(squares + count[:, None] * apart * apart, 0), mask=c < C)
+    tl.store(row + G * C, center, mask=c < C)
+    tl.store(row + 2 * G * C, tl.sum(squares + count[:, None] * apart * apart, 0), mask=c < C)
 
 
 @triton.jit
 def _merge_moments_kernel(
     partial_ptr, mean_ptr, rstd_ptr, variance_ptr, S, C, eps, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """[S, 3, C] of the slabs -> mean, rstd and unbiased variance, [C]."""
+    """[S, 3, C] of the slabs -> mean, rstd and unbiased variance, [C]; C are the channels of all groups."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     counts = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     means = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
@@ -88,20 +92,23 @@ def _merge_moments_kernel(
 
 
 @triton.jit
-def _batch_norm_fwd_kernel(
+def _norm_fwd_kernel(
     x_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, y_ptr, pooled_ptr,
-    N, H, W, C,
+    G, images, H, W, C,
     SLOPE: tl.constexpr, POOL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(C, BLOCK_C)
     c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    cell = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    slab = (tl.program_id(0) // blocks).to(tl.int64)
+    group = slab % G
+    cell = slab // G * BLOCK_P + tl.arange(0, BLOCK_P)
     cells_h, cells_w = tl.cdiv(H, 2), tl.cdiv(W, 2)
     n = cell // cells_w // cells_h
     cell_h, cell_w = cell // cells_w % cells_h, cell % cells_w
-    here = (n < N)[:, None] & (c < C)[None, :]
-    mean = tl.load(mean_ptr + c, mask=c < C, other=0.0)[None, :]
-    rstd = tl.load(rstd_ptr + c, mask=c < C, other=0.0)[None, :]
+    here = (n < images)[:, None] & (c < C)[None, :]
+    n += group * images
+    mean = tl.load(mean_ptr + group * C + c, mask=c < C, other=0.0)[None, :]
+    rstd = tl.load(rstd_ptr + group * C + c, mask=c < C, other=0.0)[None, :]
     gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     beta = tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     largest = tl.full([BLOCK_P, BLOCK_C], float("-inf"), tl.float32)
@@ -122,21 +129,23 @@ def _batch_norm_fwd_kernel(
 
 
 @triton.jit
-def _batch_norm_bwd_kernel(
+def _norm_bwd_kernel(
     g_ptr, x_ptr, mean_ptr, rstd_ptr, gamma_ptr, sums_ptr,
-    pixels, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    G, pixels, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """In place: g becomes grad_x."""
     blocks = tl.cdiv(C, BLOCK_C)
     c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    pixel = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    slab = (tl.program_id(0) // blocks).to(tl.int64)
+    pixel = slab // G * BLOCK_P + tl.arange(0, BLOCK_P)
     mask = (pixel < pixels)[:, None] & (c < C)[None, :]
-    offset = pixel[:, None] * C + c[None, :]
-    mean = tl.load(mean_ptr + c, mask=c < C, other=0.0)[None, :]
-    rstd = tl.load(rstd_ptr + c, mask=c < C, other=0.0)[None, :]
+    offset = (slab % G * pixels + pixel)[:, None] * C + c[None, :]
+    of_group = slab % G * C + c
+    mean = tl.load(mean_ptr + of_group, mask=c < C, other=0.0)[None, :]
+    rstd = tl.load(rstd_ptr + of_group, mask=c < C, other=0.0)[None, :]
     gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-    of_beta = tl.load(sums_ptr + c, mask=c < C, other=0.0)[None, :]
-    of_gamma = tl.load(sums_ptr + C + c, mask=c < C, other=0.0)[None, :]
+    of_beta = tl.load(sums_ptr + of_group, mask=c < C, other=0.0)[None, :]
+    of_gamma = tl.load(sums_ptr + G * C + of_group, mask=c < C, other=0.0)[None, :]
     xhat = (tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
     g = tl.load(g_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     grad_x = gamma * rstd * (g - (of_beta + xhat * of_gamma) / pixels)
@@ -144,14 +153,15 @@ def _batch_norm_bwd_kernel(
 
 
 @without_graph
-def batch_norm_fwd(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, slope: float, pool: bool
+def norm_fwd(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, slope: float, pool: bool, per_image: bool
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
     """Launch the kernels.
 
     Args:
         weight, bias: gamma and beta; None for 1 and 0.
         slope: of the activation, as in :func:`conv_fwd`.
+        per_image: whether each image has statistics of its own.
 
     Returns:
         y; its max-pool (N, C, H // 2, W // 2) or None; of x the mean, rstd and unbiased variance.
@@ -159,28 +169,31 @@ def batch_norm_fwd(
     x = x.contiguous(memory_format=torch.channels_last)
     n, c, h, w = x.shape
     y, pooled = empty_channels_last(x, c, h, w), empty_channels_last(x, c, h // 2, w // 2) if pool else None
-    mean, rstd, variance = (torch.empty(c, dtype=torch.float32, device=x.device) for _ in range(3))
+    of_what = (n, c) if per_image else (c,)
+    mean, rstd, variance = (torch.empty(of_what, dtype=torch.float32, device=x.device) for _ in range(3))
     if x.numel() == 0:
         return y, pooled, mean.fill_(torch.nan), rstd.fill_(torch.nan), variance.fill_(torch.nan)
-    config, pixels = cell_config(c), n * h * w
+    config, groups = cell_config(c), n if per_image else 1
+    images, pixels = n // groups, n // groups * h * w
     tile = {"BLOCK_P": config.block_p, "BLOCK_C": config.block_c, "num_warps": config.num_warps}
     blocks = triton.cdiv(c, config.block_c)
-    count, steps = slabs(triton.cdiv(pixels, config.block_p), blocks)
-    partial = torch.empty((count, 3, c), dtype=torch.float32, device=x.device)
-    _moments_kernel[(count * blocks,)](x, partial, pixels, c, steps, **tile)
+    count, steps = slabs(triton.cdiv(pixels, config.block_p), blocks * groups)
+    partial = torch.empty((count, 3, groups, c), dtype=torch.float32, device=x.device)
+    _moments_kernel[(count * groups * blocks,)](x, partial, groups, pixels, c, steps, **tile)
     # Of 2,048 elements and odd channels the compiler of Triton 3.9.0 crashes.
     merging = {"BLOCK_S": power_of_2(count, 1, 64), "BLOCK_C": 16, "num_warps": 4}
-    _merge_moments_kernel[(triton.cdiv(c, 16),)](partial, mean, rstd, variance, count, c, eps, **merging)
-    cells = n * triton.cdiv(h, 2) * triton.cdiv(w, 2)
+    merged = groups * c
+    _merge_moments_kernel[(triton.cdiv(merged, 16),)](partial, mean, rstd, variance, count, merged, eps, **merging)
+    cells = images * triton.cdiv(h, 2) * triton.cdiv(w, 2)
     gamma, beta = x.new_ones(c) if weight is None else weight.contiguous(), bias_or_zeros(bias, x)
-    _batch_norm_fwd_kernel[(triton.cdiv(cells, config.block_p) * blocks,)](
-        x, mean, rstd, gamma, beta, y, pooled, n, h, w, c, SLOPE=slope, POOL=pool, **tile
+    _norm_fwd_kernel[(triton.cdiv(cells, config.block_p) * groups * blocks,)](
+        x, mean, rstd, gamma, beta, y, pooled, groups, images, h, w, c, SLOPE=slope, POOL=pool, **tile
     )
     return y, pooled, mean, rstd, variance
 
 
 @without_graph
-def batch_norm_bwd(
+def norm_bwd(
     grad: Tensor,
     grad_pooled: Tensor | None,
     x: Tensor,
@@ -195,7 +208,7 @@ def batch_norm_bwd(
 
     Args:
         grad_pooled: gradient of the max-pool of y, if there was one.
-        x, y, weight, mean, rstd, slope: of :func:`batch_norm_fwd`.
+        x, y, weight, mean, rstd, slope: of :func:`norm_fwd`.
 
     Returns:
         grad_x (N, C, H, W), channels_last; grad_beta and grad_gamma, (2, C) float32.
@@ -204,10 +217,11 @@ def batch_norm_bwd(
     n, c, h, w = x.shape
     g, sums = activation_norm_bwd(grad, grad_pooled, y, x, mean, rstd, slope=slope)
     if x.numel():
-        config, pixels = cell_config(c), n * h * w
-        grid = (triton.cdiv(pixels, config.block_p) * triton.cdiv(c, config.block_c),)
-        _batch_norm_bwd_kernel[grid](
-            g, x, mean, rstd, x.new_ones(c) if weight is None else weight.contiguous(), sums, pixels, c,
+        config, groups = cell_config(c), mean.numel() // c
+        pixels = n // groups * h * w
+        grid = (triton.cdiv(pixels, config.block_p) * groups * triton.cdiv(c, config.block_c),)
+        _norm_bwd_kernel[grid](
+            g, x, mean, rstd, x.new_ones(c) if weight is None else weight.contiguous(), sums, groups, pixels, c,
             BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.num_warps,
         )  # fmt: skip
-    return g, sums
+    return g, sums if mean.dim() == 1 else sums.sum(1)

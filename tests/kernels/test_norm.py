@@ -1,4 +1,4 @@
-"""Batch norm, activation and max-pool of a training step, and their gradients."""
+"""Batch norm of a training step and instance norm, activation and max-pool, and their gradients."""
 
 from __future__ import annotations
 
@@ -19,47 +19,61 @@ STAGES = 2  # statistics, whose errors a whole channel shares, and what is made 
 SHAPES = [
     pytest.param((2, 3, 5, 7), id="odd-everything"),
     pytest.param((1, 70, 2, 3), id="two-channel-tiles"),
-    pytest.param((3, 1, 26, 22), id="several-slabs"),
+    pytest.param((3, 1, 34, 32), id="several-slabs"),  # of each image too
 ]
 
 
-def norm(x, weight, bias, slope, pool=False):
-    y = F.batch_norm(x, None, None, weight.to(x.dtype), bias.to(x.dtype), True, 0.0, 1e-5)
-    y = F.leaky_relu(y, slope)
-    return F.max_pool2d(y, 2) if pool else y
+def norm(x, weight, bias, slope, per_image):
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    if per_image:
+        return F.leaky_relu(F.instance_norm(x, weight=weight, bias=bias, eps=1e-5), slope)
+    return F.leaky_relu(F.batch_norm(x, None, None, weight, bias, True, 0.0, 1e-5), slope)
 
 
-@pytest.mark.parametrize("slope", [0.0, 0.1, 1.0], ids=["relu", "leaky", "linear"])
+@pytest.mark.parametrize(
+    "slope, per_image",
+    [(0.0, False), (0.1, False), (1.0, False), (0.1, True)],
+    ids=["relu", "leaky", "linear", "images"],
+)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_forward(shape, slope, precision, make):
+def test_forward(shape, slope, per_image, precision, make):
     x, weight, bias = make(precision, *shape), make(precision, shape[1]), make(precision, shape[1])
-    y, pooled, mean, rstd, variance = kernels.batch_norm_fwd(x, weight, bias, eps=1e-5, slope=slope, pool=True)
-    check(precision, y, norm, x, weight, bias, slope, stages=STAGES)
+    options = {"eps": 1e-5, "slope": slope, "per_image": per_image}
+    y, pooled, mean, rstd, variance = kernels.norm_fwd(x, weight, bias, pool=True, **options)
+    check(precision, y, norm, x, weight, bias, slope, per_image, stages=STAGES)
     assert pooled is not None and torch.equal(pooled, F.max_pool2d(y, 2))
-    exact = x.double()
-    torch.testing.assert_close(mean.double(), exact.mean((0, 2, 3)), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(variance.double(), exact.var((0, 2, 3)), rtol=2e-6, atol=0)
-    torch.testing.assert_close(rstd.double() ** -2, exact.var((0, 2, 3), unbiased=False) + 1e-5, rtol=2e-6, atol=0)
-    alone = kernels.batch_norm_fwd(x, weight, bias, eps=1e-5, slope=slope, pool=False)
+    exact, axes = x.double(), (2, 3) if per_image else (0, 2, 3)
+    torch.testing.assert_close(mean.double(), exact.mean(axes), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(variance.double(), exact.var(axes), rtol=2e-6, atol=0)
+    torch.testing.assert_close(rstd.double() ** -2, exact.var(axes, unbiased=False) + 1e-5, rtol=2e-6, atol=0)
+    alone = kernels.norm_fwd(x, weight, bias, pool=False, **options)
     assert alone[1] is None and torch.equal(alone[0], y)
 
 
 def test_statistics_far_from_zero(make):
     """A mean of 1,000 deviations: of sums of squares in float32 the variance would be 10% off."""
     x = make("ieee", 2, 5, 30, 31) * 0.1 + 100
-    _, _, mean, _, variance = kernels.batch_norm_fwd(x, None, None, eps=1e-5, slope=1.0, pool=False)
+    _, _, mean, _, variance = kernels.norm_fwd(x, None, None, eps=1e-5, slope=1.0, pool=False, per_image=False)
     exact = x.double()
     torch.testing.assert_close(mean.double(), exact.mean((0, 2, 3)), rtol=2e-7, atol=0)
     torch.testing.assert_close(variance.double(), exact.var((0, 2, 3)), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("slope, pool", [(0.0, True), (0.0, False), (0.1, True), (1.0, False), (1.0, True)], ids=str)
+@pytest.mark.parametrize(
+    "slope, pool, per_image",
+    [
+        (0.0, True, False), (0.0, False, False), (0.1, True, False), (1.0, False, False), (1.0, True, False),
+        (0.0, True, True), (1.0, False, True),
+    ],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gradients(shape, slope, pool, precision, make):
+def test_gradients(shape, slope, pool, per_image, precision, make):
     n, c, h, w = shape
     x, grad, weight = make(precision, *shape), make(precision, *shape), make(precision, c)
     bias, grad_pooled = make(precision, c), make(precision, n, c, h // 2, w // 2) if pool else None
-    y, _, mean, rstd, _ = kernels.batch_norm_fwd(x, weight, bias, eps=1e-5, slope=slope, pool=False)
+    options = {"eps": 1e-5, "slope": slope, "pool": False, "per_image": per_image}
+    y, _, mean, rstd, _ = kernels.norm_fwd(x, weight, bias, **options)
     sides, places = y > 0, F.max_pool2d(y, 2, return_indices=True)[1]
 
     def g(grad, grad_pooled):
@@ -73,12 +87,14 @@ def test_gradients(shape, slope, pool, precision, make):
     def truth(which):
         def gradient(x, weight, bias, grad, grad_pooled=None):
             leaves: list[Any] = [t.clone().requires_grad_() for t in (x, weight, bias)]
-            return torch.autograd.grad(norm(*leaves, slope=1.0), leaves[which], g(grad, grad_pooled))[0]
+            return torch.autograd.grad(
+                norm(*leaves, slope=1.0, per_image=per_image), leaves[which], g(grad, grad_pooled)
+            )[0]
 
         return gradient
 
     def launch():
-        return kernels.batch_norm_bwd(grad, grad_pooled, x, y, weight, mean, rstd, slope=slope)
+        return kernels.norm_bwd(grad, grad_pooled, x, y, weight, mean, rstd, slope=slope)
 
     found = launch()
     inputs = x, weight, bias, grad, grad_pooled
@@ -93,33 +109,37 @@ def test_gradients(shape, slope, pool, precision, make):
 
 def test_any_strides_and_no_parameters(make):
     x, grad = (make("fp16", 2, 6, 5, 8).transpose(1, 2) for _ in range(2))
-    y, _, mean, rstd, _ = kernels.batch_norm_fwd(x, None, None, eps=1e-3, slope=0.0, pool=False)
+    options: Any = {"eps": 1e-3, "pool": False, "per_image": False}
+    y, _, mean, rstd, _ = kernels.norm_fwd(x, None, None, slope=0.0, **options)
     torch.testing.assert_close(y, F.batch_norm(x, None, None, None, None, True, 0.0, 1e-3).relu(), rtol=2e-3, atol=2e-3)
     wide = make("fp16", 5, 2)  # a column of it, and one value for all
-    strided = kernels.batch_norm_fwd(x, wide[:, 0], wide[:1, 1].expand(5), eps=1e-3, slope=1.0, pool=False)[0]
+    strided = kernels.norm_fwd(x, wide[:, 0], wide[:1, 1].expand(5), slope=1.0, **options)[0]
     expected = F.batch_norm(x, None, None, wide[:, 0].contiguous(), wide[0, 1].repeat(5), True, 0.0, 1e-3)
     torch.testing.assert_close(strided, expected, rtol=5e-3, atol=5e-3, check_stride=False)
     leaf = x.double().requires_grad_()
     exact = F.batch_norm(leaf, None, None, None, None, True, 0.0, 1e-3)
     (want,) = torch.autograd.grad(exact, leaf, torch.where(y > 0, grad.double(), 0.0))
-    got, _ = kernels.batch_norm_bwd(grad, None, x, y, None, mean, rstd, slope=0.0)
+    got, _ = kernels.norm_bwd(grad, None, x, y, None, mean, rstd, slope=0.0)
     torch.testing.assert_close(got.double(), want, rtol=5e-3, atol=5e-3)
 
 
+@pytest.mark.parametrize("per_image", [False, True], ids=["batch", "image"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=["nan", "inf"])
-def test_nan_and_inf_spoil_their_channel_alone(value, make):
+def test_nan_and_inf_spoil_their_channel_alone(value, per_image, make):
     x = make("ieee", 2, 3, 4, 5)
     x[1, 1, 2, 3] = value
-    y, pooled, mean, _, _ = kernels.batch_norm_fwd(x, None, None, eps=1e-5, slope=0.0, pool=True)
-    expected = F.batch_norm(x, None, None, None, None, True).relu()
+    y, pooled, mean, _, _ = kernels.norm_fwd(x, None, None, eps=1e-5, slope=0.0, pool=True, per_image=per_image)
+    expected = (F.instance_norm(x) if per_image else F.batch_norm(x, None, None, None, None, True)).relu()
     assert pooled is not None and torch.equal(pooled.isnan(), F.max_pool2d(expected, 2).isnan())
     assert torch.equal(y.isnan(), expected.isnan())
-    assert mean[0].isfinite() and not mean[1].isfinite()
+    spoilt = torch.tensor([[False] * 3, [False, True, False]] if per_image else [False, True, False])
+    assert torch.equal(~mean.isfinite().cpu(), spoilt)
 
 
-def test_an_empty_batch(make):
+@pytest.mark.parametrize("per_image", [False, True], ids=["batch", "image"])
+def test_an_empty_batch(per_image, make):
     x = make("fp16", 0, 3, 4, 4)
-    y, pooled, mean, rstd, _ = kernels.batch_norm_fwd(x, None, None, eps=1e-5, slope=0.0, pool=True)
+    y, pooled, mean, rstd, _ = kernels.norm_fwd(x, None, None, eps=1e-5, slope=0.0, pool=True, per_image=per_image)
     assert y.shape == x.shape and pooled is not None and pooled.shape == (0, 3, 2, 2) and mean.isnan().all()
-    grad_x, sums = kernels.batch_norm_bwd(x, None, x, y, None, mean, rstd, slope=0.0)
+    grad_x, sums = kernels.norm_bwd(x, None, x, y, None, mean, rstd, slope=0.0)
     assert grad_x.shape == x.shape and torch.equal(sums, torch.zeros(2, 3))
