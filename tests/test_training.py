@@ -329,9 +329,14 @@ def test_compiled_step_through_the_kernels(norm, seed, device):
     assert all(torch.equal(a, b) for a, b in zip(compiled.buffers(), fast.buffers(), strict=True))
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("how", ["asked for", "compiled"])
-@pytest.mark.parametrize("order", ["conv_norm_act", "conv_act_norm"])
+@pytest.mark.parametrize(
+    "order, how, batch",
+    [
+        ("conv_norm_act", "asked for", 2),
+        ("conv_act_norm", "asked for", 1),  # of whose gradients PyTorch's own instance norm makes wrong ones
+        ("conv_act_norm", "compiled", 1),
+    ],
+)
 def test_gradients_through_instance_norms_between_operators(order, how, batch, seed):
     plain, fast = (network.double() for network in small_pair(norm="instance", order=order))
     x = torch.randn(batch, 1, 12, 11, dtype=torch.float64)
