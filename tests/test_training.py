@@ -394,8 +394,9 @@ def kept_bytes(model: nn.Module, x: Tensor) -> int:
         pytest.param((64, 128, 256, 512, 1024), 256, None, torch.float32, 0.6, marks=pytest.mark.slow),
         ((8, 16, 32), 32, "batch", torch.float32, 0.72),
         ((8, 16, 32), 32, "batch", torch.float16, 0.70),
+        ((8, 16, 32), 32, "instance", torch.float32, 0.72),
     ],
-    ids=["small", "seed", "batch norm", "batch norm in float16"],
+    ids=["small", "seed", "batch norm", "batch norm in float16", "instance norm"],
 )
 def test_what_is_saved_is_less_than_eagers(features, size, norm, dtype, limit):
     nets = [net(1, 2, features, norm=norm).to(dtype) for net in (FastUNet, UNet)]
@@ -460,12 +461,14 @@ def test_each_map_is_saved_once_and_no_other(kind):
     assert kept_bytes(net, torch.randn(1, 2, size, size)) == 4 * maps
 
 
-def test_behind_norms_no_places_of_maxima_are_saved(seed, device):
+@pytest.mark.parametrize("order", ["conv_norm_act", "conv_act_norm"])
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_behind_norms_no_places_of_maxima_are_saved(norm, order, seed, device):
     """The input and the result of every norm, the pooled maps and the norms' statistics."""
     features, size = (4, 6), 8
     maps = 4 * features[0] * size**2 + (features[0] + 4 * features[1]) * (size // 2) ** 2 + 4 * features[0] * size**2
     statistics = 2 * (2 * features[0] + 2 * features[1] + 2 * features[0])  # mean and deviation, in float32
-    net = FastUNet(1, 2, features, norm="batch").to(device)
+    net = FastUNet(1, 2, features, norm=norm, order=order).to(device)
     with dispatch.forced("triton"):
         kept = kept_bytes(net, torch.randn(1, 1, size, size, device=device))
     places = features[0] * (size // 2) ** 2
