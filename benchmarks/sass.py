@@ -171,8 +171,8 @@ def launches(dtype: torch.dtype, tf32: bool) -> Iterator[Callable[[], Any]]:
         for c, slope in ((64, 0.0), (64, 0.01), (3, 1.0)):
             x, one, act = t(2, c, 62, 65), torch.empty(c, device="meta"), {"slope": slope}
             pooled = t(2, c, 31, 32) if c == 64 else None
-            yield partial(kernels.norm_fwd, x, one, one, eps=1e-5, pool=pooled is not None, per_image=False, **act)
-            yield partial(kernels.norm_bwd, x, pooled, x, x, one, one, one, **act)
+            yield partial(kernels.norm_fwd, x, one, one, eps=1e-5, pool=pooled is not None, **act)
+            yield partial(kernels.norm_bwd, x, pooled, x, x, one, one, one, fixed=c == 3, **act)
         yield lambda: kernels.upsample_bwd(t(1, 24, 63, 65), 31, 32, mode="nearest", align_corners=False)
         for mode, corners in (("nearest", False), ("bilinear", False), ("bilinear", True)):
             yield lambda mode=mode, corners=corners: kernels.upsample_concat_fwd(

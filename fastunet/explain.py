@@ -190,7 +190,5 @@ def _choose(layer: Layer, config: UNetConfig, device: torch.device, dtype: torch
     if choice.implementation == "torch":
         return dispatch.Choice(plain, choice.reason)
     if layer.norm is not None and (config.norm == "instance" or config.order == "conv_act_norm"):
-        ours = config.norm == "instance" and dispatch.choose(device, dtype).implementation == "triton"
-        by = "by a kernel" if ours else "in PyTorch"
-        return dispatch.Choice(choice.implementation, f"{choice.reason}, then {config.norm} norm {by}")
+        return dispatch.Choice(choice.implementation, f"{choice.reason}, then {config.norm} norm by a kernel")
     return choice

@@ -15,7 +15,7 @@ from . import checkpoint, dispatch, hub, ops
 from .built import as_built
 from .graph import Graphs, in_a_users_capture
 from .origin import Origin
-from .reference import UNet, activate_, center_crop
+from .reference import UNet, center_crop
 from .sources import Sources
 
 if TYPE_CHECKING:
@@ -166,12 +166,9 @@ class FastUNet(UNet):
         *first, (conv, norm) = _units(block.net)
         for unit in first:
             x = self._unit(*unit, x)
-        halves = isinstance(pool, nn.MaxPool2d) and pool.kernel_size == (2, 2)
-        if halves and (norm is None or self._folds(conv, norm) or _takes_statistics(norm)):
+        if isinstance(pool, nn.MaxPool2d) and pool.kernel_size == (2, 2):
             return self._unit(conv, norm, x, pool=True)
         x = self._unit(conv, norm, x)
-        if halves:
-            return x, ops.max_pool2x2(x)
         return x, x if pool is None else pool(x)
 
     def _folds(self, conv: nn.Module, norm: nn.Module) -> bool:
@@ -194,12 +191,9 @@ class FastUNet(UNet):
             roll = x.shape[1] if self.config.concat == "skip_first" and skip.shape[1] else 0
             weights = self._weights(conv, folded, roll)
             y = ops.upsample_concat_conv2d_relu(x, skip, *weights, **act, **options)
-        if apart and _takes_statistics(norm):
-            normed = _instance_normed if isinstance(norm, nn.InstanceNorm2d) else _batch_normed
-            return normed(norm, y, {"relu": norm_first, "negative_slope": slope}, pool)
         if apart:
-            y = _normed(norm, y)
-            y = activate_(y, slope) if norm_first else y
+            y, pooled = _normed(norm, y, relu=norm_first, negative_slope=slope, pool=pool)
+            return (y, pooled) if pool else y
         return y
 
     def _up(self, up: Any, x: Tensor, skip: Tensor) -> Tensor:
@@ -259,20 +253,14 @@ def _units(layers: Iterable[nn.Module]) -> list[tuple[Any, Any]]:
     return found
 
 
-def _takes_statistics(norm: Any) -> bool:
-    """Of the map that it is given; a batch norm in eval mode has its own."""
-    return norm.training or norm.running_mean is None
-
-
-def _instance_normed(norm: Any, x: Tensor, act: Any, pool: bool) -> Any:
-    """``norm(x)``, activated and pooled."""
-    y, pooled = ops.instance_norm_relu(x, norm.weight, norm.bias, eps=norm.eps, **act, pool=pool)
-    return (y, pooled) if pool else y
-
-
-def _batch_normed(norm: Any, x: Tensor, act: Any, pool: bool) -> Any:
-    """``norm(x)``, activated and pooled, by the batch's statistics, which its running ones follow."""
-    y, pooled, mean, variance = ops.batch_norm_relu(x, norm.weight, norm.bias, eps=norm.eps, **act, pool=pool)
+def _normed(norm: Any, x: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """``norm(x)``, activated, and its max-pool; running statistics follow a batch that trains."""
+    weights, options = (norm.weight, norm.bias), {"eps": norm.eps, **options}
+    if isinstance(norm, nn.InstanceNorm2d):
+        return ops.instance_norm_relu(x, *weights, **options)
+    if not _takes_statistics(norm):
+        options |= {"running_mean": norm.running_mean, "running_var": norm.running_var}
+    y, pooled, mean, variance = ops.batch_norm_relu(x, *weights, **options)
     if norm.training and norm.track_running_stats:
         with torch.no_grad():
             share: Any = norm.momentum or 0.0
@@ -283,12 +271,12 @@ def _batch_normed(norm: Any, x: Tensor, act: Any, pool: bool) -> Any:
                 # In their width: of float16 a variance may be out of range, and the average of it not.
                 for running, now in ((norm.running_mean, mean), (norm.running_var, variance)):
                     running.copy_(torch.lerp(running.to(now.dtype), now, share))
-    return (y, pooled) if pool else y
+    return y, pooled
 
 
-def _normed(norm: Any, x: Tensor) -> Tensor:
-    """``norm(x)`` by fixed statistics; where a CPU sums over it, pixel by pixel in channels_last, in NCHW."""
-    return norm(x.contiguous() if _sums_over_its_map(norm) and x.device.type == "cpu" else x)
+def _takes_statistics(norm: Any) -> bool:
+    """Of the map that it is given; a batch norm in eval mode has its own."""
+    return norm.training or norm.running_mean is None
 
 
 def _sums_over_its_map(norm: Any) -> bool:

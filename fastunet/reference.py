@@ -111,9 +111,17 @@ def upsample_concat_conv2d_relu(
     return conv2d_relu(upsample_concat(x, skip, mode, align_corners), weight, bias, slope, padding=padding)
 
 
-def batch_norm_relu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float) -> Tensor:
-    """Batch norm with the statistics of x (N, C, H, W) itself, then the activation."""
-    return activate_(F.batch_norm(x, None, None, weight, bias, True, 0.0, eps), slope)
+def batch_norm_relu(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    slope: float,
+    mean: Tensor | None = None,
+    variance: Tensor | None = None,
+) -> Tensor:
+    """Batch norm with these statistics, by default those of x (N, C, H, W) itself, then the activation."""
+    return activate_(F.batch_norm(x, mean, variance, weight, bias, mean is None, 0.0, eps), slope)
 
 
 def instance_norm_relu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float) -> Tensor:

@@ -1,9 +1,10 @@
-"""Batch norm of a training step, or instance norm, with activation and 2x2 max-pool, and their gradients.
+"""Batch norm and instance norm with activation and 2x2 max-pool, and their gradients.
 
     xhat[n, c, h, w] = (x[n, c, h, w] - mean[k, c]) rstd[k, c],   rstd = 1 / sqrt(var + eps)
     y                = act(gamma xhat + beta),   pooled = 2x2 max of y
     grad_beta        = sum over n, h, w of g,   grad_gamma = sum of g xhat
     grad_x           = gamma rstd (g - (sum of g + xhat sum of g xhat, both of k alone) / pixels of k)
+                     = gamma rstd g, by fixed statistics
 
 k is the group of images that share statistics: there is one of a batch norm, and each image is one of an instance
 norm. g is the gradient before the activation, from the pass that undoes it (activation_bwd.py), which takes both
@@ -131,7 +132,7 @@ def _norm_fwd_kernel(
 @triton.jit
 def _norm_bwd_kernel(
     g_ptr, x_ptr, mean_ptr, rstd_ptr, gamma_ptr, sums_ptr,
-    G, pixels, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    G, pixels, C, FIXED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """In place: g becomes grad_x."""
     blocks = tl.cdiv(C, BLOCK_C)
@@ -141,42 +142,71 @@ def _norm_bwd_kernel(
     mask = (pixel < pixels)[:, None] & (c < C)[None, :]
     offset = (slab % G * pixels + pixel)[:, None] * C + c[None, :]
     of_group = slab % G * C + c
-    mean = tl.load(mean_ptr + of_group, mask=c < C, other=0.0)[None, :]
     rstd = tl.load(rstd_ptr + of_group, mask=c < C, other=0.0)[None, :]
     gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-    of_beta = tl.load(sums_ptr + of_group, mask=c < C, other=0.0)[None, :]
-    of_gamma = tl.load(sums_ptr + G * C + of_group, mask=c < C, other=0.0)[None, :]
-    xhat = (tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
     g = tl.load(g_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    grad_x = gamma * rstd * (g - (of_beta + xhat * of_gamma) / pixels)
-    tl.store(g_ptr + offset, grad_x.to(g_ptr.dtype.element_ty), mask=mask)
+    if not FIXED:
+        mean = tl.load(mean_ptr + of_group, mask=c < C, other=0.0)[None, :]
+        of_beta = tl.load(sums_ptr + of_group, mask=c < C, other=0.0)[None, :]
+        of_gamma = tl.load(sums_ptr + G * C + of_group, mask=c < C, other=0.0)[None, :]
+        xhat = (tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
+        g -= (of_beta + xhat * of_gamma) / pixels
+    tl.store(g_ptr + offset, (gamma * rstd * g).to(g_ptr.dtype.element_ty), mask=mask)
 
 
 @without_graph
 def norm_fwd(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, slope: float, pool: bool, per_image: bool
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    fixed: tuple[Tensor, Tensor] | None = None,
+    *,
+    eps: float,
+    slope: float,
+    pool: bool,
+    per_image: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
     """Launch the kernels.
 
     Args:
         weight, bias: gamma and beta; None for 1 and 0.
+        fixed: mean and variance (C,) to take in place of x's own.
         slope: of the activation, as in :func:`conv_fwd`.
         per_image: whether each image has statistics of its own.
 
     Returns:
-        y; its max-pool (N, C, H // 2, W // 2) or None; of x the mean, rstd and unbiased variance.
+        y; its max-pool (N, C, H // 2, W // 2) or None; of x the mean, rstd and unbiased variance, or the fixed ones.
     """
     x = x.contiguous(memory_format=torch.channels_last)
     n, c, h, w = x.shape
     y, pooled = empty_channels_last(x, c, h, w), empty_channels_last(x, c, h // 2, w // 2) if pool else None
+    if fixed is not None:
+        mean, variance = (t.to(torch.float32) for t in fixed)
+        rstd = torch.rsqrt(variance + eps)
+    else:
+        mean, rstd, variance = _statistics(x, eps, per_image)
+    if x.numel():
+        config, groups = cell_config(c), n if per_image else 1
+        images, blocks = n // groups, triton.cdiv(c, config.block_c)
+        cells = images * triton.cdiv(h, 2) * triton.cdiv(w, 2)
+        gamma, beta = x.new_ones(c) if weight is None else weight.contiguous(), bias_or_zeros(bias, x)
+        _norm_fwd_kernel[(triton.cdiv(cells, config.block_p) * groups * blocks,)](
+            x, mean, rstd, gamma, beta, y, pooled, groups, images, h, w, c, SLOPE=slope, POOL=pool,
+            BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.num_warps,
+        )  # fmt: skip
+    return y, pooled, mean, rstd, variance
+
+
+def _statistics(x: Tensor, eps: float, per_image: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, rstd and unbiased variance of x, channels_last; NaN of nothing."""
+    n, c, h, w = x.shape
     of_what = (n, c) if per_image else (c,)
     mean, rstd, variance = (torch.empty(of_what, dtype=torch.float32, device=x.device) for _ in range(3))
     if x.numel() == 0:
-        return y, pooled, mean.fill_(torch.nan), rstd.fill_(torch.nan), variance.fill_(torch.nan)
+        return mean.fill_(torch.nan), rstd.fill_(torch.nan), variance.fill_(torch.nan)
     config, groups = cell_config(c), n if per_image else 1
-    images, pixels = n // groups, n // groups * h * w
+    pixels, blocks = n // groups * h * w, triton.cdiv(c, config.block_c)
     tile = {"BLOCK_P": config.block_p, "BLOCK_C": config.block_c, "num_warps": config.num_warps}
-    blocks = triton.cdiv(c, config.block_c)
     count, steps = slabs(triton.cdiv(pixels, config.block_p), blocks * groups)
     partial = torch.empty((count, 3, groups, c), dtype=torch.float32, device=x.device)
     _moments_kernel[(count * groups * blocks,)](x, partial, groups, pixels, c, steps, **tile)
@@ -184,12 +214,7 @@ def norm_fwd(
     merging = {"BLOCK_S": power_of_2(count, 1, 64), "BLOCK_C": 16, "num_warps": 4}
     merged = groups * c
     _merge_moments_kernel[(triton.cdiv(merged, 16),)](partial, mean, rstd, variance, count, merged, eps, **merging)
-    cells = images * triton.cdiv(h, 2) * triton.cdiv(w, 2)
-    gamma, beta = x.new_ones(c) if weight is None else weight.contiguous(), bias_or_zeros(bias, x)
-    _norm_fwd_kernel[(triton.cdiv(cells, config.block_p) * groups * blocks,)](
-        x, mean, rstd, gamma, beta, y, pooled, groups, images, h, w, c, SLOPE=slope, POOL=pool, **tile
-    )
-    return y, pooled, mean, rstd, variance
+    return mean, rstd, variance
 
 
 @without_graph
@@ -203,12 +228,13 @@ def norm_bwd(
     rstd: Tensor,
     *,
     slope: float,
+    fixed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernels.
 
     Args:
         grad_pooled: gradient of the max-pool of y, if there was one.
-        x, y, weight, mean, rstd, slope: of :func:`norm_fwd`.
+        x, y, weight, mean, rstd, slope: of :func:`norm_fwd`. fixed: whether the statistics were given to it.
 
     Returns:
         grad_x (N, C, H, W), channels_last; grad_beta and grad_gamma, (2, C) float32.
@@ -222,6 +248,6 @@ def norm_bwd(
         grid = (triton.cdiv(pixels, config.block_p) * groups * triton.cdiv(c, config.block_c),)
         _norm_bwd_kernel[grid](
             g, x, mean, rstd, x.new_ones(c) if weight is None else weight.contiguous(), sums, groups, pixels, c,
-            BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.num_warps,
+            FIXED=fixed, BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.num_warps,
         )  # fmt: skip
     return g, sums if mean.dim() == 1 else sums.sum(1)

@@ -28,7 +28,6 @@ __all__ = [
     "conv_transpose2x2",
     "instance_norm_relu",
     "is_watched",
-    "max_pool2x2",
     "tf32",
     "upsample_concat",
     "upsample_concat_conv2d_relu",
@@ -160,42 +159,35 @@ def conv2d_relu(
     return (forward.conv2d_relu_pool_torch if at_once(x) else forward.conv2d_relu_pool)(*given)
 
 
-def max_pool2x2(x: Tensor) -> Tensor:
-    """2x2 max-pool with a stride of 2, of which backward keeps ``x`` alone: behind a norm, where no convolution pools.
-
-    Args:
-        x: (N, C, H, W), H and W of at least 2, any strides.
-
-    Returns:
-        (N, C, H // 2, W // 2), channels_last. Errors as in :func:`conv2d_relu`.
-    """
-    _check(x.dim() == 4 and min(x.shape[2:]) >= 2, "x", "shape (N, C, H, W), H and W of at least 2", tuple(x.shape))
-    return (forward.max_pool2x2_torch if at_once(x) else forward.max_pool2x2)(x)
-
-
 def batch_norm_relu(
     x: Tensor,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     *,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
     eps: float = 1e-5,
     relu: bool = True,
     negative_slope: float = 0.0,
     pool: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Batch norm with the batch's own statistics, ReLU and, on request, 2x2 max-pool: a training step's.
+    """Batch norm, ReLU and, on request, 2x2 max-pool.
 
     Args:
         x: (N, C, H, W), any strides; float16, bfloat16, float32 (float64 through plain torch).
         weight, bias: (C,) of any of these dtypes, gamma and beta; None for 1 and 0.
+        running_mean, running_var: (C,), fixed statistics; by default those of the batch are taken.
         eps: added to the variance.
         relu, negative_slope, pool: as in :func:`conv2d_relu`.
 
     Returns:
-        y (N, C, H, W), channels_last; its max-pool or None; mean and unbiased variance of each channel (C,), without
-        gradients, float32 or wider. Errors as in :func:`conv2d_relu`.
+        y (N, C, H, W), channels_last; its max-pool or None; mean and variance of each channel (C,), unbiased if it is
+        the batch's, without gradients, float32 or wider. Errors as in :func:`conv2d_relu`.
     """
-    y, pooled, mean, _, variance = _norm_relu(x, weight, bias, eps, _slope(relu, negative_slope), pool, False)
+    both = (running_mean is None) == (running_var is None)
+    _check(both, "running_var", f"{'None, as' if running_mean is None else 'a tensor, for'} running_mean", running_var)
+    fixed = {"running_mean": running_mean, "running_var": running_var}
+    y, pooled, mean, _, variance = _norm_relu(x, weight, bias, fixed, eps, _slope(relu, negative_slope), pool, False)
     return y, pooled if pool else None, mean, variance
 
 
@@ -209,28 +201,36 @@ def instance_norm_relu(
     negative_slope: float = 0.0,
     pool: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """As :func:`batch_norm_relu`, each image by statistics of its own: in training and in inference.
+    """As :func:`batch_norm_relu`, each image by statistics of its own.
 
     Returns:
         y (N, C, H, W), channels_last; its max-pool or None.
     """
-    y, pooled, *_ = _norm_relu(x, weight, bias, eps, _slope(relu, negative_slope), pool, True)
+    y, pooled, *_ = _norm_relu(x, weight, bias, {}, eps, _slope(relu, negative_slope), pool, True)
     return y, pooled if pool else None
 
 
 def _norm_relu(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float, pool: bool, per_image: bool
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    fixed: dict[str, Tensor | None],
+    eps: float,
+    slope: float,
+    pool: bool,
+    per_image: bool,
 ) -> forward.Normed:
     _check(x.dim() == 4 and x.shape[1] > 0, "x", "shape (N, C, H, W), C at least 1", tuple(x.shape))
+    mean, variance = fixed.get("running_mean"), fixed.get("running_var")
     pixels = (1 if per_image else x.shape[0]) * x.shape[2] * x.shape[3]
-    _check(pixels != 1, "x", "more than one value for each channel", tuple(x.shape))
-    for name, tensor in (("weight", weight), ("bias", bias)):
+    _check(pixels != 1 or mean is not None, "x", "more than one value for each channel", tuple(x.shape))
+    for name, tensor in {"weight": weight, "bias": bias, **fixed}.items():
         if tensor is not None:
             _check(tensor.shape == x.shape[1:2], name, f"shape ({x.shape[1]},)", tuple(tensor.shape))
             _check(tensor.device == x.device, name, f"x's device {x.device}", tensor.device)
     _check(not pool or min(x.shape[2:]) >= 2, "x", "H and W of at least 2 to pool", tuple(x.shape))
     op = forward.norm_relu_torch if at_once(x) else forward.norm_relu
-    return op(x, weight, bias, eps, slope, pool, per_image)
+    return op(x, weight, bias, mean, variance, eps, slope, pool, per_image)
 
 
 def upsample_concat(x: Tensor, skip: Tensor, *, mode: str = "bilinear", align_corners: bool = True) -> Tensor:

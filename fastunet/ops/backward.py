@@ -28,7 +28,6 @@ from .steps import (
     activation_kernel,
     convolution_backward,
     dgrad_kernel,
-    max_pool_kernel,
     norm_backward,
     norm_kernel,
     transpose_dgrad_kernel,
@@ -194,46 +193,34 @@ def conv2d_relu_pool(ctx: Any, grad: Tensor, grad_pooled: Tensor) -> tuple[Any, 
     return _conv_gradients(ctx, grad, grad_pooled)
 
 
-# --- max_pool2x2 -----------------------------------------------------------------------------
-
-
-def save_max_pool(ctx: Any, inputs: Any, output: Any) -> None:
-    (x,) = inputs
-    ctx.save_for_backward(x)  # kept by whoever made it anyway; the places would be 8 bytes each
-    ctx.kernel = _ours(x, "dgrad")
-
-
-@_first_order
-def max_pool2x2(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    (x,) = ctx.saved_tensors
-    return ((max_pool_kernel if ctx.kernel else _through_max_pool)(grad, x),)
-
-
 # --- norm_relu -------------------------------------------------------------------------------
 
 
 def save_norm(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, bias, ctx.eps, ctx.slope, ctx.pool, ctx.per_image = inputs
+    x, weight, bias, mean, variance, ctx.eps, ctx.slope, ctx.pool, ctx.per_image = inputs
     y, _, *statistics = output
     ctx.mark_non_differentiable(*statistics)
-    mean, rstd, _ = statistics
-    ctx.save_for_backward(x, y, weight, mean, rstd)  # y is kept by who reads it anyway
+    ctx.fixed = mean is not None
+    if not ctx.fixed:
+        mean, variance = statistics[0], None
+    ctx.save_for_backward(x, y, weight, mean, variance, statistics[1])  # y is kept by who reads it anyway
     ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
     ctx.kernels = _ours(x, "dgrad")
 
 
 @_first_order
 def norm_relu(ctx: Any, grad: Tensor, grad_pooled: Tensor, *_: Any) -> tuple[Any, ...]:
-    x, y, weight, mean, rstd = ctx.saved_tensors
+    x, y, weight, mean, variance, rstd = ctx.saved_tensors
     pooled = grad_pooled if ctx.pool else None
     if ctx.kernels:
-        grad_x, sums = norm_kernel(grad, pooled, x, y, weight, mean, rstd, ctx.slope)
+        grad_x, sums = norm_kernel(grad, pooled, x, y, weight, mean, rstd, ctx.slope, ctx.fixed)
     else:
         g = _activation_backward(ctx, grad, pooled, y, False)[0]
-        grad_x, sums = norm_backward(g, x, weight, ctx.eps, ctx.per_image)
+        fixed = (mean, variance) if ctx.fixed else (None, None)
+        grad_x, sums = norm_backward(g, x, weight, *fixed, ctx.eps, ctx.per_image)
     of_bias, of_weight = sums
     grads = [None if dtype is None else s.to(dtype) for s, dtype in zip((of_weight, of_bias), ctx.dtypes, strict=True)]
-    return grad_x, *grads, None, None, None, None
+    return grad_x, *grads, *[None] * 6
 
 
 # --- upsample_concat -------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def conv2d_relu_pool_torch(
     x: Tensor, weight: Tensor, bias: Tensor | None, slope: float, stride: Sequence[int], padding: str
 ) -> tuple[Tensor, Tensor]:
     y = conv2d_relu_torch(x, weight, bias, slope, stride, padding)
-    return y, max_pool2x2_torch(y)
+    return y, max_pool2x2(y)
 
 
 @torch.library.custom_op("fastunet::conv2d_relu_pool", mutates_args=())
@@ -75,27 +75,15 @@ def _(
     return empty(x, o, h, w), empty(x, o, h // 2, w // 2)
 
 
+def max_pool2x2(x: Tensor) -> Tensor:
+    """(N, C, H // 2, W // 2), channels_last."""
+    return result(F.max_pool2d(x, 2))
+
+
 def _convolved(x: Tensor, weight: Tensor, stride: Sequence[int], padding: str) -> tuple[int, int]:
     """(H, W) of a convolution's result."""
     lost = 0 if padding == "same" else weight.shape[-1] - 1
     return (x.shape[2] - lost - 1) // stride[0] + 1, (x.shape[3] - lost - 1) // stride[1] + 1
-
-
-# --- max_pool2x2 -----------------------------------------------------------------------------
-
-
-def max_pool2x2_torch(x: Tensor) -> Tensor:
-    return result(F.max_pool2d(x, 2))
-
-
-@torch.library.custom_op("fastunet::max_pool2x2", mutates_args=())
-def max_pool2x2(x: Tensor) -> Tensor:
-    return max_pool2x2_torch(x)
-
-
-@max_pool2x2.register_fake
-def _(x: Tensor) -> Tensor:
-    return empty(x, x.shape[1], x.shape[2] // 2, x.shape[3] // 2)
 
 
 # --- norm_relu: batch norm, and per image instance norm ----------------------------------------
@@ -104,43 +92,83 @@ Normed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # y, its max-pool, mean,
 
 
 def norm_relu_torch(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float, pool: bool, per_image: bool
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    eps: float,
+    slope: float,
+    pool: bool,
+    per_image: bool,
 ) -> Normed:
     # A CPU sums channels_last maps pixel by pixel, with up to 300 times the error.
-    maps = x if x.is_cuda else x.contiguous()
-    wide = maps.to(torch.promote_types(x.dtype, torch.float32))
-    if any(t is not None and t.dtype != x.dtype for t in (weight, bias)):  # all the same, or all of them wide
-        weight, bias = (t if t is None else t.to(wide.dtype) for t in (weight, bias))
-    norm_relu = reference.instance_norm_relu if per_image else reference.batch_norm_relu
-    y = result(norm_relu(maps, weight, bias, eps, slope) if x.numel() else torch.empty_like(maps))
+    maps = x if x.is_cuda or mean is not None else x.contiguous()
+    given = [weight, bias, mean, variance]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if any(t is not None and t.dtype != x.dtype for t in given):  # all the same, or all of them wide
+        given = [t if t is None else t.to(wide) for t in given]
     if not x.numel():
-        wide = wide.new_full((len(x) if per_image else 1, x.shape[1], 1, 1), torch.nan)
-    variance, mean = torch.var_mean(wide, (2, 3) if per_image else (0, 2, 3), correction=0)
+        y = torch.empty_like(maps)
+    elif per_image:
+        y = reference.instance_norm_relu(maps, given[0], given[1], eps, slope)
+    else:
+        y = reference.batch_norm_relu(maps, given[0], given[1], eps, slope, given[2], given[3])
+    y = result(y)
+    pooled = max_pool2x2(y) if pool else y.new_empty(0)
+    if mean is not None and variance is not None:
+        mean, variance = (t.to(wide, copy=True) for t in (mean, variance))
+        return y, pooled, mean, torch.rsqrt(variance + eps), variance
+    of = (
+        maps.to(wide)
+        if x.numel()
+        else x.new_full((len(x) if per_image else 1, x.shape[1], 1, 1), torch.nan, dtype=wide)
+    )
+    biased, mean = torch.var_mean(of, (2, 3) if per_image else (0, 2, 3), correction=0)
     count = x.numel() // max(1, mean.numel())
-    pooled = max_pool2x2_torch(y) if pool else y.new_empty(0)
-    return y, pooled, mean, torch.rsqrt(variance + eps), variance * (count / max(1, count - 1))
+    return y, pooled, mean, torch.rsqrt(biased + eps), biased * (count / max(1, count - 1))
 
 
 @torch.library.custom_op("fastunet::norm_relu", mutates_args=())
 def norm_relu(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float, pool: bool, per_image: bool
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    eps: float,
+    slope: float,
+    pool: bool,
+    per_image: bool,
 ) -> Normed:
     if not takes_triton(x):
-        return norm_relu_torch(x, weight, bias, eps, slope, pool, per_image)
+        return norm_relu_torch(x, weight, bias, mean, variance, eps, slope, pool, per_image)
+    fixed = None if mean is None or variance is None else (mean, variance)
     with on_device(x):
-        y, pooled, *statistics = kernels.norm_fwd(x, weight, bias, eps=eps, slope=slope, pool=pool, per_image=per_image)
-    mean, rstd, variance = statistics
-    return y, y.new_empty(0) if pooled is None else pooled, mean, rstd, variance
+        y, pooled, *statistics = kernels.norm_fwd(
+            x, weight, bias, fixed, eps=eps, slope=slope, pool=pool, per_image=per_image
+        )
+    # No operator returns what it was given.
+    own = [t.clone() if t is mean or t is variance else t for t in statistics]
+    return y, y.new_empty(0) if pooled is None else pooled, own[0], own[1], own[2]
 
 
 @norm_relu.register_fake
 def _(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float, pool: bool, per_image: bool
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    eps: float,
+    slope: float,
+    pool: bool,
+    per_image: bool,
 ) -> Normed:
     n, c, h, w = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
-    mean, rstd, variance = (x.new_empty((n, c) if per_image else (c,), dtype=wide) for _ in range(3))
-    return empty(x, c, h, w), empty(x, c, h // 2, w // 2) if pool else x.new_empty(0), mean, rstd, variance
+    of_what = (x.new_empty((n, c) if per_image else (c,), dtype=wide) for _ in range(3))
+    return empty(x, c, h, w), empty(x, c, h // 2, w // 2) if pool else x.new_empty(0), *of_what  # pyright: ignore
 
 
 # --- upsample_concat -------------------------------------------------------------------------
@@ -252,7 +280,6 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 conv2d_relu.register_autograd(backward.conv2d_relu, setup_context=backward.save_conv)
 conv2d_relu_pool.register_autograd(backward.conv2d_relu_pool, setup_context=backward.save_conv)
 norm_relu.register_autograd(backward.norm_relu, setup_context=backward.save_norm)
-max_pool2x2.register_autograd(backward.max_pool2x2, setup_context=backward.save_max_pool)
 upsample_concat.register_autograd(backward.upsample_concat, setup_context=backward.save_upsample)
 upsample_concat_conv2d_relu.register_autograd(
     backward.upsample_concat_conv2d_relu, setup_context=backward.save_upsample_conv

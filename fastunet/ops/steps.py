@@ -44,9 +44,10 @@ def norm_kernel(
     mean: Tensor,
     rstd: Tensor,
     slope: float,
+    fixed: bool,
 ) -> tuple[Tensor, Tensor]:
     with on_device(grad):
-        return kernels.norm_bwd(grad, grad_pooled, x, y, weight, mean, rstd, slope=slope)
+        return kernels.norm_bwd(grad, grad_pooled, x, y, weight, mean, rstd, slope=slope, fixed=fixed)
 
 
 @norm_kernel.register_fake
@@ -59,43 +60,51 @@ def _(
     mean: Tensor,
     rstd: Tensor,
     slope: float,
+    fixed: bool,
 ) -> tuple[Tensor, Tensor]:
     return empty(x, *x.shape[1:]), mean.new_empty(2, mean.shape[-1])
 
 
 @torch.library.custom_op("fastunet::norm_backward_torch", mutates_args=())
-def norm_backward(g: Tensor, x: Tensor, weight: Tensor | None, eps: float, per_image: bool) -> tuple[Tensor, Tensor]:
+def norm_backward(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    eps: float,
+    per_image: bool,
+) -> tuple[Tensor, Tensor]:
     """PyTorch's, in NCHW on a CPU: the gradient of x, and those of bias and weight, (2, C)."""
-    if not x.numel():
-        return torch.zeros_like(x), x.new_zeros((2, x.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32))
-    maps, g = (x, g) if x.is_cuda and not per_image else (x.contiguous(), g.contiguous())
     wide = torch.promote_types(x.dtype, torch.float32)
+    if not x.numel():
+        return torch.zeros_like(x), x.new_zeros((2, x.shape[1]), dtype=wide)
+    maps, g = (x, g) if x.is_cuda and not per_image else (x.contiguous(), g.contiguous())
     gamma = torch.ones_like(x[0, :, 0, 0], dtype=wide) if weight is None else weight.to(wide)
     n, c, h, w = x.shape
     if per_image:  # the batch norm of one image that has the channels of all
         maps, g, gamma = maps.view(1, n * c, h, w), g.view(1, n * c, h, w), gamma.repeat(n)
-    _, mean, rstd = aten.native_batch_norm(maps, gamma, torch.zeros_like(gamma), None, None, True, 0.0, eps)
-    statistics = None, None, mean, rstd, True, eps
-    grad_x, *sums = aten.native_batch_norm_backward(g, maps, gamma, *statistics, [True, True, True])
+    if mean is not None and variance is not None:
+        statistics = mean.to(wide), variance.to(wide), None, None, False
+    else:
+        saved = aten.native_batch_norm(maps, gamma, torch.zeros_like(gamma), None, None, True, 0.0, eps)[1:]
+        statistics = None, None, *saved, True
+    grad_x, *sums = aten.native_batch_norm_backward(g, maps, gamma, *statistics, eps, [True, True, True])
     return result(grad_x.view(x.shape)), torch.stack(sums[::-1]).view(2, -1, c).sum(1)
 
 
 @norm_backward.register_fake
-def _(g: Tensor, x: Tensor, weight: Tensor | None, eps: float, per_image: bool) -> tuple[Tensor, Tensor]:
+def _(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    eps: float,
+    per_image: bool,
+) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     return empty(x, *x.shape[1:]), x.new_empty((2, x.shape[1]), dtype=wide)
-
-
-@torch.library.custom_op("fastunet::max_pool2x2_backward", mutates_args=())
-def max_pool_kernel(grad_pooled: Tensor, x: Tensor) -> Tensor:
-    with on_device(x):
-        nothing_else = x.new_zeros(()).expand(x.shape)
-        return kernels.activation_bwd(nothing_else, grad_pooled, x, slope=1.0, bias=False)[0]
-
-
-@max_pool_kernel.register_fake
-def _(grad_pooled: Tensor, x: Tensor) -> Tensor:
-    return empty(x, *x.shape[1:])
 
 
 def convolution_backward(

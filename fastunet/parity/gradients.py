@@ -23,9 +23,11 @@ from .terms import Terms, gradients_and_terms
 # biases of few elements that are within it twice.
 _STAGES = 2 * 2**2
 
+_NORMS = nn.BatchNorm2d, nn.InstanceNorm2d
+
 
 def backward_runs_on(model: nn.Module, x: Tensor) -> dict[str, str]:
-    """Which implementation gives each gradient of a model; norms of fixed statistics are PyTorch's."""
+    """Which implementation gives each gradient of a model."""
     names = [name for name, _ in model.named_parameters()]
     if not isinstance(model, FastUNet) or not as_built(model):
         return dict.fromkeys([*names, "input"], "torch" if isinstance(model, FastUNet) else "module")
@@ -39,10 +41,7 @@ def backward_runs_on(model: nn.Module, x: Tensor) -> dict[str, str]:
 
     def of_parameter(name: str) -> str:
         path = name.rpartition(".")[0]
-        module = model.get_submodule(path)
-        if isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d)) and (module.training or module.running_mean is None):
-            return norms
-        return chosen[path][1] if path in chosen else "torch"
+        return norms if isinstance(model.get_submodule(path), _NORMS) else chosen[path][1]
 
     return {**{name: of_parameter(name) for name in names}, "input": chosen[layers[0].name][0]}
 

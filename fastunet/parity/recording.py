@@ -85,9 +85,6 @@ class Recorder(TorchFunctionMode):
         return result
 
     def _keep(self, operator: str, given: dict[str, Any], found: tuple[Tensor, ...]) -> None:
-        if operator == "max_pool2x2":
-            self.decisions.append(_places(given["x"], 2))
-            return
         y, pools = found[0], given.get("pool", operator == "conv2d_relu_pool")
         if given.get("slope", 1) != 1:  # a slope of 1 is no activation
             self.decisions.append(y > 0)

@@ -19,34 +19,48 @@ STAGES = 2  # statistics, whose errors a whole channel shares, and what is made 
 SHAPES = [
     pytest.param((2, 3, 5, 7), id="odd-everything"),
     pytest.param((1, 70, 2, 3), id="two-channel-tiles"),
-    pytest.param((3, 1, 34, 32), id="several-slabs"),  # of each image too
+    pytest.param((3, 3, 18, 16), id="several-slabs"),  # of each image too
 ]
 
 
-def norm(x, weight, bias, slope, per_image):
+def statistics(x):
+    """Fixed ones."""
+    c = x.shape[1]
+    return torch.linspace(-0.5, 0.5, c).to(x), torch.linspace(0.2, 3.0, c).to(x)
+
+
+def norm(x, weight, bias, slope, kind):
     weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-    if per_image:
-        return F.leaky_relu(F.instance_norm(x, weight=weight, bias=bias, eps=1e-5), slope)
-    return F.leaky_relu(F.batch_norm(x, None, None, weight, bias, True, 0.0, 1e-5), slope)
+    if kind == "images":
+        y = F.instance_norm(x, weight=weight, bias=bias, eps=1e-5)
+    else:
+        fixed = statistics(x) if kind == "fixed" else (None, None)
+        y = F.batch_norm(x, *fixed, weight, bias, kind != "fixed", 0.0, 1e-5)
+    return F.leaky_relu(y, slope)
+
+
+def forward(x, weight, bias, slope, kind, pool):
+    fixed = statistics(x) if kind == "fixed" else None
+    return kernels.norm_fwd(x, weight, bias, fixed, eps=1e-5, slope=slope, pool=pool, per_image=kind == "images")
 
 
 @pytest.mark.parametrize(
-    "slope, per_image",
-    [(0.0, False), (0.1, False), (1.0, False), (0.1, True)],
-    ids=["relu", "leaky", "linear", "images"],
+    "slope, kind", [(0.0, "batch"), (0.1, "batch"), (1.0, "batch"), (0.1, "images"), (0.0, "fixed")], ids=str
 )
 @pytest.mark.parametrize("shape", SHAPES)
-def test_forward(shape, slope, per_image, precision, make):
+def test_forward(shape, slope, kind, precision, make):
     x, weight, bias = make(precision, *shape), make(precision, shape[1]), make(precision, shape[1])
-    options = {"eps": 1e-5, "slope": slope, "per_image": per_image}
-    y, pooled, mean, rstd, variance = kernels.norm_fwd(x, weight, bias, pool=True, **options)
-    check(precision, y, norm, x, weight, bias, slope, per_image, stages=STAGES)
+    y, pooled, mean, rstd, variance = forward(x, weight, bias, slope, kind, True)
+    check(precision, y, norm, x, weight, bias, slope, kind, stages=STAGES)
     assert pooled is not None and torch.equal(pooled, F.max_pool2d(y, 2))
-    exact, axes = x.double(), (2, 3) if per_image else (0, 2, 3)
-    torch.testing.assert_close(mean.double(), exact.mean(axes), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(variance.double(), exact.var(axes), rtol=2e-6, atol=0)
-    torch.testing.assert_close(rstd.double() ** -2, exact.var(axes, unbiased=False) + 1e-5, rtol=2e-6, atol=0)
-    alone = kernels.norm_fwd(x, weight, bias, pool=False, **options)
+    exact, axes = x.double(), (2, 3) if kind == "images" else (0, 2, 3)
+    expected = exact.mean(axes), exact.var(axes), exact.var(axes, unbiased=False)
+    if kind == "fixed":
+        expected = *(t.double() for t in statistics(x)), statistics(x)[1].double()
+    torch.testing.assert_close(mean.double(), expected[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(variance.double(), expected[1], rtol=2e-6, atol=0)
+    torch.testing.assert_close(rstd.double() ** -2, expected[2] + 1e-5, rtol=2e-6, atol=0)
+    alone = forward(x, weight, bias, slope, kind, False)
     assert alone[1] is None and torch.equal(alone[0], y)
 
 
@@ -60,20 +74,25 @@ def test_statistics_far_from_zero(make):
 
 
 @pytest.mark.parametrize(
-    "slope, pool, per_image",
+    "slope, pool, kind",
     [
-        (0.0, True, False), (0.0, False, False), (0.1, True, False), (1.0, False, False), (1.0, True, False),
-        (0.0, True, True), (1.0, False, True),
+        (0.0, True, "batch"),
+        (0.0, False, "batch"),
+        (0.1, True, "batch"),
+        (1.0, False, "batch"),
+        (1.0, True, "batch"),
+        (0.0, True, "images"),
+        (1.0, False, "images"),
+        (0.1, True, "fixed"),
     ],
     ids=str,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gradients(shape, slope, pool, per_image, precision, make):
+def test_gradients(shape, slope, pool, kind, precision, make):
     n, c, h, w = shape
     x, grad, weight = make(precision, *shape), make(precision, *shape), make(precision, c)
     bias, grad_pooled = make(precision, c), make(precision, n, c, h // 2, w // 2) if pool else None
-    options = {"eps": 1e-5, "slope": slope, "pool": False, "per_image": per_image}
-    y, _, mean, rstd, _ = kernels.norm_fwd(x, weight, bias, **options)
+    y, _, mean, rstd, _ = forward(x, weight, bias, slope, kind, False)
     sides, places = y > 0, F.max_pool2d(y, 2, return_indices=True)[1]
 
     def g(grad, grad_pooled):
@@ -87,14 +106,12 @@ def test_gradients(shape, slope, pool, per_image, precision, make):
     def truth(which):
         def gradient(x, weight, bias, grad, grad_pooled=None):
             leaves: list[Any] = [t.clone().requires_grad_() for t in (x, weight, bias)]
-            return torch.autograd.grad(
-                norm(*leaves, slope=1.0, per_image=per_image), leaves[which], g(grad, grad_pooled)
-            )[0]
+            return torch.autograd.grad(norm(*leaves, slope=1.0, kind=kind), leaves[which], g(grad, grad_pooled))[0]
 
         return gradient
 
     def launch():
-        return kernels.norm_bwd(grad, grad_pooled, x, y, weight, mean, rstd, slope=slope)
+        return kernels.norm_bwd(grad, grad_pooled, x, y, weight, mean, rstd, slope=slope, fixed=kind == "fixed")
 
     found = launch()
     inputs = x, weight, bias, grad, grad_pooled

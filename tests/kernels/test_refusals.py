@@ -37,7 +37,7 @@ ARGUMENTS = {
 }
 OPTIONS = {
     "activation_bwd": {"slope": 0.0, "bias": True},
-    "norm_fwd": {"eps": 1e-5, "slope": 0.0, "pool": True, "per_image": False},
+    "norm_fwd": {"eps": 1e-5, "slope": 0.0, "pool": True},
     "norm_bwd": {"slope": 0.0},
     "conv_wgrad": {"bias": True},
     "conv_transpose2x2_wgrad": {"bias": True},

@@ -75,7 +75,18 @@ BAD = {
         r"x: expected more than one value for each channel, got \(2, 3, 1, 1\)",
     ),
     "gamma": (lambda: ops.batch_norm_relu(*zeros(X, (2,))), r"weight: expected shape \(3,\), got \(2,\)"),
-    "max-pool": (lambda: ops.max_pool2x2(*zeros((1, 3, 1, 4))), "x: expected .*H and W of at least 2, got"),
+    "norm to pool": (
+        lambda: ops.instance_norm_relu(*zeros((1, 3, 1, 4)), pool=True),
+        "x: expected H and W of at least 2 to pool, got",
+    ),
+    "one statistic": (
+        lambda: ops.batch_norm_relu(*zeros(X), running_mean=torch.zeros(3)),
+        "running_var: expected a tensor, for running_mean, got None",
+    ),
+    "statistics": (
+        lambda: ops.batch_norm_relu(*zeros(X), running_mean=torch.zeros(2), running_var=torch.ones(2)),
+        r"running_mean: expected shape \(3,\), got \(2,\)",
+    ),
     "mode": (
         lambda: ops.upsample_concat(*zeros(X, (1, 3, 8, 8)), mode="cubic"),
         "mode: expected one of .*, got 'cubic'",

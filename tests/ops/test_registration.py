@@ -21,10 +21,22 @@ OP_ARGUMENTS = {
         OPS.conv2d_relu_pool.default,
         (t(2, 3, 5, 4), t(4, 3, 3, 3), t(4), 0.0, (1, 1), "valid"),
     ),
-    "max_pool2x2": lambda t: (OPS.max_pool2x2.default, (t(2, 3, 5, 2),)),
-    "batch_norm_relu": lambda t: (OPS.norm_relu.default, (t(2, 3, 5, 4), t(3), t(3), 1e-5, 0.0, True, False)),
-    "batch_norm_relu alone": lambda t: (OPS.norm_relu.default, (t(2, 3, 5, 1), None, t(3), 1e-3, 1.0, False, False)),
-    "instance_norm_relu": lambda t: (OPS.norm_relu.default, (t(2, 3, 5, 4), t(3), None, 1e-5, 0.0, True, True)),
+    "batch_norm_relu": lambda t: (
+        OPS.norm_relu.default,
+        (t(2, 3, 5, 4), t(3), t(3), None, None, 1e-5, 0.0, True, False),
+    ),
+    "batch_norm_relu alone": lambda t: (
+        OPS.norm_relu.default,
+        (t(2, 3, 5, 1), None, t(3), None, None, 1e-3, 1.0, False, False),
+    ),
+    "batch_norm_relu fixed": lambda t: (
+        OPS.norm_relu.default,
+        (t(2, 3, 5, 4), t(3), None, t(3).detach(), t(3).detach().abs(), 1e-3, 0.1, True, False),
+    ),
+    "instance_norm_relu": lambda t: (
+        OPS.norm_relu.default,
+        (t(2, 3, 5, 4), t(3), None, None, None, 1e-5, 0.0, True, True),
+    ),
     "upsample_concat": lambda t: (OPS.upsample_concat.default, (t(1, 3, 2, 3), t(1, 2, 5, 6), "bilinear", True)),
     "upsample_concat_conv2d_relu": lambda t: (
         OPS.upsample_concat_conv2d_relu.default,
