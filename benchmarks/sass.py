@@ -173,6 +173,10 @@ def launches(dtype: torch.dtype, tf32: bool) -> Iterator[Callable[[], Any]]:
             pooled = t(2, c, 31, 32) if c == 64 else None
             yield partial(kernels.norm_fwd, x, one, one, eps=1e-5, pool=pooled is not None, **act)
             yield partial(kernels.norm_bwd, x, pooled, x, x, one, one, one, fixed=c == 3, **act)
+            if c == 64:
+                images = torch.empty(2, c, device="meta")
+                yield partial(kernels.norm_fwd, x, one, one, eps=1e-5, pool=True, per_image=True, **act)
+                yield partial(kernels.norm_bwd, x, pooled, x, x, one, images, images, **act)
         yield lambda: kernels.upsample_bwd(t(1, 24, 63, 65), 31, 32, mode="nearest", align_corners=False)
         for mode, corners in (("nearest", False), ("bilinear", False), ("bilinear", True)):
             yield lambda mode=mode, corners=corners: kernels.upsample_concat_fwd(

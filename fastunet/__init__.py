@@ -6,7 +6,9 @@
 torch.Size([1, 2, 32, 32])
 """
 
+import importlib
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 
 from . import dispatch, ops, reference
 from .config import UNetConfig
@@ -20,5 +22,13 @@ try:
     __version__ = version("fastunet")
 except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0.0.0+uninstalled"
+
+
+def __getattr__(name: str) -> ModuleType:
+    """``fastunet.train`` and the like, imported when they are first used."""
+    if name in ("images", "predict", "train", "weights"):
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = ["FastUNet", "UNetConfig", "convert", "dispatch", "explain", "ops", "reference", "tune", "verify"]

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from .reference import DoubleConv, Down, UNet, Up
+from .reference import DoubleConv, Down, InstanceNorm2d, UNet, Up
 
-_NORMS = {"batch": nn.BatchNorm2d, "instance": nn.InstanceNorm2d}
+_NORMS = {"batch": nn.BatchNorm2d, "instance": InstanceNorm2d}
 
 
 def as_built(network: UNet) -> bool:
@@ -77,12 +77,12 @@ def _is(layer: Any, kind: Any, slope: float) -> bool:
     found = type(layer)
     if found is not kind:
         if found is nn.Identity:  # a norm that was folded into its convolution
-            return kind in (nn.BatchNorm2d, nn.InstanceNorm2d)
+            return kind in _NORMS.values()
         if found.__bases__ != (kind,) or not hasattr(layer, "parametrizations"):
             return False
     if kind is nn.Conv2d or kind is nn.ConvTranspose2d:
         plain = layer.padding_mode == "zeros" and layer.groups == 1 and layer.dilation == (1, 1)
         return plain and _is_shaped(layer)
-    if kind is nn.InstanceNorm2d:
+    if kind is InstanceNorm2d:
         return layer.running_mean is None
     return kind is not nn.LeakyReLU or layer.negative_slope == slope

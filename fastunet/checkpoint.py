@@ -45,7 +45,12 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
 
     Args:
         model: a :class:`fastunet.FastUNet` or :class:`fastunet.reference.UNet`.
+
+    Raises:
+        ValueError: another model. OSError: the file cannot be written.
     """
+    if not isinstance(model, UNet):
+        raise ValueError(f"model: expected a FastUNet or a reference.UNet, got {type(model).__name__}")
     origin = getattr(model, "origin", None)
     tensors, metadata = ({}, {}) if origin is None else origin.to_file()
     write(path, {**model.state_dict(), **tensors}, {CONFIG_KEY: model.config.to_json(), **metadata})

@@ -302,8 +302,11 @@ class UNetConfig:
         except json.JSONDecodeError as error:
             raise ValueError(f"config: expected JSON, got {text[:60]!r} ({error})") from None
         known = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(entries, dict) or not known.issuperset(entries):
-            raise ValueError(f"config: expected a JSON object with entries among {sorted(known)}, got {text[:200]!r}")
+        if not isinstance(entries, dict):
+            raise ValueError(f"config: expected a JSON object, got {text[:60]!r}")
+        unknown = next((name for name in entries if name not in known), None)
+        if unknown is not None:
+            raise ValueError(f"config: expected entries among {sorted(known)}, got {unknown!r}")
         return cls(**entries)
 
 

@@ -187,8 +187,8 @@ def _choose(layer: Layer, config: UNetConfig, device: torch.device, dtype: torch
         if config.padding == "valid" or config.norm == "instance":
             why = dispatch.choose(device, dtype).reason
             return dispatch.Choice(plain, f"{why}; {cause} the reference network runs as it is")
-    if choice.implementation == "torch":
-        return dispatch.Choice(plain, choice.reason)
-    if layer.norm is not None and (config.norm == "instance" or config.order == "conv_act_norm"):
-        return dispatch.Choice(choice.implementation, f"{choice.reason}, then {config.norm} norm by a kernel")
-    return choice
+    implementation = plain if choice.implementation == "torch" else choice.implementation
+    apart = layer.norm is not None and (config.norm == "instance" or config.order == "conv_act_norm")
+    if apart and dispatch.choose(device, dtype).implementation == "triton":
+        return dispatch.Choice(implementation, f"{choice.reason}, then {config.norm} norm by a kernel")
+    return dataclasses.replace(choice, implementation=implementation)

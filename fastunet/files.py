@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     An exception in the block removes the temporary file and leaves ``path`` as it was.
     """
     path = Path(path)
+    if not path.parent.is_dir():  # or the error would name the temporary file
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         yield temporary

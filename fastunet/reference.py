@@ -169,6 +169,14 @@ class DoubleConv(nn.Module):
         return self.net(x)
 
 
+class InstanceNorm2d(nn.InstanceNorm2d):
+    """PyTorch's, whose gradient (2.13, on a CPU) is wrong where that of one image's output comes in channels_last."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = super().forward(input)
+        return y.flatten().view(y.shape)  # through which gradients go in NCHW
+
+
 def conv_unit(
     in_ch: int,
     out_ch: int,
@@ -189,7 +197,7 @@ def conv_unit(
         nn.LeakyReLU(negative_slope, inplace=True) if activation == "leaky_relu" else nn.ReLU(inplace=True),
     ]
     if norm is not None:
-        kind = nn.BatchNorm2d if norm == "batch" else nn.InstanceNorm2d
+        kind = nn.BatchNorm2d if norm == "batch" else InstanceNorm2d
         place = 1 if order == "conv_norm_act" else 2
         layers.insert(place, kind(out_ch, eps=norm_eps, momentum=norm_momentum, affine=True))
     return layers
@@ -330,6 +338,9 @@ class UNet(nn.Module):
     def check_input(self, x: Tensor) -> None:
         """Raise ValueError, naming what was expected, unless ``x`` can go through the network."""
         c = self.config
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x: expected a tensor of floating-point numbers, got {got}")
         if x.dim() != 4 or x.shape[1] != c.in_channels:
             raise ValueError(f"x: expected shape (N, {c.in_channels}, H, W), got {tuple(x.shape)}")
         if min(x.shape[2], x.shape[3]) < c.minimum_size:

@@ -66,7 +66,8 @@ def remembering_types(monkeypatch: pytest.MonkeyPatch) -> None:
         return numpy_types[name]
 
     def make_type_once(self: Any, element_ty: Any, shape: Any) -> None:
-        key = str(element_ty), *map(int, shape)
+        sides = [getattr(side, "value", side) for side in shape]
+        key = str(element_ty), getattr(element_ty, "address_space", None), *((type(side), side) for side in sides)
         if key not in types:
             make_type(self, element_ty, shape)
             types[key] = vars(self).copy()
@@ -77,7 +78,7 @@ def remembering_types(monkeypatch: pytest.MonkeyPatch) -> None:
         if name not in tensors:
             make_tensor(self, None, type)
             tensors[name] = vars(self).copy()
-        vars(self).update(tensors[name], handle=handle, type=type)
+        vars(self).update(tensors[name], handle=handle, type=type, dtype=type.scalar)
 
     monkeypatch.setattr(interpreter, "_get_np_dtype", numpy_type_once)
     monkeypatch.setattr(tl.block_type, "__init__", make_type_once)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -160,6 +161,11 @@ def test_a_norm_of_its_own_is_said(norm: str, order: str) -> None:
     with dispatch.forced("triton"):
         rows = explain_config(config, (1, 1, 16, 16), torch.device("cpu"), torch.float32).rows
     assert rows[0].choice == dispatch.Choice("triton", f"asked for, then {norm} norm by a kernel")
+    with dispatch.forced("triton"):
+        strided = dataclasses.replace(STRIDED, norm=norm, order=order)
+        rows = explain_config(strided, (1, 1, 16, 16), torch.device("cpu"), torch.float32).rows
+    reasons = {row.layer.name: row.choice.reason for row in rows}
+    assert reasons["bottleneck.net.0"].endswith(f"with a stride of 2x1, then {norm} norm by a kernel")
     assert rows[-1].choice == dispatch.Choice("triton", "asked for")
 
 

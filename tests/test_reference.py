@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastunet import UNetConfig
-from fastunet.reference import DoubleConv, Down, UNet, Up, pad_to, upsample
+from fastunet.reference import DoubleConv, Down, InstanceNorm2d, UNet, Up, pad_to, upsample
 
 
 def identity_conv(conv: nn.Module, gain: float = 1.0) -> None:
@@ -131,7 +131,7 @@ def test_a_decoder_of_its_own_widths(kind, upsampled):
 def test_blocks_hold_the_layers_asked_for(norm, activation):
     layers = DoubleConv(1, 2, norm=norm, activation=activation, negative_slope=0.2).net
     kinds = [type(layer) for layer in layers]
-    expected = {None: [], "batch": [nn.BatchNorm2d], "instance": [nn.InstanceNorm2d]}[norm]
+    expected = {None: [], "batch": [nn.BatchNorm2d], "instance": [InstanceNorm2d]}[norm]
     assert kinds == [nn.Conv2d, *expected, nn.ReLU if activation == "relu" else nn.LeakyReLU] * 2
     last = layers[-1]
     assert not isinstance(last, nn.LeakyReLU) or last.negative_slope == 0.2

@@ -263,9 +263,10 @@ def test_buffers_of_a_norm_follow_as_pytorchs(name, implementation, dtype, shape
         torch.testing.assert_close(buffer, expected[key], rtol=2e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("norm", ["batch", "instance"])
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
-def test_an_empty_batch_goes_back_through_batch_norm(implementation, device):
-    net = FastUNet(1, 2, (4, 6), norm="batch").to(device)
+def test_an_empty_batch_goes_back_through_norms(implementation, norm, device):
+    net = FastUNet(1, 2, (4, 6), norm=norm).to(device)
     with dispatch.forced(implementation):
         net(torch.randn(0, 1, 8, 8, device=device)).sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in net.parameters())
@@ -316,7 +317,7 @@ def test_training_steps_through_the_kernels_repeat_to_the_bit(kind, seed, device
         assert g is not None and torch.equal(g, runs[1][name]), name  # pyright: ignore
 
 
-@pytest.mark.parametrize("norm", [None, "batch"])
+@pytest.mark.parametrize("norm", [None, "batch", "instance"])
 def test_compiled_step_through_the_kernels(norm, seed, device):
     fast = small_pair(norm=norm)[1].to(device)
     compiled = copy.deepcopy(fast)
@@ -333,14 +334,16 @@ def test_compiled_step_through_the_kernels(norm, seed, device):
     "order, how, batch",
     [
         ("conv_norm_act", "asked for", 2),
-        ("conv_act_norm", "asked for", 1),  # of whose gradients PyTorch's own instance norm makes wrong ones
-        ("conv_act_norm", "compiled", 1),
+        # Of whose gradients PyTorch's own instance norm makes wrong ones, in channels_last.
+        *(("conv_act_norm", how, 1) for how in ("asked for", "compiled", "channels_last")),
     ],
 )
-def test_gradients_through_instance_norms_between_operators(order, how, batch, seed):
+def test_gradients_through_instance_norms(order, how, batch, seed):
     plain, fast = (network.double() for network in small_pair(norm="instance", order=order))
     x = torch.randn(batch, 1, 12, 11, dtype=torch.float64)
     step = torch.compile(loss_of, backend="aot_eager", fullgraph=True) if how == "compiled" else loss_of
+    if how == "channels_last":
+        fast = fast.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     with dispatch.forced("torch") if how == "asked for" else contextlib.nullcontext():
         step(fast, x).backward()
     loss_of(plain, x).backward()

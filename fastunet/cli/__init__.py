@@ -19,7 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; ``argv`` defaults to the process's arguments."""
     # A plain kill takes Ctrl-C's way out, on which a half-written file is removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    arguments = _parser().parse_args(argv)
+    arguments, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         return arguments.run(arguments)
     except (SetupError, weights.WeightsError) as error:
@@ -47,4 +49,6 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in (segment, train, describe, verify, convert, bench):
         module.add(commands)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return parser

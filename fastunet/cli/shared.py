@@ -81,7 +81,11 @@ def a_config(text: str) -> UNetConfig:
         if not text.lstrip().startswith("{"):
             text = Path(text).read_text(encoding="utf-8")
         return UNetConfig.from_json(text)
-    except (OSError, ValueError, TypeError) as error:
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"expected a UNetConfig as JSON or a file with one, got {text!r} ({error.strerror})"
+        ) from None
+    except (ValueError, TypeError) as error:
         raise argparse.ArgumentTypeError(f"expected a UNetConfig as JSON or a file with one ({error})") from None
 
 

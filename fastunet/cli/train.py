@@ -119,6 +119,9 @@ def train(arguments: argparse.Namespace) -> int:
             _train(arguments, process)
         except (SetupError, weights.WeightsError, DataError, TrainingError, ImageError) as error:
             message = _message(error)
+            name = message.partition(":")[0]
+            if name in {"config", *(field.name for field in dataclasses.fields(Settings))}:
+                message = message.replace(name, _option(name), 1)
             lines = [f"fastunet: {line}" for line in message.splitlines()]
             process.once(message, lambda: new_console(stderr=True).print(*lines, sep="\n", soft_wrap=True))
             return 1 if isinstance(error, DivergedError) else 2
@@ -145,6 +148,11 @@ def _train(arguments: argparse.Namespace, process: Processes) -> None:
     with new_progress(new_console(stderr=True)) as progress:
         task = progress.add_task("", total=settings.steps)
         clock, shown, dice = 0.0, None, ""
+
+        def on_start(step: int) -> None:
+            if arguments.resume:
+                found = f"{step} of {settings.steps} steps are done" if step else "holds no run, one begins"
+                say(f"{arguments.out}: {found}", soft_wrap=True)
 
         def on_step(step: int, loss: Tensor) -> None:
             nonlocal clock, shown
@@ -175,6 +183,7 @@ def _train(arguments: argparse.Namespace, process: Processes) -> None:
             process=process,
             workers=arguments.workers,
             resume=arguments.resume,
+            on_start=on_start,
             on_step=on_step,
             on_point=on_point,
         )

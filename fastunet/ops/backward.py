@@ -75,7 +75,8 @@ def _first_order(formula: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple
             return found
         tensors = [g for g in found if g is not None]
         sources = [t for t in (*gradients, *ctx.saved_tensors) if t is not None]
-        passed = iter(_Refusal.apply(formula.__name__, len(tensors), *tensors, *sources))  # pyright: ignore
+        name = getattr(ctx, "operator", formula.__name__)
+        passed = iter(_Refusal.apply(name, len(tensors), *tensors, *sources))  # pyright: ignore
         return tuple(None if g is None else next(passed) for g in found)
 
     return backward
@@ -160,7 +161,7 @@ def save_conv(ctx: Any, inputs: Any, output: Any) -> None:
     y = output[0] if isinstance(output, tuple) else output
     linear = ctx.slope == 1 and not isinstance(output, tuple)
     ctx.save_for_backward(x, weight, None if linear else y)
-    op = "conv2d_relu_pool" if isinstance(output, tuple) else "conv2d_relu"
+    op, ctx.operator = "conv2d_relu_pool" if isinstance(output, tuple) else "conv2d_relu", "conv2d_relu"
     _choose(ctx, op, (tuple(x.shape),), weight, unserved=unserved(ctx.stride, ctx.padding))
 
 
@@ -200,7 +201,7 @@ def save_norm(ctx: Any, inputs: Any, output: Any) -> None:
     x, weight, bias, mean, variance, ctx.eps, ctx.slope, ctx.pool, ctx.per_image = inputs
     y, _, *statistics = output
     ctx.mark_non_differentiable(*statistics)
-    ctx.fixed = mean is not None
+    ctx.fixed, ctx.operator = mean is not None, "instance_norm_relu" if ctx.per_image else "batch_norm_relu"
     if not ctx.fixed:
         mean, variance = statistics[0], None
     ctx.save_for_backward(x, y, weight, mean, variance, statistics[1])  # y is kept by who reads it anyway

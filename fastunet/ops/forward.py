@@ -119,12 +119,10 @@ def norm_relu_torch(
     if mean is not None and variance is not None:
         mean, variance = (t.to(wide, copy=True) for t in (mean, variance))
         return y, pooled, mean, torch.rsqrt(variance + eps), variance
-    of = (
-        maps.to(wide)
-        if x.numel()
-        else x.new_full((len(x) if per_image else 1, x.shape[1], 1, 1), torch.nan, dtype=wide)
-    )
-    biased, mean = torch.var_mean(of, (2, 3) if per_image else (0, 2, 3), correction=0)
+    if x.numel():
+        biased, mean = torch.var_mean(maps.to(wide), (2, 3) if per_image else (0, 2, 3), correction=0)
+    else:
+        biased = mean = x.new_full(x.shape[:2] if per_image else x.shape[1:2], torch.nan, dtype=wide)
     count = x.numel() // max(1, mean.numel())
     return y, pooled, mean, torch.rsqrt(biased + eps), biased * (count / max(1, count - 1))
 

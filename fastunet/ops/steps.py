@@ -78,7 +78,7 @@ def norm_backward(
     """PyTorch's, in NCHW on a CPU: the gradient of x, and those of bias and weight, (2, C)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     if not x.numel():
-        return torch.zeros_like(x), x.new_zeros((2, x.shape[1]), dtype=wide)
+        return empty(x, *x.shape[1:]), x.new_zeros((2, x.shape[1]), dtype=wide)
     maps, g = (x, g) if x.is_cuda and not per_image else (x.contiguous(), g.contiguous())
     gamma = torch.ones_like(x[0, :, 0, 0], dtype=wide) if weight is None else weight.to(wide)
     n, c, h, w = x.shape

@@ -32,16 +32,21 @@ def backward_runs_on(model: nn.Module, x: Tensor) -> dict[str, str]:
     if not isinstance(model, FastUNet) or not as_built(model):
         return dict.fromkeys([*names, "input"], "torch" if isinstance(model, FastUNet) else "module")
     layers = trace(model.config, *x.shape[-2:], batch=len(x))
-    chosen: dict[str, tuple[str, str]] = {}
+    steps = "dgrad", "wgrad"
+    passes = {step: dispatch.choose(x.device, x.dtype, step).implementation for step in steps}
+    chosen, act_first = {}, model.config.order == "conv_act_norm"
     for layer in layers:
         of = layer.op, layer.in_shapes, layer.weight_shape, x.device, x.dtype, layer.mode
-        dgrad, wgrad = (ops.choose(*of, step, layer.unserved).implementation for step in ("dgrad", "wgrad"))
-        chosen[layer.name] = dgrad, wgrad
-    norms = dispatch.choose(x.device, x.dtype, "dgrad").implementation
+        chosen[layer.name] = [ops.choose(*of, step, layer.unserved).implementation for step in steps]
+    behind_activations = {layer.name for layer in layers if layer.activation and (layer.norm is None or act_first)}
 
     def of_parameter(name: str) -> str:
-        path = name.rpartition(".")[0]
-        return norms if isinstance(model.get_submodule(path), _NORMS) else chosen[path][1]
+        path, _, kind = name.rpartition(".")
+        if isinstance(model.get_submodule(path), _NORMS):
+            return passes["dgrad"]
+        if kind == "bias" and path in behind_activations and "triton" in passes.values():
+            return "triton"  # it comes of the pass through the activation
+        return chosen[path][1]
 
     return {**{name: of_parameter(name) for name in names}, "input": chosen[layers[0].name][0]}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .loop import Point
 
 STATE = "last.pt"
+RESULTS = ("best.safetensors", "last.safetensors", "curve.csv", "curve.png")
 
 
 @contextlib.contextmanager
@@ -58,6 +60,9 @@ def _state(out: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any] 
     """What :func:`write` left last, if it is of the run of ``identity``."""
     path = out / STATE
     if not path.exists():
+        left = next((name for name in RESULTS if (out / name).exists()), None)
+        if left is not None and not resume:  # of a kill at the first checkpoint there may be some
+            raise TrainingError(f"{out}: holds {left}, which would be overwritten; take another folder")
         return None
     if not resume:
         raise TrainingError(f"{out}: holds a run; resume it (--resume) or take another folder")
@@ -71,8 +76,11 @@ def _state(out: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any] 
         if found["settings"].get(name) != value:
             has = f"the run in {out} has {found['settings'].get(name)!r}, got {value!r}"
             raise TrainingError(f"{name}: {has}; with its weights ({out / 'best.safetensors'}) another can begin")
-    if found["config"] != identity["config"]:
-        raise TrainingError(f"config: the run in {out} has {found['config']}, got {identity['config']}")
+    theirs, ours = json.loads(found["config"]), json.loads(identity["config"])
+    other = [name for name in ours if theirs.get(name) != ours[name]]
+    if other:
+        has, got = (", ".join(f"{name}={of.get(name)!r}" for name in other) for of in (theirs, ours))
+        raise TrainingError(f"config: the run in {out} has {has}, got {got}")
     if found["data"] != identity["data"]:
         raise TrainingError(f"data: the run in {out} has other images or masks, or other channels or sizes of them")
     return state

@@ -50,6 +50,7 @@ def fit(
     process: Processes | None = None,
     workers: int = 0,
     resume: bool = False,
+    on_start: Callable[[int], None] | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
     on_point: Callable[[Point], None] | None = None,
 ) -> list[Point]:
@@ -67,14 +68,15 @@ def fit(
         workers: processes that prepare windows; 0 does so between the steps. Changes no result.
         resume: continue the run that ``out`` holds, on a CPU to the same bits as if it had not
             stopped; where it holds none, begin one.
+        on_start: called with the number of steps done before, 0 of a new run.
         on_step: called with the number of steps done and the step's loss, a scalar on the device.
         on_point: called after each checkpoint.
 
     Raises:
         TrainingError: ``out`` or a file in it cannot be written to; another process trains there; ``out``
-            holds a run and ``resume`` is false, or holds another run than this, or not the same for all
-            processes; ``data``, ``batch`` or ``size`` does not fit the model or the processes; the model's
-            output is smaller than its input.
+            holds a run, or weights or curves of one, and ``resume`` is false, or holds another run than this,
+            or not the same for all processes; ``data``, ``batch`` or ``size`` does not fit the model or the
+            processes; the model's output is smaller than its input.
         ImageError: a file can no longer be read, of those too many to be kept in memory.
         DivergedError: the loss, a weight or a running statistic became NaN or infinite.
     """
@@ -94,6 +96,8 @@ def fit(
         if len(set(steps)) > 1:
             raise TrainingError(f"{out}: expected one folder for all processes, but they would go on at steps {steps}")
         run = _Run(model.to(process.device), settings, process, state)
+        if on_start is not None:
+            on_start(run.step)
 
         on_gpu = process.device.type == "cuda"
         loader = DataLoader(

@@ -156,10 +156,19 @@ def test_an_earlier_run_is_neither_overwritten_nor_mixed_up(run, folder: Path, t
     )
     done = run("train", folder, "--out", out, *QUICK, "--lr", 1, "--resume")
     hint = f"with its weights ({out / 'best.safetensors'}) another can begin"
-    assert (done.code, done.err) == (2, f"fastunet: lr: the run in {out} has 0.002, got 1.0; {hint}\n")
+    assert (done.code, done.err) == (2, f"fastunet: --lr: the run in {out} has 0.002, got 1.0; {hint}\n")
     done = run("train", folder, "--out", out, *QUICK, "--resume")  # which is done
     assert (done.code, done.err) == (0, "")
-    assert len(done.out.splitlines()) == 2
+    _, resumed, _ = done.out.splitlines()
+    assert re.fullmatch(rf"{re.escape(str(out))}: (\d+) of \1 steps are done", resumed)
+    (out / "last.pt").unlink()
+    weights = (out / "best.safetensors").read_bytes()
+    done = run("train", folder, "--out", out, *QUICK)
+    told = f"fastunet: {out}: holds best.safetensors, which would be overwritten; take another folder\n"
+    assert (done.code, done.err) == (2, told)
+    assert (out / "best.safetensors").read_bytes() == weights
+    done = run("train", folder, "--out", tmp_path / "new", *QUICK, "--resume")
+    assert done.code == 0 and f"{tmp_path / 'new'}: holds no run, one begins" in done.out.splitlines()
 
 
 def test_divergence_is_exit_code_1(run, folder: Path, tmp_path: Path) -> None:

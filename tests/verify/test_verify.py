@@ -119,7 +119,8 @@ def test_an_input_gradient_is_of_the_first_layer(x):
         report = fastunet.verify(model, plain, torch.randn(1, x.shape[1], 44, 44), deterministic=False)
     assert report.ok, str(report)
     ran_on = {c.name: c.implementation for c in report.comparisons if c.kind == "gradient"}
-    assert ran_on["input"] == "torch" and ran_on["head.weight"] == "triton"
+    assert ran_on["input"] == ran_on["bottleneck.net.0.weight"] == "torch"
+    assert ran_on["head.weight"] == ran_on["bottleneck.net.0.bias"] == "triton"
 
 
 def test_a_dtype_of_no_kernel_is_refused(x):
