@@ -222,3 +222,10 @@ def test_importing_fastunet_changes_nothing(without_triton):
     command = [sys.executable, "-c", SIDE_EFFECTS.format(without_triton=without_triton)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("name", ["images", "predict", "train", "weights"])
+def test_modules_of_the_documentation_are_there(name):
+    code = f"import fastunet; assert fastunet.{name}.__name__ == 'fastunet.{name}'; fastunet.nothing"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "has no attribute 'nothing'" in ended.stderr.splitlines()[-1]

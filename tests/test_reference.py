@@ -172,6 +172,10 @@ def test_bad_inputs_are_named():
         net(torch.zeros(1, 3, 32, 32))
     with pytest.raises(ValueError, match=r"x: expected H and W of at least 8 \(3 poolings\), got \(1, 1, 7, 32\)"):
         net(torch.zeros(1, 1, 7, 32))
+    with pytest.raises(ValueError, match="x: expected a tensor of floating-point numbers, got torch.uint8"):
+        net(torch.zeros(1, 1, 32, 32, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="x: expected a tensor of floating-point numbers, got ndarray"):
+        net(torch.zeros(1, 1, 32, 32).numpy())
     with pytest.raises(ValueError, match="instance norm needs more than one pixel at the bottleneck"):
         UNet(features=(2, 2, 2), norm="instance")(torch.zeros(1, 1, 4, 7))
 

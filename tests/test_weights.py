@@ -229,6 +229,15 @@ def only_on_meta(tensor: torch.Tensor, *_: object, **__: object) -> torch.Tensor
     return tensor
 
 
+def test_what_cannot_be_saved(model: UNet, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="model: expected a FastUNet or a reference.UNet, got Conv2d"):
+        weights.save(torch.nn.Conv2d(1, 1, 1), tmp_path / "x.safetensors")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(FileNotFoundError) as raised:
+        weights.save(model, tmp_path / "nowhere" / "x.safetensors")
+    assert raised.value.filename == str(tmp_path / "nowhere")
+    assert not list(tmp_path.iterdir())
+
+
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     for path in (tmp_path / "none.safetensors", tmp_path):
         with pytest.raises(WeightsError) as error:
