@@ -184,10 +184,17 @@ def batch_norm_relu(
         y (N, C, H, W), channels_last; its max-pool or None; mean and variance of each channel (C,), unbiased if it is
         the batch's, without gradients, float32 or wider. Errors as in :func:`conv2d_relu`.
     """
-    both = (running_mean is None) == (running_var is None)
-    _check(both, "running_var", f"{'None, as' if running_mean is None else 'a tensor, for'} running_mean", running_var)
-    fixed = {"running_mean": running_mean, "running_var": running_var}
-    y, pooled, mean, _, variance = _norm_relu(x, weight, bias, fixed, eps, _slope(relu, negative_slope), pool, False)
+    fixed = None if running_mean is None or running_var is None else (running_mean, running_var)
+    alike = fixed is not None or running_mean is running_var
+    _check(alike, "running_var", "None or a tensor as running_mean is", running_var)
+    given = weight, bias, running_mean, running_var, eps, _slope(relu, negative_slope), pool, False
+    summed = (0, 2, 3) if fixed is None else ()
+    _check_norm(x, summed, pool, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    if not at_once(x):
+        y, pooled, mean, _, variance = forward.norm_relu(x, *given)
+    else:
+        y, pooled = forward.norm_relu_torch(x, *given)
+        mean, variance = fixed or forward.statistics_torch(x, eps, False)[::2]
     return y, pooled if pool else None, mean, variance
 
 
@@ -206,31 +213,21 @@ def instance_norm_relu(
     Returns:
         y (N, C, H, W), channels_last; its max-pool or None.
     """
-    y, pooled, *_ = _norm_relu(x, weight, bias, {}, eps, _slope(relu, negative_slope), pool, True)
+    given = x, weight, bias, None, None, eps, _slope(relu, negative_slope), pool, True
+    _check_norm(x, (2, 3), pool, weight=weight, bias=bias)
+    y, pooled, *_ = forward.norm_relu_torch(*given) if at_once(x) else forward.norm_relu(*given)
     return y, pooled if pool else None
 
 
-def _norm_relu(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    fixed: dict[str, Tensor | None],
-    eps: float,
-    slope: float,
-    pool: bool,
-    per_image: bool,
-) -> forward.Normed:
+def _check_norm(x: Tensor, summed: tuple[int, ...], pool: bool, **of_channels: Tensor | None) -> None:
     _check(x.dim() == 4 and x.shape[1] > 0, "x", "shape (N, C, H, W), C at least 1", tuple(x.shape))
-    mean, variance = fixed.get("running_mean"), fixed.get("running_var")
-    pixels = (1 if per_image else x.shape[0]) * x.shape[2] * x.shape[3]
-    _check(pixels != 1 or mean is not None, "x", "more than one value for each channel", tuple(x.shape))
-    for name, tensor in {"weight": weight, "bias": bias, **fixed}.items():
+    single = summed and all(x.shape[axis] == 1 for axis in summed)
+    _check(not single, "x", "more than one value for each channel", tuple(x.shape))
+    _check(not pool or min(x.shape[2:]) >= 2, "x", "H and W of at least 2 to pool", tuple(x.shape))
+    for name, tensor in of_channels.items():
         if tensor is not None:
             _check(tensor.shape == x.shape[1:2], name, f"shape ({x.shape[1]},)", tuple(tensor.shape))
             _check(tensor.device == x.device, name, f"x's device {x.device}", tensor.device)
-    _check(not pool or min(x.shape[2:]) >= 2, "x", "H and W of at least 2 to pool", tuple(x.shape))
-    op = forward.norm_relu_torch if at_once(x) else forward.norm_relu
-    return op(x, weight, bias, mean, variance, eps, slope, pool, per_image)
 
 
 def upsample_concat(x: Tensor, skip: Tensor, *, mode: str = "bilinear", align_corners: bool = True) -> Tensor:

@@ -101,7 +101,8 @@ def norm_relu_torch(
     slope: float,
     pool: bool,
     per_image: bool,
-) -> Normed:
+) -> tuple[Tensor, Tensor]:
+    """y and its max-pool, of no elements if there is none."""
     # A CPU sums channels_last maps pixel by pixel, with up to 300 times the error.
     maps = x if x.is_cuda or mean is not None else x.contiguous()
     given = [weight, bias, mean, variance]
@@ -115,16 +116,19 @@ def norm_relu_torch(
     else:
         y = reference.batch_norm_relu(maps, given[0], given[1], eps, slope, given[2], given[3])
     y = result(y)
-    pooled = max_pool2x2(y) if pool else y.new_empty(0)
-    if mean is not None and variance is not None:
-        mean, variance = (t.to(wide, copy=True) for t in (mean, variance))
-        return y, pooled, mean, torch.rsqrt(variance + eps), variance
+    return y, max_pool2x2(y) if pool else y.new_empty(0)
+
+
+def statistics_torch(x: Tensor, eps: float, per_image: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, rstd and unbiased variance of each channel, of the batch or of each image; NaN of nothing."""
+    wide = torch.promote_types(x.dtype, torch.float32)
     if x.numel():
+        maps = x if x.is_cuda else x.contiguous()
         biased, mean = torch.var_mean(maps.to(wide), (2, 3) if per_image else (0, 2, 3), correction=0)
     else:
         biased = mean = x.new_full(x.shape[:2] if per_image else x.shape[1:2], torch.nan, dtype=wide)
     count = x.numel() // max(1, mean.numel())
-    return y, pooled, mean, torch.rsqrt(biased + eps), biased * (count / max(1, count - 1))
+    return mean, torch.rsqrt(biased + eps), biased * (count / max(1, count - 1))
 
 
 @torch.library.custom_op("fastunet::norm_relu", mutates_args=())
@@ -139,9 +143,14 @@ def norm_relu(
     pool: bool,
     per_image: bool,
 ) -> Normed:
-    if not takes_triton(x):
-        return norm_relu_torch(x, weight, bias, mean, variance, eps, slope, pool, per_image)
     fixed = None if mean is None or variance is None else (mean, variance)
+    if not takes_triton(x):
+        y, pooled = norm_relu_torch(x, weight, bias, mean, variance, eps, slope, pool, per_image)
+        if fixed is None:
+            return y, pooled, *statistics_torch(x, eps, per_image)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        mean, variance = (t.to(wide, copy=True) for t in fixed)
+        return y, pooled, mean, torch.rsqrt(variance + eps), variance
     with on_device(x):
         y, pooled, *statistics = kernels.norm_fwd(
             x, weight, bias, fixed, eps=eps, slope=slope, pool=pool, per_image=per_image

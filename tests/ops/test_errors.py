@@ -81,7 +81,7 @@ BAD = {
     ),
     "one statistic": (
         lambda: ops.batch_norm_relu(*zeros(X), running_mean=torch.zeros(3)),
-        "running_var: expected a tensor, for running_mean, got None",
+        "running_var: expected None or a tensor as running_mean is, got None",
     ),
     "statistics": (
         lambda: ops.batch_norm_relu(*zeros(X), running_mean=torch.zeros(2), running_var=torch.ones(2)),
