@@ -18,6 +18,7 @@ from ..config import UNetConfig
 from ..images import ImageError
 from ..model import FastUNet
 from ..train import DataError, DivergedError, Point, Processes, Settings, TrainingError, find, fit, processes
+from ..train.checkpoint import STATE
 from .shared import (
     SetupError,
     a_config,
@@ -175,18 +176,23 @@ def _train(arguments: argparse.Namespace, process: Processes) -> None:
             )
             clock, shown, dice = time.perf_counter(), point.step, f"  Dice {point.dice:.3f}"
 
-        points = fit(
-            model,
-            data,
-            arguments.out,
-            settings,
-            process=process,
-            workers=arguments.workers,
-            resume=arguments.resume,
-            on_start=on_start,
-            on_step=on_step,
-            on_point=on_point,
-        )
+        try:
+            points = fit(
+                model,
+                data,
+                arguments.out,
+                settings,
+                process=process,
+                workers=arguments.workers,
+                resume=arguments.resume,
+                on_start=on_start,
+                on_step=on_step,
+                on_point=on_point,
+            )
+        except KeyboardInterrupt:
+            if (arguments.out / STATE).exists():
+                say(f"{arguments.out}: --resume goes on from its last checkpoint", soft_wrap=True)
+            raise
     best = max(points, key=lambda point: point.dice)
     say(f"best Dice {best.dice:.4f}, at step {best.step}: {arguments.out / 'best.safetensors'}", soft_wrap=True)
 

@@ -66,16 +66,17 @@ def _state(out: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any] 
         return None
     if not resume:
         raise TrainingError(f"{out}: holds a run; resume it (--resume) or take another folder")
+    another = f"with its weights ({out / RESULTS[0]}) another can begin"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = {key: state[key] for key in identity}
     except Exception as error:  # damaged archives raise many types
         reason = str(error).partition("\n")[0] or repr(error)
-        raise TrainingError(f"{path}: cannot be read ({reason})") from None
+        raise TrainingError(f"{path}: cannot be read ({reason}); {another}") from None
     for name, value in identity["settings"].items():
         if found["settings"].get(name) != value:
             has = f"the run in {out} has {found['settings'].get(name)!r}, got {value!r}"
-            raise TrainingError(f"{name}: {has}; with its weights ({out / 'best.safetensors'}) another can begin")
+            raise TrainingError(f"{name}: {has}; {another}")
     theirs, ours = json.loads(found["config"]), json.loads(identity["config"])
     other = [name for name in ours if theirs.get(name) != ours[name]]
     if other:

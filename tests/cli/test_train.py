@@ -171,6 +171,19 @@ def test_an_earlier_run_is_neither_overwritten_nor_mixed_up(run, folder: Path, t
     assert done.code == 0 and f"{tmp_path / 'new'}: holds no run, one begins" in done.out.splitlines()
 
 
+def test_an_interrupted_run_says_how_it_goes_on(run, folder: Path, tmp_path: Path, monkeypatch) -> None:
+    def interrupted(model: Any, data: Any, out: Path, *_: Any, **__: Any) -> None:
+        out.mkdir()
+        (out / "last.pt").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastunet.cli.train.fit", interrupted)
+    out = tmp_path / "out"
+    done = run("train", folder, "--out", out, *QUICK)
+    assert (done.code, done.err) == (130, "fastunet: interrupted\n")
+    assert done.out.splitlines()[-1] == f"{out}: --resume goes on from its last checkpoint"
+
+
 def test_divergence_is_exit_code_1(run, folder: Path, tmp_path: Path) -> None:
     done = run("train", folder, "--out", tmp_path / "out", *QUICK, "--lr", 1e30)
     assert done.code == 1
