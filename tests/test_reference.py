@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from fastunet import UNetConfig
+from fastunet import FastUNet, UNetConfig
 from fastunet.reference import DoubleConv, Down, InstanceNorm2d, UNet, Up, pad_to, upsample
 
 
@@ -191,3 +193,16 @@ def test_the_smallest_size_counts_rows_and_columns(monkeypatch):
     monkeypatch.setattr(UNet, "check_input", lambda network, x: None)
     with pytest.raises(RuntimeError, match="Kernel size"):
         network(torch.zeros(1, 1, least - 1, least - 1))
+
+
+@pytest.mark.parametrize("order", ["conv_norm_act", "conv_act_norm"])
+@pytest.mark.parametrize("network", [UNet, FastUNet])
+def test_gradients_of_one_image_are_the_same_in_channels_last(network, order, seed):
+    """Of PyTorch 2.13's own instance norm they are not, with the norm behind the activation."""
+    net = network(1, 2, (2, 3), norm="instance", order=order).double()
+    twin = copy.deepcopy(net).to(memory_format=torch.channels_last)
+    x = torch.randn(1, 1, 12, 11, dtype=torch.float64)
+    for each in (net, twin):
+        each(x).square().mean().backward()
+    for (name, p), other in zip(net.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, p.grad, rtol=1e-9, atol=1e-9, check_stride=False, msg=name)

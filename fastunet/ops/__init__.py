@@ -195,6 +195,7 @@ def batch_norm_relu(
     else:
         y, pooled = forward.norm_relu_torch(x, *given)
         mean, variance = fixed or forward.statistics_torch(x, eps, False)[::2]
+        mean, variance = (t.to(torch.promote_types(x.dtype, torch.float32)) for t in (mean, variance))
     return y, pooled if pool else None, mean, variance
 
 

@@ -46,7 +46,7 @@ def backward_runs_on(model: nn.Module, x: Tensor) -> dict[str, str]:
             return passes["dgrad"]
         if kind == "bias" and path in behind_activations and "triton" in passes.values():
             return "triton"  # it comes of the pass through the activation
-        return chosen[path][1]
+        return chosen[path][1] if path in chosen else "torch"  # a parametrization's, or a subclass's own
 
     return {**{name: of_parameter(name) for name in names}, "input": chosen[layers[0].name][0]}
 

@@ -24,9 +24,9 @@ SHAPES = [
 
 
 def statistics(x):
-    """Fixed ones."""
-    c = x.shape[1]
-    return torch.linspace(-0.5, 0.5, c).to(x), torch.linspace(0.2, 3.0, c).to(x)
+    """Fixed ones, the same in every dtype."""
+    c = torch.arange(x.shape[1]) % 8
+    return ((c - 4) / 8).to(x), ((c + 1) / 4).to(x)
 
 
 def norm(x, weight, bias, slope, kind):
@@ -159,4 +159,4 @@ def test_an_empty_batch(per_image, make):
     y, pooled, mean, rstd, _ = kernels.norm_fwd(x, None, None, eps=1e-5, slope=0.0, pool=True, per_image=per_image)
     assert y.shape == x.shape and pooled is not None and pooled.shape == (0, 3, 2, 2) and mean.isnan().all()
     grad_x, sums = kernels.norm_bwd(x, None, x, y, None, mean, rstd, slope=0.0)
-    assert grad_x.shape == x.shape and torch.equal(sums, torch.zeros(2, 3))
+    assert grad_x.shape == x.shape and sums.shape == (2, 3) and not sums.any()

@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import fastunet
 from fastunet import dispatch
+from fastunet.reference import UNet
 
 from .networks import NETWORKS, pair
 
@@ -121,6 +123,36 @@ def test_an_input_gradient_is_of_the_first_layer(x):
     ran_on = {c.name: c.implementation for c in report.comparisons if c.kind == "gradient"}
     assert ran_on["input"] == ran_on["bottleneck.net.0.weight"] == "torch"
     assert ran_on["head.weight"] == ran_on["bottleneck.net.0.bias"] == "triton"
+
+
+class Scaled(fastunet.FastUNet):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.scale = nn.Parameter(torch.tensor([1.0, -2.0, 0.5]).view(3, 1, 1))
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+class ScaledReference(UNet):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.scale = nn.Parameter(torch.zeros(3, 1, 1))
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+def test_parameters_of_no_layer_have_gradients_too(x):
+    """Of a parametrized convolution, and a subclass's own."""
+    model, plain = (network(2, 3, (4, 6)) for network in (Scaled, ScaledReference))
+    for network in (model, plain):
+        weight_norm(network.head)
+    plain.load_state_dict(model.state_dict())
+    report = fastunet.verify(model, plain, x, deterministic=False)
+    assert report.ok, str(report)
+    names = {c.name for c in report.comparisons if c.kind == "gradient"}
+    assert {"scale", "head.parametrizations.weight.original0"} <= names
 
 
 def test_a_dtype_of_no_kernel_is_refused(x):
