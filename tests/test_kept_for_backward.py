@@ -1,0 +1,123 @@
+"""What a FastUNet keeps for its backward pass, in bytes: each map once, and no other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastunet import FastUNet, dispatch
+from fastunet.parity.recording import Recorder
+from fastunet.reference import UNet
+
+from .test_model import KINDS
+from .test_training import loss_of, through_the_operators
+
+__all__ = ["through_the_operators"]  # a fixture, of this file too
+
+
+def kept_bytes(model: nn.Module, x: Tensor) -> int:
+    """Bytes of the memory that autograd holds after the forward pass, parameters and input aside."""
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), x)}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage._cdata not in own:
+            storages[storage._cdata] = storage
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = model(x)
+    assert y.requires_grad
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize(
+    "features, size, norm, dtype, limit",
+    [
+        ((8, 16, 32, 64, 128), 64, None, torch.float32, 0.6),
+        pytest.param((64, 128, 256, 512, 1024), 256, None, torch.float32, 0.6, marks=pytest.mark.slow),
+        ((8, 16, 32), 32, "batch", torch.float32, 0.72),
+        ((8, 16, 32), 32, "batch", torch.float16, 0.70),
+        ((8, 16, 32), 32, "instance", torch.float32, 0.72),
+    ],
+    ids=["small", "seed", "batch norm", "batch norm in float16", "instance norm"],
+)
+def test_what_is_saved_is_less_than_eagers(features, size, norm, dtype, limit):
+    nets = [net(1, 2, features, norm=norm).to(dtype) for net in (FastUNet, UNet)]
+    ours, theirs = (kept_bytes(net, torch.randn(1, 1, size, size, dtype=dtype)) for net in nets)
+    print(f"saved for backward: {ours:,} bytes, eager {theirs:,}, {ours / theirs:.3f} of it")  # noqa: T201
+    assert ours <= limit * theirs
+
+
+UNSERVED = {
+    "unpadded": {"padding": "valid", "match": "center_crop"},
+    "unpadded, transpose": {"padding": "valid", "match": "center_crop", "upsample": "transpose"},
+    "strided": {"downsample": "stride", "upsample": "transpose", "strides": ((2, 1), (3, 2))},
+}
+
+
+@pytest.mark.parametrize("options", UNSERVED.values(), ids=UNSERVED)
+def test_where_pytorch_convolves_no_map_is_saved_twice(options, seed):
+    """Nor one that was upsampled or concatenated: the results of convolutions and pools alone, and the input."""
+    net, sizes = FastUNet(1, 2, (4, 6, 8), **options), []
+    x = torch.randn(1, 1, 60, 60)
+    with dispatch.forced("torch"):
+        with Recorder() as recorder:
+            loss_of(net, x)
+        *inner, _ = recorder.steps  # the head's is the output
+        sizes = [t.numel() for step in inner for t in (step.result, step.pooled) if t is not None]
+        assert kept_bytes(net, x) == 4 * sum(sizes)
+
+
+@pytest.mark.parametrize("match", ["zero_pad", "center_crop"])
+def test_no_less_is_saved_where_a_map_and_its_skip_differ(match):
+    nets = (net(1, 2, (8, 16, 32), match=match) for net in (FastUNet, UNet))
+    ours, theirs = (kept_bytes(net, torch.randn(1, 1, 39, 39)) for net in nets)
+    assert ours <= 0.6 * theirs
+
+
+def test_a_repeated_border_is_not_saved(seed):
+    """Of a map that is padded by replication no padded copy is: one of zeros keeps as much."""
+    sizes = []
+    for match in ("zero_pad", "replicate_pad"):
+        net = FastUNet(1, 2, (4, 8), upsample="bilinear", match=match)
+        sizes.append(kept_bytes(net, torch.randn(1, 1, 19, 21)))
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "nearest_conv"])
+def test_each_map_is_saved_once_and_no_other(kind):
+    """The input, every convolution's result and every pooled map; nothing upsampled, concatenated or before a ReLU."""
+    features, size = (4, 6, 8), 16
+    net = FastUNet(2, 3, features, upsample=kind)
+    maps, side = 0, size
+    for f in features[:-1]:
+        maps += 2 * f * side**2 + f * (side // 2) ** 2  # two convolutions and the pooled map
+        side //= 2
+    maps += 2 * features[-1] * side**2
+    for i in reversed(range(len(features) - 1)):
+        if kind == "bilinear_conv":
+            maps += net.config.upsampled_channels(i) * side**2
+        side *= 2
+        if kind in ("transpose", "nearest_conv"):
+            maps += net.config.upsampled_channels(i) * side**2
+        maps += 2 * features[i] * side**2
+    assert kept_bytes(net, torch.randn(1, 2, size, size)) == 4 * maps
+
+
+@pytest.mark.parametrize("order", ["conv_norm_act", "conv_act_norm"])
+@pytest.mark.parametrize("norm", ["batch", "instance", "fixed"])
+def test_behind_norms_no_places_of_maxima_are_saved(norm, order, seed, device):
+    """The input and the result of every norm, the pooled maps and the norms' statistics."""
+    features, size = (4, 6), 8
+    maps = 4 * features[0] * size**2 + (features[0] + 4 * features[1]) * (size // 2) ** 2 + 4 * features[0] * size**2
+    statistics = 2 * (2 * features[0] + 2 * features[1] + 2 * features[0])  # mean and deviation, in float32
+    net = FastUNet(1, 2, features, norm="batch" if norm == "fixed" else norm, order=order).to(device)
+    net.train(norm != "fixed")
+    statistics //= 1 + (norm == "fixed")  # of which the mean is the network's own
+    with dispatch.forced("triton"):
+        kept = kept_bytes(net, torch.randn(1, 1, size, size, device=device))
+    places = features[0] * (size // 2) ** 2
+    assert 4 * (maps + statistics) <= kept < 4 * (maps + statistics) + 8 * places
