@@ -1,6 +1,6 @@
-"""Triton's interpreter, made to do what it does once: half the time of small kernels is not theirs.
+"""Triton's interpreter, made to do what it does once, half the time of small kernels, and to sum as GPUs do.
 
-It is told by its private names; what it computes stays as it is.
+It is told by its private names; what else it computes stays as it is.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import triton.language as tl
 from triton.runtime import interpreter
@@ -20,6 +21,19 @@ def without_search_for_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
     """It looks for one in every sum of indices, for a third of its time."""
     options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
     monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
+
+
+def summing_in_a_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It adds the elements of a tile one by one, where a GPU adds halves: of 256 some 8 roundings, not 255."""
+
+    def sum_of(self: Any, input: Any) -> Any:
+        data = input.handle.data
+        for axis in range(data.ndim) if self.axis is None else [self.axis]:
+            while data.shape[axis] > 1:
+                data = np.add(*np.split(data, 2, axis))
+        return self.to_tensor(np.sum(data, axis=self.axis, keepdims=self.keep_dims), input.dtype)
+
+    monkeypatch.setattr(interpreter.ReduceOps, "sum", sum_of)
 
 
 def patching_once_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
