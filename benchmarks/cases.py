@@ -127,7 +127,7 @@ def operators(config: UNetConfig, height: int, width: int, batch: int) -> dict[s
     seen = set()
     for layer in trace(config, height, width, batch):
         shape = (layer.op, layer.in_shapes, layer.out_shape, layer.activation is None)
-        if shape not in seen and not layer.unserved:
+        if shape not in seen:
             seen.add(shape)
             found[layer.name] = layer
         if layer.op == "upsample_concat_conv2d_relu" and layer.mode != "none":

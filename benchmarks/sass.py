@@ -237,7 +237,7 @@ def hopper_launches(dtype: torch.dtype, full: bool) -> Iterator[Callable[[], Any
         align_corners=True,
         slope=0.0,
     )
-    yield lambda: hopper.conv_transpose2x2_fwd(t(16, 256, 64, 64), t(256, 128, 2, 2), t(128))
+    yield lambda: hopper.conv_transpose_fwd(t(16, 256, 64, 64), t(256, 128, 2, 2), t(128))
 
 
 def assemble(ptx: str, arch: int) -> str:

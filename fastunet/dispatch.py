@@ -106,16 +106,10 @@ def why_not_hopper(device: torch.device) -> str | None:
     return None if capability == HOPPER else f"compute capability {capability[0]}.{capability[1]} is not 9.0"
 
 
-def unserved(stride: Sequence[int], padding: str) -> str:
-    """What of a convolution no kernel serves; empty if one does."""
-    if tuple(stride) != (1, 1):
-        return "with a stride of {}x{}".format(*stride)
-    return "" if padding == "same" else "without padding"
-
-
-def unserved_transpose(filter_size: Sequence[int]) -> str:
-    """:func:`unserved` of a transposed convolution of that filter, (rows, columns), and a stride as large."""
-    return "" if tuple(filter_size) == (2, 2) else "transposed with a stride of {}x{}".format(*filter_size)
+def geometry(stride: Sequence[int], padding: str) -> str:
+    """In words, how a convolution does not keep its map's size; empty if it does."""
+    words = [] if tuple(stride) == (1, 1) else ["with a stride of {}x{}".format(*stride)]
+    return " ".join(words if padding == "same" else [*words, "without padding"])
 
 
 def choose_layer(

@@ -181,7 +181,7 @@ def _choose(layer: Layer, config: UNetConfig, device: torch.device, dtype: torch
     """What serves one layer in eval mode, and why."""
     plain = "cudnn" if device.type == "cuda" else "reference"
     sizes = layer.in_shapes, layer.weight_shape
-    choice = ops.choose(layer.op, *sizes, device, dtype, layer.mode, unserved=layer.unserved)
+    choice = ops.choose(layer.op, *sizes, device, dtype, layer.mode, geometry=layer.geometry)
     if device.type == "cpu" and dispatch.asked_for() is None:
         cause = "without padding" if config.padding == "valid" else "with instance norm"
         if config.padding == "valid" or config.norm == "instance":

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import UNetConfig
-from .dispatch import unserved, unserved_transpose
+from .dispatch import geometry
 
 Shape = tuple[int, int, int, int]
 
@@ -33,8 +33,7 @@ class Layer:
     Attributes:
         name: path of the module that holds the weight, e.g. ``"downs.0.conv.net.0"``.
         op: ``"conv2d_relu"``, ``"conv2d_relu_pool"``, ``"upsample_concat_conv2d_relu"`` or
-            ``"conv_transpose2x2"``; ``"conv2d"`` and ``"conv_transpose2d"`` where no kernel serves and PyTorch's
-            convolution is in it. The name of the family: the head, for one, has no activation.
+            ``"conv_transpose2x2"``. The name of the family: the head, for one, has no activation.
         in_shapes: (N, C, H, W) of each input; the decoder's fused operator reads x and its skip.
         out_shape: (N, C, H, W) of the output; the pooled map that ``conv2d_relu_pool`` also
             returns is the next layer's input.
@@ -46,7 +45,7 @@ class Layer:
         mode: of ``"upsample_concat_conv2d_relu"``, how it upsamples.
         norm, activation: paths of the modules behind the convolution in the reference; None for
             none.
-        unserved: what of the convolution no kernel serves; empty if one does.
+        stride, padding: of a convolution, as :func:`fastunet.ops.conv2d_relu` takes them.
     """
 
     name: str
@@ -59,13 +58,19 @@ class Layer:
     mode: str = "none"
     norm: str | None = None
     activation: str | None = None
-    unserved: str = ""
+    stride: tuple[int, int] = (1, 1)
+    padding: str = "same"
+
+    @property
+    def geometry(self) -> str:
+        """:func:`fastunet.dispatch.geometry`."""
+        return geometry(self.stride, self.padding)
 
     @property
     def weight_shape(self) -> Shape:
         """(O, C, K, K), or (C, O, R, S) of a transposed convolution."""
         channels, (n, out, h, w) = sum(shape[1] for shape in self.in_shapes), self.out_shape
-        if self.op in ("conv_transpose2x2", "conv_transpose2d"):
+        if self.op == "conv_transpose2x2":
             return channels, out, h // self.in_shapes[0][2], w // self.in_shapes[0][3]
         side = math.isqrt(self.flops // (2 * channels * out * n * h * w))  # of the taps
         return out, channels, side, side
@@ -178,7 +183,7 @@ class _Tracer:
         norm = behind[0] if c.norm is not None else None
         return self.layer(
             f"{parent}.{place}", op, inputs, channels, (h, w), mode=mode, norm=norm, activation=activation,
-            unserved=unserved(stride, padding),
+            stride=stride, padding=padding,
         )  # fmt: skip
 
     def layer(
@@ -191,11 +196,8 @@ class _Tracer:
         *,
         kernel: int = 3,
         norm: str | None = None,
-        unserved: str = "",
         **more: Any,
     ) -> Shape:
-        if unserved:
-            op = "conv2d"
         n, h, w = self.batch, *size
         out = (n, channels, h, w)
         weight = kernel * kernel * sum(shape[1] for shape in inputs) * channels
@@ -207,24 +209,22 @@ class _Tracer:
             moved += 2 * math.prod(out)
         parameters = weight + bias + (2 * channels if norm is not None else 0)
         flops = 2 * weight * n * h * w
-        self.layers.append(Layer(name, op, inputs, out, parameters, flops, moved, norm=norm, unserved=unserved, **more))
+        self.layers.append(Layer(name, op, inputs, out, parameters, flops, moved, norm=norm, **more))
         return out
 
     def transpose(self, name: str, x: Shape, channels: int, rows: int, cols: int) -> Shape:
         # Every input pixel meets all taps once.
         out = (x[0], channels, rows * x[2], cols * x[3])
         weight = rows * cols * x[1] * channels
-        plain = unserved_transpose((rows, cols))
         self.layers.append(
             Layer(
                 name,
-                "conv_transpose2d" if plain else "conv_transpose2x2",
+                "conv_transpose2x2",
                 (x,),
                 out,
                 weight + channels,
                 2 * weight * x[0] * x[2] * x[3],
                 math.prod(x) + weight + channels + math.prod(out),
-                unserved=plain,
             )
         )
         return out

@@ -98,7 +98,8 @@ def measure(
             if gradient.step:
                 steps.setdefault(gradient.step, []).append(gradient)  # of two sources, one each
         for step, parts in steps.items():
-            key = measured.layer_key(launch.layer.op, shapes[:-2], shapes[-2], dtype, launch.layer.mode, step)
+            of = shapes[:-2], shapes[-2], dtype, launch.layer.mode, step
+            key = measured.layer_key(launch.layer.op, *of, launch.layer.geometry)
             if key not in seen and time.monotonic() < deadline:
                 seen.add(key)
                 yield key, _fastest(parts, device, timer or _median, on_try)

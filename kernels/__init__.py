@@ -8,8 +8,9 @@ from . import hopper
 from .activation_bwd import activation_bwd
 from .commuted import upconcat_conv3x3_commuted_fwd
 from .conv3x3 import conv_fwd, conv_pool_fwd
-from .conv_bwd import conv_dgrad, conv_transpose2x2_dgrad, conv_transpose2x2_wgrad, conv_wgrad
-from .conv_transpose2x2 import conv_transpose2x2_fwd
+from .conv_bwd import conv_dgrad, conv_wgrad
+from .conv_transpose import conv_transpose_fwd
+from .conv_transpose_bwd import conv_transpose_dgrad, conv_transpose_wgrad
 from .norm import norm_bwd, norm_fwd
 from .stem import STEM_CHANNELS, stem_fwd
 from .upconcat_conv3x3 import upconcat_conv3x3_fwd
@@ -22,9 +23,9 @@ __all__ = [
     "conv_dgrad",
     "conv_fwd",
     "conv_pool_fwd",
-    "conv_transpose2x2_dgrad",
-    "conv_transpose2x2_fwd",
-    "conv_transpose2x2_wgrad",
+    "conv_transpose_dgrad",
+    "conv_transpose_fwd",
+    "conv_transpose_wgrad",
     "conv_wgrad",
     "hopper",
     "norm_bwd",

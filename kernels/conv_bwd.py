@@ -1,14 +1,16 @@
 """Gradients of a convolution's input, weight and, where no activation's pass has it, bias.
 
-    grad_x[n, c, h, w]       = sum over o, i, j of weight[o, c, i, j] g[n, o, h - i + r, w - j + r]
-    grad_weight[o, c, i, j]  = sum over n, h, w of g[n, o, h, w] x[n, c, h + i - r, w + j - r]
+    grad_x[n, c, h, w]       = sum over o, i, j of weight[o, c, i, j] g[n, o, (h - i + p) / s, (w - j + p) / t]
+    grad_weight[o, c, i, j]  = sum over n, h, w of g[n, o, h, w] x[n, c, s h + i - p, t w + j - p]
     grad_bias[o]             = sum over n, h, w of g[n, o, h, w]
 
-g is the gradient before the activation (activation_bwd.py); K x K filters, K = 1 or 3, r = K // 2.
+g is the gradient before the activation (activation_bwd.py); K x K filters, K = 1 or 3, a stride of (s, t), p zeros
+around x; of the first, whole quotients alone.
 
-The first is the forward kernel (conv3x3.py) on the flipped weight, its channels swapped. The second
-is a matrix product over pixels. Of several sources that were concatenated on channels each is read,
-and its gradient written, by a launch of its own; the concatenation never exists.
+The first is the forward kernel (conv3x3.py) on the flipped weight, its channels swapped, with K - 1 - p zeros around
+g; with a stride it is a transposed convolution (conv_transpose.py). The second is a matrix product over pixels. Of
+several sources that were concatenated on channels each is read, and its gradient written, by a launch of its own; the
+concatenation never exists.
 
 Tiling of the second: one program computes BLOCK_CO output x BLOCK_C input channels of one tap over
 a slab of pixels, BLOCK_N x BLOCK_H x BLOCK_W of them a step. The slabs' sums are added in a fixed
@@ -29,18 +31,37 @@ import triton.language as tl
 from torch import Tensor
 
 from .conv3x3 import conv_fwd
+from .conv_transpose import conv_transpose_fwd
 from .implicit_gemm import INTERPRETED, tile_pixels
 from .reduce_slabs import reduce_slabs
 from .stem import STEM_CHANNELS
-from .tensors import unit_channel_stride, without_graph
+from .tensors import placed, unit_channel_stride, without_graph
 from .tuning import ConvConfig, WgradConfig, slabs, wgrad_configs
-from .upconcat_conv3x3 import upconcat_conv3x3_fwd
 
 
 @without_graph
-def conv_dgrad(g: Tensor, weight: Tensor, *, tf32: bool = True, config: ConvConfig | None = None) -> Tensor:
-    """Gradient of the input, (N, C, H, W), channels_last. ``tf32`` and ``config`` as in :func:`conv_fwd`."""
-    return conv_fwd(g, weight.flip(2, 3).transpose(0, 1), None, slope=1.0, tf32=tf32, config=config)
+def conv_dgrad(
+    g: Tensor,
+    weight: Tensor,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    pad: int | None = None,
+    size: tuple[int, int] | None = None,
+    tf32: bool = True,
+    config: ConvConfig | None = None,
+) -> Tensor:
+    """Gradient of the input, (N, C, H, W), channels_last.
+
+    Args:
+        size: (H, W) of the input, which a stride leaves open.
+        stride, pad, tf32, config: as in :func:`conv_fwd`.
+    """
+    ksize = weight.shape[-1]
+    pad = ksize // 2 if pad is None else pad
+    if stride != (1, 1):
+        return conv_transpose_fwd(g, weight, None, stride=stride, pad=pad, size=size, tf32=tf32, config=config)
+    flipped = weight.flip(2, 3).transpose(0, 1)
+    return conv_fwd(g, flipped, None, slope=1.0, pad=ksize - 1 - pad, tf32=tf32, config=config)
 
 
 @triton.jit
@@ -67,7 +88,8 @@ def _conv_wgrad_kernel(
     g_ptr, x_ptr, partial_ptr, sums_ptr,
     N, H, W, O, C, channel0, channels, x_height, x_width, x_top, x_left, steps,
     stride_gn, stride_gh, stride_gw, stride_xn, stride_xc, stride_xh, stride_xw,
-    KSIZE: tl.constexpr, ALL_TAPS: tl.constexpr, SUMS: tl.constexpr,
+    KSIZE: tl.constexpr, PAD: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    ALL_TAPS: tl.constexpr, SUMS: tl.constexpr,
     BLOCK_CO: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +104,7 @@ def _conv_wgrad_kernel(
     else:
         tap, c = block // blocks_o // blocks_c, ((block // blocks_o % blocks_c) * BLOCK_C + k)[None, :]
         inside_c = c < C
-    dh, dw = tap // KSIZE - KSIZE // 2, tap % KSIZE - KSIZE // 2
+    dh, dw = tap // KSIZE - PAD - x_top, tap % KSIZE - PAD - x_left
     tiles_w, tiles_h = tl.cdiv(W, BLOCK_W), tl.cdiv(H, BLOCK_H)
     acc = tl.zeros([BLOCK_CO, BLOCK_C], tl.float32)
     tl.assume(steps > 0)  # a way around the loop makes the ptxas of Triton 3.6 serialise its WGMMAs
@@ -95,11 +117,10 @@ def _conv_wgrad_kernel(
         # int64: one image alone may hold more than 2**31 elements.
         offset = n.to(tl.int64) * stride_gn + h.to(tl.int64) * stride_gh + w.to(tl.int64) * stride_gw
         g = tl.load(g_ptr + offset[:, None] + co[None, :], mask=inside & (co < O)[None, :], other=0.0)
-        row, column = h[:, None] + dh, w[:, None] + dw
-        inside &= (row >= 0) & (row < H) & (column >= 0) & (column < W)
-        inside &= (row >= x_top) & (row < x_top + x_height) & (column >= x_left) & (column < x_left + x_width)
-        offset_x = n.to(tl.int64)[:, None] * stride_xn + (row - x_top).to(tl.int64) * stride_xh
-        offset_x += (column - x_left).to(tl.int64) * stride_xw
+        row, column = (h * STRIDE_H)[:, None] + dh, (w * STRIDE_W)[:, None] + dw
+        inside &= (row >= 0) & (row < x_height) & (column >= 0) & (column < x_width)
+        offset_x = n.to(tl.int64)[:, None] * stride_xn + row.to(tl.int64) * stride_xh
+        offset_x += column.to(tl.int64) * stride_xw
         x = tl.load(x_ptr + offset_x + c.to(tl.int64) * stride_xc, mask=inside & inside_c, other=0.0)
         if INTERPRETED:
             g, x = g.to(tl.float32), x.to(tl.float32)
@@ -129,26 +150,38 @@ def conv_wgrad(
     ksize: int,
     *,
     bias: bool,
+    stride: tuple[int, int] = (1, 1),
+    pad: int | None = None,
+    size: tuple[int, int] | None = None,
     tf32: bool = True,
     config: WgradConfig | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the kernel.
 
     Args:
-        sources: the input, or what was concatenated on channels to it. One whose size is not g's
-            was padded or cropped evenly, the odd pixel below or right.
+        sources: the input, or what was concatenated on channels to it.
         bias: whether the bias gradient is wanted.
-        tf32, config: as in :func:`conv_fwd`.
+        size: (H, W) of the input, the last source's by default; other sources were padded or cropped to it evenly.
+        stride, pad, tf32, config: as in :func:`conv_fwd`.
 
     Returns:
         grad_weight (O, C, ksize, ksize), channels_last; grad_bias (O,) or None.
     """
-    weight, sums = _wgrad(g, sources, ksize, "g" if bias else None, tf32, config)
+    pad, size = ksize // 2 if pad is None else pad, size or (sources[-1].shape[2], sources[-1].shape[3])
+    weight, sums = wgrad(g, sources, ksize, stride, pad, size, "g" if bias else None, tf32, config)
     return weight, None if sums is None else reduce_slabs(sums, g.dtype)
 
 
-def _wgrad(
-    g: Tensor, sources: Sequence[Tensor], ksize: int, summed: str | None, tf32: bool, config: WgradConfig | None
+def wgrad(
+    g: Tensor,
+    sources: Sequence[Tensor],
+    ksize: int,
+    stride: tuple[int, int],
+    pad: int,
+    size: tuple[int, int],
+    summed: str | None,
+    tf32: bool,
+    config: WgradConfig | None,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient of the weight, and of each slab the sums of g's channels (``"g"``) or all sources' (``"x"``)."""
     g = unit_channel_stride(g)
@@ -171,57 +204,15 @@ def _wgrad(
     sums = None if summed is None else torch.empty((count, wide), dtype=torch.float32, device=g.device)
     channel0 = 0
     for source, all_taps, tile, programs in zip(sources, few, tiles, blocks, strict=True):
-        x = source if all_taps else unit_channel_stride(source)
+        x, top, left = placed(source if all_taps else unit_channel_stride(source), *size)
         _conv_wgrad_kernel[(programs, count)](
             g, x, partial, sums, n, h, w, o, x.shape[1], channel0, channels,
-            x.shape[2], x.shape[3], (h - x.shape[2]) // 2, (w - x.shape[3]) // 2, steps,
+            x.shape[2], x.shape[3], top, left, steps,
             g.stride(0), g.stride(2), g.stride(3), *x.stride(),
-            KSIZE=ksize, ALL_TAPS=all_taps, SUMS=summed if summed == "x" or not channel0 else None,
+            KSIZE=ksize, PAD=pad, STRIDE_H=stride[0], STRIDE_W=stride[1],
+            ALL_TAPS=all_taps, SUMS=summed if summed == "x" or not channel0 else None,
             PRECISION="tf32" if tf32 else "ieee", **tile.options(),
         )  # fmt: skip
         channel0 += x.shape[1]
     rows = reduce_slabs(partial, g.dtype) if count > 1 else partial
     return rows.view(o, ksize, ksize, channels).permute(0, 3, 1, 2), sums
-
-
-def _even_and_odd_rows(grad: Tensor) -> list[Tensor]:
-    """(N, O, 2H, 2W) -> twice (N, 2 O, H, W), two neighbours of a row as the channels of one pixel; views if NHWC."""
-    n, o, h, w = grad.shape
-    rows = grad.permute(0, 2, 3, 1).reshape(n, h // 2, 2, w // 2, 2 * o)
-    return [rows[:, :, i].permute(0, 3, 1, 2) for i in range(2)]
-
-
-@without_graph
-def conv_transpose2x2_dgrad(
-    grad: Tensor, weight: Tensor, *, tf32: bool = True, config: ConvConfig | None = None
-) -> Tensor:
-    """Gradient of the input of a 2x2 stride-2 transposed convolution.
-
-    A 1x1 convolution of two sources, the even and the odd rows of ``grad``.
-
-    Args:
-        grad: (N, O, 2H, 2W). weight: (C, O, 2, 2). tf32, config: as in :func:`conv_fwd`.
-
-    Returns:
-        (N, C, H, W), channels_last.
-    """
-    even, odd = _even_and_odd_rows(grad)
-    rows = weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1, 1, 1)
-    return upconcat_conv3x3_fwd(
-        even, odd, rows, None, mode="none", align_corners=False, slope=1.0, tf32=tf32, config=config
-    )
-
-
-@without_graph
-def conv_transpose2x2_wgrad(
-    grad: Tensor, x: Tensor, *, bias: bool, tf32: bool = True, config: WgradConfig | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """As :func:`conv_wgrad`, of the same convolution, in which x and ``grad`` change places.
-
-    Returns:
-        grad_weight (C, O, 2, 2), channels_last; grad_bias (O,) or None.
-    """
-    c, o = x.shape[1], grad.shape[1]
-    rows, sums = _wgrad(x, _even_and_odd_rows(grad), 1, "x" if bias else None, tf32, config)
-    weight = rows.permute(0, 2, 3, 1).reshape(c, 2, 2, o).permute(0, 3, 1, 2)
-    return weight, None if sums is None else reduce_slabs(sums.view(-1, o), grad.dtype)  # two rows, two columns

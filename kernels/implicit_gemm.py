@@ -3,8 +3,10 @@
 A convolution is the matrix product  y[o, p] = sum_k w[o, k] x[k, p]  over k = (tap, channel):
 
     o   output channels, BLOCK_CO of them in a tile: the rows (M) of the product
-    p   pixels, BLOCK_N images x BLOCK_H rows x BLOCK_W columns in a tile: the columns (N)
+    p   pixels of y, BLOCK_N images x BLOCK_H rows x BLOCK_W columns in a tile: the columns (N)
     k   one filter tap and BLOCK_K channels a step: x is read shifted by the tap, never unfolded
+
+Tap (i, j) of the filter meets pixel (h STRIDE_H + i - PAD, w STRIDE_W + j - PAD) of x at pixel (h, w) of y.
 
 The weights stand on the left and the pixels, transposed, on the right. On Hopper the left operand
 of an MMA may come from registers, which serialises it; the weights arrive straight from memory, so
@@ -49,6 +51,12 @@ def tile_pixels(n0, h0, w0, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def convolved(size, KSIZE: tl.constexpr, PAD: tl.constexpr, STRIDE: tl.constexpr):
+    """Rows or columns of a convolution's result; of the usual geometry the compiler makes it ``size``."""
+    return (size + (2 * PAD - KSIZE)) // STRIDE + 1
+
+
+@triton.jit
 def dot(w, x, acc, PRECISION: tl.constexpr):
     """acc [BLOCK_CO, BLOCK_P] + w [BLOCK_CO, BLOCK_K] @ transposed x [BLOCK_P, BLOCK_K]."""
     if INTERPRETED:
@@ -74,19 +82,22 @@ def load_weights(
 @triton.jit
 def accumulate(
     acc, x, w, w_row0, w_rows, w_channel0, w_channels,
-    n0, h0, w0, N, H, W, C,
-    x_height, x_width, x_top, x_left, stride_xn, stride_xh, stride_xw,
-    KSIZE: tl.constexpr, BLOCK_CO: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    n0, h0, w0, N, C, x_height, x_width, x_top, x_left, stride_xn, stride_xh, stride_xw,
+    KSIZE: tl.constexpr, PAD: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    BLOCK_CO: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_K: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc [BLOCK_CO, BLOCK_P] += w @ x over all taps and the C channels of one source.
 
-    The source is x_height x x_width and lies at (x_top, x_left) of the H x W map; around it are
-    zeros. Its channels begin at ``w_channel0`` of the ``w_channels`` that the weight has for each tap.
+    The source is x_height x x_width and lies at (x_top, x_left) of the map; around it are zeros. Its channels
+    begin at ``w_channel0`` of the ``w_channels`` that the weight has for each tap. With TMA strides are 1.
     """
     n, h, col = tile_pixels(n0, h0, w0, BLOCK_N, BLOCK_H, BLOCK_W)
+    # Under the middle tap, from which the others are a row or column away: their offset fits 32 bits.
+    row0 = h * STRIDE_H + (KSIZE // 2 - PAD) - x_top
+    column0 = col * STRIDE_W + (KSIZE // 2 - PAD) - x_left
     # int64: one image alone may hold more than 2**31 elements.
-    origin = n.to(tl.int64) * stride_xn + (h - x_top).to(tl.int64) * stride_xh + (col - x_left).to(tl.int64) * stride_xw
+    origin = n.to(tl.int64) * stride_xn + row0.to(tl.int64) * stride_xh + column0.to(tl.int64) * stride_xw
     steps = tl.cdiv(C, BLOCK_K)
     for k in range(0, KSIZE * KSIZE * steps):
         tap = k // steps
@@ -95,12 +106,11 @@ def accumulate(
         dw = tap % KSIZE - KSIZE // 2
         c = c0 + tl.arange(0, BLOCK_K)
         if USE_TMA:
-            box = x.load([n0, h0 + dh - x_top, w0 + dw - x_left, c0])
+            box = x.load([n0, h0 + tap // KSIZE - PAD - x_top, w0 + tap % KSIZE - PAD - x_left, c0])
             x_tile = box.reshape(BLOCK_N * BLOCK_H * BLOCK_W, BLOCK_K)
         else:
-            row, column = h + dh, col + dw
-            inside = (n < N) & (row >= 0) & (row < H) & (column >= 0) & (column < W)
-            inside &= (row >= x_top) & (row < x_top + x_height) & (column >= x_left) & (column < x_left + x_width)
+            row, column = row0 + dh, column0 + dw
+            inside = (n < N) & (row >= 0) & (row < x_height) & (column >= 0) & (column < x_width)
             offset = origin[:, None] + (dh * stride_xh + dw * stride_xw + c)[None, :]
             x_tile = tl.load(x + offset, mask=inside[:, None] & (c < C)[None, :], other=0.0)  # [BLOCK_P, BLOCK_K]
         w_column = tap * w_channels + w_channel0 + c0

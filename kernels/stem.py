@@ -1,6 +1,8 @@
-"""The first convolution of an image: 3x3, 1 to 4 input channels, bias, activation.
+"""The first convolution of an image: 3x3 filters, 1 to 4 input channels, bias, activation.
 
-    y[n, o, h, w] = act(b[o] + sum over c, i, j of weight[o, c, i, j] x[n, c, h + i - 1, w + j - 1])
+    y[n, o, h, w] = act(b[o] + sum over c, i, j of weight[o, c, i, j] x[n, c, s h + i - p, t w + j - p])
+
+for a stride of (s, t) and p zeros around x, as in conv3x3.py.
 
 Tiling: one program computes BLOCK_CO output channels of BLOCK_N x BLOCK_H x BLOCK_W pixels. All
 9 * C products of a pixel are one step of at most 64 (9 of 16 for a grey image), so that few
@@ -17,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .implicit_gemm import add_bias_activate, dot, store_tile, tile_origin, tile_pixels
-from .tensors import bias_or_zeros, empty_channels_last, packed_weight, without_graph
+from .implicit_gemm import add_bias_activate, convolved, dot, store_tile, tile_origin, tile_pixels
+from .tensors import bias_or_zeros, convolved_size, empty_channels_last, packed_weight, without_graph
 from .tuning import ConvConfig, stem_config
 
 STEM_CHANNELS = 4
@@ -28,15 +30,16 @@ STEM_CHANNELS = 4
 def _stem_fwd_kernel(
     x_ptr, w_ptr, bias_ptr, y_ptr,
     N, H, W, O, stride_xn, stride_xc, stride_xh, stride_xw,
-    C: tl.constexpr, SLOPE: tl.constexpr,
+    C: tl.constexpr, PAD: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_CO: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    n0, h0, w0, co0 = tile_origin(H, W, O, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W)
+    y_height, y_width = convolved(H, 3, PAD, STRIDE_H), convolved(W, 3, PAD, STRIDE_W)
+    n0, h0, w0, co0 = tile_origin(y_height, y_width, O, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W)
     n, h, col = tile_pixels(n0, h0, w0, BLOCK_N, BLOCK_H, BLOCK_W)
     k = tl.arange(0, BLOCK_K)  # (tap, channel), as in the packed weight
-    row = h[:, None] + (k // (3 * C) - 1)[None, :]  # [BLOCK_P, BLOCK_K]
-    column = col[:, None] + (k // C % 3 - 1)[None, :]
+    row = (h * STRIDE_H)[:, None] + (k // (3 * C) - PAD)[None, :]  # [BLOCK_P, BLOCK_K]
+    column = (col * STRIDE_W)[:, None] + (k // C % 3 - PAD)[None, :]
     inside = (n < N)[:, None] & (row >= 0) & (row < H) & (column >= 0) & (column < W) & (k < 9 * C)[None, :]
     offset = n.to(tl.int64)[:, None] * stride_xn + (k % C).to(tl.int64)[None, :] * stride_xc
     offset += row.to(tl.int64) * stride_xh + column.to(tl.int64) * stride_xw
@@ -46,7 +49,7 @@ def _stem_fwd_kernel(
     w = tl.load(w_ptr + co[:, None] * (9 * C) + k[None, :], mask=w_mask, other=0.0)
     acc = dot(w, x, tl.zeros([BLOCK_CO, BLOCK_N * BLOCK_H * BLOCK_W], tl.float32), PRECISION)
     acc = add_bias_activate(acc, bias_ptr, co0, O, SLOPE, BLOCK_CO)
-    store_tile(y_ptr, acc, n, h, col, co0, N, H, W, O, BLOCK_CO)
+    store_tile(y_ptr, acc, n, h, col, co0, N, y_height, y_width, O, BLOCK_CO)
 
 
 @without_graph
@@ -56,19 +59,21 @@ def stem_fwd(
     bias: Tensor | None,
     *,
     slope: float,
+    stride: tuple[int, int] = (1, 1),
+    pad: int = 1,
     tf32: bool = True,
     config: ConvConfig | None = None,
 ) -> Tensor:
     """Launch the kernel; arguments as in :func:`conv_fwd`. Returns y (N, O, H, W), channels_last."""
     n, c, h, w = x.shape
-    o = weight.shape[0]
-    y = empty_channels_last(x, o, h, w)
+    o, size = weight.shape[0], convolved_size(x, 3, stride, pad)
+    y = empty_channels_last(x, o, *size)
     if y.numel() == 0:
         return y
-    config = config or stem_config(c, o, h, w, precise=x.dtype == torch.float32 and not tf32)
-    _stem_fwd_kernel[(config.tiles(n, h, w, o),)](
+    config = config or stem_config(c, o, *size, precise=x.dtype == torch.float32 and not tf32)
+    _stem_fwd_kernel[(config.tiles(n, *size, o),)](
         x, packed_weight(weight), bias_or_zeros(bias, y), y, n, h, w, o, *x.stride(),
-        C=c, SLOPE=slope,
+        C=c, PAD=pad, STRIDE_H=stride[0], STRIDE_W=stride[1], SLOPE=slope,
         PRECISION="tf32" if tf32 else "ieee", **config.options(),
     )  # fmt: skip
     return y

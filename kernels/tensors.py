@@ -55,6 +55,22 @@ def empty_channels_last(x: Tensor, channels: int, height: int, width: int, dtype
     return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
+def convolved_size(x: Tensor, ksize: int, stride: tuple[int, int], pad: int) -> tuple[int, int]:
+    """(H, W) of the convolution of x with ``pad`` zeros on each side."""
+    (height, width), (rows, columns) = x.shape[2:], stride
+    return (height + 2 * pad - ksize) // rows + 1, (width + 2 * pad - ksize) // columns + 1
+
+
+def placed(x: Tensor, height: int, width: int) -> tuple[Tensor, int, int]:
+    """``x`` in the middle of a map of this size: a view, cropped where it is larger, and its first row and column.
+
+    The odd row or column that is left, or cut, is below or right, or above or left.
+    """
+    top, left = (height - x.shape[2]) // 2, (width - x.shape[3]) // 2
+    rows, columns = max(0, -top), max(0, -left)
+    return x[:, :, rows : rows + height, columns : columns + width], max(0, top), max(0, left)
+
+
 def bias_or_zeros(bias: Tensor | None, y: Tensor) -> Tensor:
     """The bias, or zeros for the channels of ``y``.
 

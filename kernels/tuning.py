@@ -137,10 +137,16 @@ def conv_configs(
     *,
     precise: bool = False,
     interpolating: bool = False,
+    tma: bool = True,
 ) -> tuple[ConvConfig, ...]:
-    """Every tile that :func:`conv_config` may give for such a layer on such a device, wherever its tensors lie."""
+    """Every tile that :func:`conv_config` may give for such a layer on such a device, wherever its tensors lie.
+
+    Args:
+        tma: whether it may be addressed by TMA at all.
+    """
     shape = channels, out_channels, height, width, dtype, capability
-    tiles = (conv_config(*shape, precise=precise, tma=tma, interpolating=interpolating) for tma in (True, False))
+    options = {"precise": precise, "interpolating": interpolating}
+    tiles = (conv_config(*shape, tma=boxes, **options) for boxes in ((True, False) if tma else (False,)))
     return tuple(dict.fromkeys(tiles))
 
 

@@ -128,31 +128,28 @@ STRIDED = UNetConfig(1, 2, (4, 8), upsample="transpose", downsample="stride", st
 
 
 @pytest.mark.parametrize(
-    ("config", "unserved"),
+    ("config", "geometry", "layers"),
     [
-        (
-            STRIDED,
-            {
-                "bottleneck.net.0": "no kernel for a convolution with a stride of 2x1",
-                "ups.0.up": "no kernel for a convolution transposed with a stride of 2x1",
-            },
-        ),
+        (STRIDED, "with a stride of 2x1", {"bottleneck.net.0"}),
         (
             UNetConfig(1, 2, (4, 8), padding="valid", match="center_crop", encoder_convs=(1, 1), decoder_convs=(1,)),
-            dict.fromkeys(
-                ("downs.0.conv.net.0", "bottleneck.net.0", "ups.0.conv.net.0"),
-                "no kernel for a convolution without padding",
-            ),
+            "without padding",
+            {"downs.0.conv.net.0", "bottleneck.net.0", "ups.0.conv.net.0"},
         ),
     ],
     ids=["stride", "valid"],
 )
-def test_layers_without_a_kernel_say_why(config: UNetConfig, unserved: dict[str, str]) -> None:
+def test_layers_that_change_their_maps_size(config: UNetConfig, geometry: str, layers: set[str]) -> None:
+    """Portable kernels serve them, other implementations say why they do not."""
+    size, cpu = (1, 1, 16, 16), torch.device("cpu")
     with dispatch.forced("triton"):
-        explanation = explain_config(config, (1, 1, 16, 16), torch.device("cpu"), torch.float32)
-    found = {row.layer.name: row.choice.reason for row in explanation.rows if "no kernel" in row.choice.reason}
-    assert found == unserved
-    assert len(found) < len(explanation.rows)
+        assert {row.choice.implementation for row in explain_config(config, size, cpu, torch.float32).rows} == {
+            "triton"
+        }
+    with dispatch.forced("commuted"):
+        rows = explain_config(config, size, cpu, torch.float32).rows
+    found = {row.layer.name for row in rows if f"it serves no convolution {geometry}" in row.choice.reason}
+    assert found == layers
 
 
 @pytest.mark.parametrize(("norm", "order"), [("instance", "conv_norm_act"), ("batch", "conv_act_norm")])
@@ -165,7 +162,7 @@ def test_a_norm_of_its_own_is_said(norm: str, order: str) -> None:
         strided = dataclasses.replace(STRIDED, norm=norm, order=order)
         rows = explain_config(strided, (1, 1, 16, 16), torch.device("cpu"), torch.float32).rows
     reasons = {row.layer.name: row.choice.reason for row in rows}
-    assert reasons["bottleneck.net.0"].endswith(f"with a stride of 2x1, then {norm} norm by a kernel")
+    assert reasons["bottleneck.net.0"] == f"asked for, then {norm} norm by a kernel"
     assert rows[-1].choice == dispatch.Choice("triton", "asked for")
 
 

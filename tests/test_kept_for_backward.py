@@ -51,14 +51,14 @@ def test_what_is_saved_is_less_than_eagers(features, size, norm, dtype, limit):
     assert ours <= limit * theirs
 
 
-UNSERVED = {
+GEOMETRIES = {
     "unpadded": {"padding": "valid", "match": "center_crop"},
     "unpadded, transpose": {"padding": "valid", "match": "center_crop", "upsample": "transpose"},
     "strided": {"downsample": "stride", "upsample": "transpose", "strides": ((2, 1), (3, 2))},
 }
 
 
-@pytest.mark.parametrize("options", UNSERVED.values(), ids=UNSERVED)
+@pytest.mark.parametrize("options", GEOMETRIES.values(), ids=GEOMETRIES)
 def test_where_pytorch_convolves_no_map_is_saved_twice(options, seed):
     """Nor one that was upsampled or concatenated: the results of convolutions and pools alone, and the input."""
     net, sizes = FastUNet(1, 2, (4, 6, 8), **options), []

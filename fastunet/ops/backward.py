@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..dispatch import unserved, unserved_transpose
 from .common import channels_last, empty
 from .launchers import Shapes, choose
 from .steps import (
@@ -85,10 +84,10 @@ def _first_order(formula: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple
 # --- which step runs on what -------------------------------------------------------------------------------
 
 
-def _choose(ctx: Any, op: str, maps: Shapes, weight: Tensor, mode: str = "none", unserved: str = "") -> None:
+def _choose(ctx: Any, op: str, maps: Shapes, weight: Tensor, mode: str = "none", geometry: str = "") -> None:
     """Which steps are kernels of ours: of this layer, and where no layer is measured, the passes between them."""
     layer = op, maps, tuple(weight.shape), weight.device, weight.dtype, mode
-    ctx.dgrad, ctx.wgrad = (choose(*layer, step, unserved).implementation == "triton" for step in ("dgrad", "wgrad"))
+    ctx.dgrad, ctx.wgrad = (choose(*layer, step, geometry).implementation == "triton" for step in ("dgrad", "wgrad"))
     ctx.gather, also = (_ours(weight, step) for step in ("dgrad", "wgrad"))
     ctx.kernels = ctx.gather or also
 
@@ -124,7 +123,7 @@ def _through_max_pool(grad_pooled: Tensor, y: Tensor) -> Tensor:
 def _dgrad(ctx: Any, g: Tensor, weight: Tensor, height: int, width: int) -> Gradient:
     """Gradient of an input of ``height`` x ``width``."""
     if ctx.dgrad:
-        return dgrad_kernel(g, weight)
+        return dgrad_kernel(g, weight, ctx.stride, ctx.padding, height, width)
     # PyTorch asks for the input, and reads its shape and layout.
     x = empty(g, weight.shape[1], height, width)
     return convolution_backward(g, x, weight, (True, False, False), ctx.stride, ctx.padding)[0]
@@ -162,7 +161,7 @@ def save_conv(ctx: Any, inputs: Any, output: Any) -> None:
     linear = ctx.slope == 1 and not isinstance(output, tuple)
     ctx.save_for_backward(x, weight, None if linear else y)
     op, ctx.operator = "conv2d_relu_pool" if isinstance(output, tuple) else "conv2d_relu", "conv2d_relu"
-    _choose(ctx, op, (tuple(x.shape),), weight, unserved=unserved(ctx.stride, ctx.padding))
+    _choose(ctx, op, (tuple(x.shape),), weight, geometry=dispatch.geometry(ctx.stride, ctx.padding))
 
 
 def _conv_gradients(ctx: Any, grad: Tensor, grad_pooled: Tensor | None) -> tuple[Any, ...]:
@@ -175,7 +174,7 @@ def _conv_gradients(ctx: Any, grad: Tensor, grad_pooled: Tensor | None) -> tuple
     need_bias &= grad_bias is None
     grad_weight = None
     if need_weight and ctx.wgrad:
-        grad_weight, with_it = wgrad_kernel(g, x, weight.shape[-1], need_bias)
+        grad_weight, with_it = wgrad_kernel(g, x, weight, *geometry, need_bias)
         grad_bias = with_it if need_bias else grad_bias
     elif need_weight or need_bias:
         grad_weight, grad_bias_torch = _wgrad_torch(ctx, g, [x], weight, need_weight, need_bias)
@@ -250,7 +249,7 @@ def save_upsample_conv(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.stride = [1, 1]
     ctx.save_for_backward(x, skip, weight, None if ctx.slope == 1 else output)
     maps, mode = launched(x, skip, ctx.mode, ctx.match)
-    _choose(ctx, "upsample_concat_conv2d_relu", maps, weight, mode, unserved(ctx.stride, ctx.padding))
+    _choose(ctx, "upsample_concat_conv2d_relu", maps, weight, mode, dispatch.geometry(ctx.stride, ctx.padding))
 
 
 @_first_order
@@ -276,7 +275,7 @@ def upsample_concat_conv2d_relu(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     need_bias &= grad_bias is None
     # The weight's first, so that the upsampled map is gone before the gradient of it comes.
     if need_weight and ctx.wgrad:
-        grad_weight, with_it = wgrad_of_two_kernel(g, x, skip, *how, need_bias)
+        grad_weight, with_it = wgrad_of_two_kernel(g, x, skip, weight, *how, ctx.padding, need_bias)
         grad_bias = with_it if need_bias else grad_bias
     elif need_weight or need_bias:
         sources = [fitted(x, skip, *how), skip] if c2 else [fitted(x, skip, *how)]
@@ -298,7 +297,7 @@ def upsample_concat_conv2d_relu(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 def save_transpose(ctx: Any, inputs: Any, output: Any) -> None:
     x, weight, _ = inputs
     ctx.save_for_backward(x, weight)
-    _choose(ctx, "conv_transpose2x2", (tuple(x.shape),), weight, unserved=unserved_transpose(weight.shape[2:]))
+    _choose(ctx, "conv_transpose2x2", (tuple(x.shape),), weight)
 
 
 @_first_order
@@ -309,7 +308,7 @@ def conv_transpose2x2(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if ctx.dgrad and need_x:
         found[0], need_x = transpose_dgrad_kernel(grad, weight), False
     if ctx.wgrad and need_weight:
-        found[1], with_it = transpose_wgrad_kernel(grad, x, need_bias)
+        found[1], with_it = transpose_wgrad_kernel(grad, x, weight, need_bias)
         found[2] = with_it if need_bias else None
         need_weight = need_bias = False
     if need_x or need_weight or need_bias:

@@ -64,6 +64,11 @@ def repeatable_cudnn() -> Iterator[None]:
         cudnn.deterministic, cudnn.benchmark = before
 
 
+def zeros(weight: Tensor, padding: str) -> int:
+    """Rows and columns of zeros on each side of a convolution's map."""
+    return weight.shape[-1] // 2 if padding == "same" else 0
+
+
 def empty(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     shape = (like.shape[0], channels, height, width)
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch, reference
-from ..dispatch import unserved, unserved_transpose
 from . import backward, commuted
-from .common import channels_last, empty, on_device, repeatable_cudnn, result, takes_triton, tf32
+from .common import channels_last, empty, on_device, repeatable_cudnn, result, takes_triton, tf32, zeros
 from .launchers import launcher
 from .upsampling import fitted, is_replicated
 
@@ -37,7 +36,7 @@ def conv2d_relu_torch(
 def conv2d_relu(
     x: Tensor, weight: Tensor, bias: Tensor | None, slope: float, stride: Sequence[int], padding: str
 ) -> Tensor:
-    launch = launcher("conv_fwd", "conv2d_relu", (x,), weight, unserved=unserved(stride, padding))
+    launch = launcher("conv_fwd", "conv2d_relu", (x,), weight, stride=stride, padding=padding)
     if launch is not None:
         with on_device(x):
             return launch(x, weight, bias, slope=slope, tf32=tf32())
@@ -60,7 +59,7 @@ def conv2d_relu_pool_torch(
 def conv2d_relu_pool(
     x: Tensor, weight: Tensor, bias: Tensor | None, slope: float, stride: Sequence[int], padding: str
 ) -> tuple[Tensor, Tensor]:
-    launch = launcher("conv_pool_fwd", "conv2d_relu_pool", (x,), weight, unserved=unserved(stride, padding))
+    launch = launcher("conv_pool_fwd", "conv2d_relu_pool", (x,), weight, stride=stride, padding=padding)
     if launch is not None:
         with on_device(x):
             return launch(x, weight, bias, slope=slope, tf32=tf32())
@@ -82,7 +81,7 @@ def max_pool2x2(x: Tensor) -> Tensor:
 
 def _convolved(x: Tensor, weight: Tensor, stride: Sequence[int], padding: str) -> tuple[int, int]:
     """(H, W) of a convolution's result."""
-    lost = 0 if padding == "same" else weight.shape[-1] - 1
+    lost = weight.shape[-1] - 1 - 2 * zeros(weight, padding)
     return (x.shape[2] - lost - 1) // stride[0] + 1, (x.shape[3] - lost - 1) // stride[1] + 1
 
 
@@ -236,7 +235,7 @@ def upsample_concat_conv2d_relu(
     if is_replicated(x, skip, mode, match):
         x, mode = fitted(x, skip, mode, align_corners, match), "none"
     of = "upsample_concat_conv2d_relu", (x, skip), weight, mode
-    launch = launcher("upconcat_conv3x3_fwd", *of, unserved=unserved((1, 1), padding))
+    launch = launcher("upconcat_conv3x3_fwd", *of, padding=padding)
     if launch is not None:
         with on_device(x):
             return launch(x, skip, weight, bias, mode=mode, align_corners=align_corners, slope=slope, tf32=tf32())
@@ -269,8 +268,7 @@ def conv_transpose2x2_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> T
 
 @torch.library.custom_op("fastunet::conv_transpose2x2", mutates_args=())
 def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    plain = unserved_transpose(weight.shape[2:])
-    launch = launcher("conv_transpose2x2_fwd", "conv_transpose2x2", (x,), weight, unserved=plain)
+    launch = launcher("conv_transpose_fwd", "conv_transpose2x2", (x,), weight)
     if launch is not None:
         with on_device(x):
             return launch(x, weight, bias, tf32=tf32())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,7 @@ def choose(
     dtype: torch.dtype,
     mode: str = "none",
     step: str = "forward",
-    unserved: str = "",
+    geometry: str = "",
 ) -> dispatch.Choice:
     """Which implementation serves a step of an operator, and why.
 
@@ -33,13 +34,13 @@ def choose(
         maps: shape (N, C, H, W) of each source. weight: its shape.
         mode: how the first source is upsampled.
         step: of :data:`fastunet.dispatch.STEPS`.
-        unserved: what of the convolution no kernel serves; empty if one does.
+        geometry: of :func:`fastunet.dispatch.geometry`.
     """
-    if unserved:
-        return dispatch.Choice("torch", f"no kernel for a convolution {unserved}")
-    key = measured.layer_key(op, maps, weight, dtype, mode, step)
+    key = measured.layer_key(op, maps, weight, dtype, mode, step, geometry)
 
     def obstacle(implementation: str) -> str | None:
+        if geometry:
+            return f"it serves no convolution {geometry}"
         if implementation != "hopper" and (op != "upsample_concat_conv2d_relu" or mode == "none"):
             return "it upsamples nothing"
         if implementation == "commuted":
@@ -50,12 +51,18 @@ def choose(
 
 
 def launcher(
-    name: str, op: str, maps: tuple[Tensor, ...], weight: Tensor, mode: str = "none", unserved: str = ""
+    name: str,
+    op: str,
+    maps: tuple[Tensor, ...],
+    weight: Tensor,
+    mode: str = "none",
+    stride: Sequence[int] = (1, 1),
+    padding: str = "same",
 ) -> Any:
     """The launcher of that name in the module that serves these tensors; None for plain torch."""
     shapes = tuple(tuple(x.shape) for x in maps)
     layer = op, shapes, tuple(weight.shape), maps[-1].device, maps[-1].dtype, mode
-    choice = choose(*layer, unserved=unserved)
+    choice = choose(*layer, geometry=dispatch.geometry(stride, padding))
     if choice.implementation == "torch":
         return None
     if choice.implementation == "commuted":
@@ -64,10 +71,18 @@ def launcher(
         return kernels.hopper.upconcat_conv3x3_commuted_fwd
     if choice.implementation == "triton":
         stem = name == "conv_fwd" and shapes[0][1] <= kernels.STEM_CHANNELS and weight.shape[-1] == 3
-        return kernels.stem_fwd if stem else getattr(kernels, name)
+        launch = kernels.stem_fwd if stem else getattr(kernels, name)
+        how = geometry_options(stride, padding)
+        return functools.partial(launch, **how) if how else launch
     fields = choice.entry.config if choice.entry is not None else None
     config = _offered(tuple(fields.items()), op, shapes, tuple(weight.shape), maps[-1].dtype, mode) if fields else None
     return functools.partial(getattr(kernels.hopper, name), config=config)
+
+
+def geometry_options(stride: Sequence[int], padding: str) -> dict[str, Any]:
+    """What a portable launcher is told of a convolution that does not keep its map's size."""
+    how: dict[str, Any] = {} if tuple(stride) == (1, 1) else {"stride": tuple(stride)}
+    return how if padding == "same" else {**how, "pad": 0}
 
 
 @functools.cache

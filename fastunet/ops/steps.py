@@ -4,13 +4,13 @@ Of several results that need not be wanted, those that are not are of no element
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import dispatch
-from .common import channels_last, empty, on_device, repeatable_cudnn, result, tf32
+from .common import channels_last, empty, on_device, repeatable_cudnn, result, tf32, zeros
 from .upsampling import fitted, is_replicated
 
 if TYPE_CHECKING or dispatch.has_triton():
@@ -118,8 +118,7 @@ def convolution_backward(
     transposed: bool = False,
 ) -> tuple[Gradient, Gradient, Gradient]:
     """PyTorch's gradients of input, weight and bias, those that ``mask`` asks for."""
-    pad = weight.shape[-1] // 2 if padding == "same" and not transposed else 0
-    geometry = list(stride), pad, transposed
+    geometry = list(stride), 0 if transposed else zeros(weight, padding), transposed
     if not grad.is_cuda:
         return _convolution_backward(grad, x, weight, list(mask), *geometry)
     found = _cudnn_backward(grad, x, weight, list(mask), *geometry)
@@ -157,46 +156,69 @@ def _(
 
 
 @torch.library.custom_op("fastunet::conv_dgrad", mutates_args=())
-def dgrad_kernel(g: Tensor, weight: Tensor) -> Tensor:
+def dgrad_kernel(g: Tensor, weight: Tensor, stride: Sequence[int], padding: str, height: int, width: int) -> Tensor:
+    """Gradient of an input of ``height`` x ``width``."""
     with on_device(g):
-        return kernels.conv_dgrad(g, weight, tf32=tf32())
+        how: Any = {"stride": tuple(stride), "pad": zeros(weight, padding), "size": (height, width)}
+        return kernels.conv_dgrad(g, weight, tf32=tf32(), **how)
 
 
 @dgrad_kernel.register_fake
-def _(g: Tensor, weight: Tensor) -> Tensor:
-    return empty(g, weight.shape[1], *g.shape[2:])
+def _(g: Tensor, weight: Tensor, stride: Sequence[int], padding: str, height: int, width: int) -> Tensor:
+    return empty(g, weight.shape[1], height, width)
 
 
 @torch.library.custom_op("fastunet::conv_wgrad", mutates_args=())
-def wgrad_kernel(g: Tensor, x: Tensor, ksize: int, bias: bool) -> tuple[Tensor, Tensor]:
+def wgrad_kernel(
+    g: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: str, bias: bool
+) -> tuple[Tensor, Tensor]:
+    """Of ``weight`` the shape alone counts."""
     with on_device(g):
-        return _both(*kernels.conv_wgrad(g, [x], ksize, bias=bias, tf32=tf32()))
+        how: Any = {"stride": tuple(stride), "pad": zeros(weight, padding)}
+        return _both(*kernels.conv_wgrad(g, [x], weight.shape[-1], bias=bias, tf32=tf32(), **how))
 
 
 @wgrad_kernel.register_fake
-def _(g: Tensor, x: Tensor, ksize: int, bias: bool) -> tuple[Tensor, Tensor]:
-    weight = empty(g.new_empty(g.shape[1], 0), x.shape[1], ksize, ksize)
-    return weight, g.new_empty(g.shape[1] if bias else 0)
+def _(g: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: str, bias: bool) -> tuple[Tensor, Tensor]:
+    return empty(weight, *weight.shape[1:]), g.new_empty(g.shape[1] if bias else 0)
 
 
 @torch.library.custom_op("fastunet::upsample_concat_wgrad", mutates_args=())
 def wgrad_of_two_kernel(
-    g: Tensor, x: Tensor, skip: Tensor, mode: str, align_corners: bool, match: str, bias: bool
+    g: Tensor,
+    x: Tensor,
+    skip: Tensor,
+    weight: Tensor,
+    mode: str,
+    align_corners: bool,
+    match: str,
+    padding: str,
+    bias: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Of ``weight`` the shape alone counts."""
     with on_device(g):
         if is_replicated(x, skip, mode, match):
             x = fitted(x, skip, mode, align_corners, match)
         elif mode != "none":
             x = kernels.upsample_fwd(x, *skip.shape[2:], mode=mode, align_corners=align_corners)
-        return _both(*kernels.conv_wgrad(g, [x, skip] if skip.shape[1] else [x], 3, bias=bias, tf32=tf32()))
+        sources, size = [x, skip] if skip.shape[1] else [x], (skip.shape[2], skip.shape[3])
+        how: Any = {"pad": zeros(weight, padding), "size": size}
+        return _both(*kernels.conv_wgrad(g, sources, 3, bias=bias, tf32=tf32(), **how))
 
 
 @wgrad_of_two_kernel.register_fake
 def _(
-    g: Tensor, x: Tensor, skip: Tensor, mode: str, align_corners: bool, match: str, bias: bool
+    g: Tensor,
+    x: Tensor,
+    skip: Tensor,
+    weight: Tensor,
+    mode: str,
+    align_corners: bool,
+    match: str,
+    padding: str,
+    bias: bool,
 ) -> tuple[Tensor, Tensor]:
-    weight = empty(g.new_empty(g.shape[1], 0), x.shape[1] + skip.shape[1], 3, 3)
-    return weight, g.new_empty(g.shape[1] if bias else 0)
+    return empty(weight, *weight.shape[1:]), g.new_empty(g.shape[1] if bias else 0)
 
 
 def _both(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -204,24 +226,25 @@ def _both(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return weight, weight.new_empty(0) if bias is None else bias
 
 
-@torch.library.custom_op("fastunet::conv_transpose2x2_dgrad", mutates_args=())
+@torch.library.custom_op("fastunet::conv_transpose_dgrad", mutates_args=())
 def transpose_dgrad_kernel(grad: Tensor, weight: Tensor) -> Tensor:
     with on_device(grad):
-        return kernels.conv_transpose2x2_dgrad(grad, weight, tf32=tf32())
+        return kernels.conv_transpose_dgrad(grad, weight, tf32=tf32())
 
 
 @transpose_dgrad_kernel.register_fake
 def _(grad: Tensor, weight: Tensor) -> Tensor:
-    return empty(grad, weight.shape[0], grad.shape[2] // 2, grad.shape[3] // 2)
+    return empty(grad, weight.shape[0], grad.shape[2] // weight.shape[2], grad.shape[3] // weight.shape[3])
 
 
-@torch.library.custom_op("fastunet::conv_transpose2x2_wgrad", mutates_args=())
-def transpose_wgrad_kernel(grad: Tensor, x: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("fastunet::conv_transpose_wgrad", mutates_args=())
+def transpose_wgrad_kernel(grad: Tensor, x: Tensor, weight: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    """Of ``weight`` the shape alone counts."""
     with on_device(grad):
-        weight, grad_bias = kernels.conv_transpose2x2_wgrad(grad, x, bias=bias, tf32=tf32())
-    return _both(weight.contiguous(), grad_bias)
+        found, grad_bias = kernels.conv_transpose_wgrad(grad, x, bias=bias, tf32=tf32())
+    return _both(found.contiguous(), grad_bias)
 
 
 @transpose_wgrad_kernel.register_fake
-def _(grad: Tensor, x: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
-    return grad.new_empty(x.shape[1], grad.shape[1], 2, 2), grad.new_empty(grad.shape[1] if bias else 0)
+def _(grad: Tensor, x: Tensor, weight: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    return grad.new_empty(weight.shape), grad.new_empty(grad.shape[1] if bias else 0)

@@ -37,7 +37,7 @@ def backward_runs_on(model: nn.Module, x: Tensor) -> dict[str, str]:
     chosen, act_first = {}, model.config.order == "conv_act_norm"
     for layer in layers:
         of = layer.op, layer.in_shapes, layer.weight_shape, x.device, x.dtype, layer.mode
-        chosen[layer.name] = [ops.choose(*of, step, layer.unserved).implementation for step in steps]
+        chosen[layer.name] = [ops.choose(*of, step, layer.geometry).implementation for step in steps]
     behind_activations = {layer.name for layer in layers if layer.activation and (layer.norm is None or act_first)}
 
     def of_parameter(name: str) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import kernels, reference
 from ..config import UNetConfig
 from ..kernels import tuning
+from ..ops.launchers import geometry_options
 from ..trace import Layer, trace
 
 Config = tuning.ConvConfig | kernels.hopper.HopperConfig
@@ -57,7 +58,7 @@ class Launch:
 
     def commuted(self, hopper: bool) -> tuple[Commuted, ...]:
         """The implementations that have its upsampling behind its products, with Hopper's if they are asked for."""
-        if self.launcher is not kernels.upconcat_conv3x3_fwd or self.options["mode"] == "none":
+        if self.launcher is not kernels.upconcat_conv3x3_fwd or self.options["mode"] == "none" or self.layer.geometry:
             return ()
         return ("commuted", "hopper commuted") if hopper and self.hopper else ("commuted",)
 
@@ -77,7 +78,7 @@ class Launch:
 def launches(
     config: UNetConfig, size: tuple[int, int, int], make: Make, *, tf32: bool = True, training: bool = False
 ) -> Iterator[Launch]:
-    """The launches of a network's forward pass, in order; layers that no kernel serves are left out.
+    """The launches of a network's forward pass, in order.
 
     Args:
         size: (batch, height, width).
@@ -87,8 +88,6 @@ def launches(
     """
     batch, height, width = size
     for layer in trace(config, height, width, batch):
-        if layer.unserved:
-            continue
         mode = layer.mode
         corners = mode == "bilinear" and config.align_corners
         inputs, out = tuple(make(*shape) for shape in layer.in_shapes), layer.out_shape[1]
@@ -101,34 +100,36 @@ def launches(
             layer = dataclasses.replace(layer, op=layer.op.removesuffix("_pool"))
         slope = 1.0 if norm_follows or layer.activation is None else config.slope
         options: dict[str, Any] = {"tf32": tf32}
+        how = geometry_options(layer.stride, layer.padding)
+        plain: dict[str, Any] = {"slope": slope, "padding": layer.padding}
         source, interpolating = (h, w), False
         if layer.op == "conv_transpose2x2":
-            weight, bias = make(c, out, 2, 2, fan_in=c), make(out)
-            launcher, function = kernels.conv_transpose2x2_fwd, reference.conv_transpose2x2
+            weight, bias = make(c, out, *layer.weight_shape[2:], fan_in=c), make(out)
+            launcher, function = kernels.conv_transpose_fwd, reference.conv_transpose2x2
             source = inputs[0].shape[2:]
         else:
             side = layer.weight_shape[-1]
             weight, bias = make(out, c, side, side, fan_in=side * side * c), make(out)
-            options["slope"] = slope
+            options |= {"slope": slope, **how}
             if layer.op == "upsample_concat_conv2d_relu":
                 options |= {"mode": mode, "align_corners": corners}
                 launcher, interpolating = kernels.upconcat_conv3x3_fwd, mode != "none"
-                function = partial(reference.upsample_concat_conv2d_relu, mode=mode, align_corners=corners, slope=slope)
+                function = partial(reference.upsample_concat_conv2d_relu, mode=mode, align_corners=corners, **plain)
             elif layer.op == "conv2d_relu_pool":
                 launcher = kernels.conv_pool_fwd
-                function = partial(_conv_pool, slope=slope)
+                function = partial(_conv_pool, **plain)
             else:
                 stem = side == 3 and c <= kernels.STEM_CHANNELS
                 launcher = kernels.stem_fwd if stem else kernels.conv_fwd
-                function = partial(reference.conv2d_relu, slope=slope)
+                function = partial(reference.conv2d_relu, stride=layer.stride, **plain)
 
         if launcher is kernels.stem_fwd:
             chooser = partial(_stem_configs, c, out, h, w, precise)
         else:
-            shape = channels, out, *source, inputs[0].dtype
-            chooser = partial(tuning.conv_configs, *shape, precise=precise, interpolating=interpolating)
+            shape, tma = (channels, out, *source, inputs[0].dtype), "stride" not in how
+            chooser = partial(tuning.conv_configs, *shape, precise=precise, interpolating=interpolating, tma=tma)
         hopper = ()
-        if launcher is not kernels.stem_fwd:
+        if launcher is not kernels.stem_fwd and not how:
             maps = tuple(tuple(x.shape) for x in inputs)
             hopper = kernels.hopper.layer_configs(
                 layer.op, maps, tuple(weight.shape), weight.dtype, mode=mode, tf32=tf32
@@ -143,8 +144,8 @@ def _stem_configs(
     return (tuning.stem_config(channels, out, height, width, precise=precise),)  # the same on every device
 
 
-def _conv_pool(x: Tensor, weight: Tensor, bias: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    y = reference.conv2d_relu(x, weight, bias, slope)
+def _conv_pool(x: Tensor, weight: Tensor, bias: Tensor, **plain: Any) -> tuple[Tensor, Tensor]:
+    y = reference.conv2d_relu(x, weight, bias, **plain)
     return y, F.max_pool2d(y, 2)
 
 
@@ -184,30 +185,33 @@ def gradients(launch: Launch, make: Make, *, tf32: bool = True) -> Iterator[Laun
         )
 
     if layer.op == "conv_transpose2x2":
-        (x,) = sources
+        (x,), (rows, columns) = sources, weight.shape[2:]
+        strided = partial(F.conv2d, stride=(rows, columns))
+        read = (columns * o, columns * o) if rows == 2 else (rows * columns * o,)
         yield through(
-            kernels.conv_transpose2x2_dgrad, partial(F.conv2d, stride=2), (grad, weight), "the input",
-            options=options, configs=tiles((2 * o, 2 * o), x.shape[1], *x.shape[2:]), step="dgrad",
+            kernels.conv_transpose_dgrad, strided, (grad, weight), "the input",
+            options=options, configs=tiles(read, x.shape[1], *x.shape[2:]), step="dgrad",
         )  # fmt: skip
         yield through(
-            lambda *t, **o: kernels.conv_transpose2x2_wgrad(*t, bias=True, **o)[0],
-            lambda grad, x: _vjp(lambda weight: F.conv2d(grad, weight, stride=2), weight.to(x.dtype), x),
+            lambda *t, **o: kernels.conv_transpose_wgrad(*t, bias=True, **o)[0],
+            lambda grad, x: _vjp(lambda weight: strided(grad, weight), weight.to(x.dtype), x),
             (grad, x), "the weight", options=options, step="wgrad",
         )  # fmt: skip
         yield through(
-            lambda *t, **o: kernels.conv_transpose2x2_wgrad(*t, bias=True, **o)[1], _pixel_sums,
+            lambda *t, **o: kernels.conv_transpose_wgrad(*t, bias=True, **o)[1], _pixel_sums,
             (grad, x), "the bias", options=options, summed=_first,
         )  # fmt: skip
         return
 
     mode, side = launch.options.get("mode", "none"), weight.shape[-1]
+    size, pad = (sources[-1].shape[2], sources[-1].shape[3]), side // 2 if layer.padding == "same" else 0
     if mode != "none":
         small = sources[0]
         corners = {"align_corners": launch.options["align_corners"]}
-        sources[0] = make(n, small.shape[1], h, w)
-        upsampling = partial(_upsampled, mode=mode, height=h, width=w, **corners)
+        sources[0] = make(n, small.shape[1], *size)
+        upsampling = partial(_upsampled, mode=mode, height=size[0], width=size[1], **corners)
         yield through(
-            partial(kernels.upsample_fwd, height=h, width=w, mode=mode, **corners), upsampling, (small,),
+            partial(kernels.upsample_fwd, height=size[0], width=size[1], mode=mode, **corners), upsampling, (small,),
             "the weight: its input upsampled again",
         )  # fmt: skip
         yield through(
@@ -218,11 +222,12 @@ def gradients(launch: Launch, make: Make, *, tf32: bool = True) -> Iterator[Laun
     names = ["the input"] if len(sources) == 1 else ["the upsampled map", "the skip"]
     if not sources[-1].shape[1]:  # no skip comes in
         sources, names = sources[:1], names[:1]
-    both = partial(_wgrad_kernel, ksize=side, bias=not changes)
+    geometry: Any = {"stride": layer.stride, "pad": pad, "size": size}
+    both = partial(_wgrad_kernel, ksize=side, bias=not changes, **geometry)
+    of_weight = partial(_weight_gradient, weight=weight, stride=layer.stride, pad=pad)
     yield through(
-        lambda *t, **o: both(*t, **o)[0], partial(_weight_gradient, weight=weight), (grad, *sources), "the weight",
-        options=options, step="wgrad",
-    )  # fmt: skip
+        lambda *t, **o: both(*t, **o)[0], of_weight, (grad, *sources), "the weight", options=options, step="wgrad"
+    )
     if not changes:
         yield through(
             lambda *t, **o: both(*t, **o)[1], _pixel_sums, (grad, *sources), "the bias", options=options, summed=_first
@@ -230,9 +235,14 @@ def gradients(launch: Launch, make: Make, *, tf32: bool = True) -> Iterator[Laun
     first = 0
     for x, of in zip(sources, names, strict=True):
         c = x.shape[1]
+        tensors, cells = (
+            (grad, weight[:, first : first + c]),
+            (-(-s // t) for s, t in zip(size, layer.stride, strict=True)),
+        )
+        of_input = partial(_input_gradient, shape=(n, c, *size), stride=layer.stride, pad=pad)
         yield through(
-            kernels.conv_dgrad, partial(F.conv_transpose2d, padding=side // 2), (grad, weight[:, first : first + c]),
-            of, options=options, configs=tiles((o,), c, h, w), step="dgrad",
+            partial(kernels.conv_dgrad, **geometry), of_input, tensors, of,
+            options=options, configs=tiles((o,), c, *cells), step="dgrad",
         )  # fmt: skip
         first += c
 
@@ -256,8 +266,8 @@ def _before_activation(grad: Tensor, y: Tensor, pooled: Tensor | None = None, *,
     return _vjp(lambda y: reference.activate_(y.clone(), slope), y, grad)
 
 
-def _wgrad_kernel(grad: Tensor, *sources: Tensor, ksize: int, bias: bool, tf32: bool) -> tuple[Tensor, Tensor | None]:
-    return kernels.conv_wgrad(grad, sources, ksize, bias=bias, tf32=tf32)
+def _wgrad_kernel(grad: Tensor, *sources: Tensor, ksize: int, **options: Any) -> tuple[Tensor, Tensor | None]:
+    return kernels.conv_wgrad(grad, sources, ksize, **options)
 
 
 def _first(grad: Tensor, *_: Tensor) -> Tensor:
@@ -268,13 +278,23 @@ def _pixel_sums(grad: Tensor, *_: Tensor) -> Tensor:
     return grad.sum((0, 2, 3))
 
 
-def _weight_gradient(grad: Tensor, x: Tensor, skip: Tensor | None = None, *, weight: Tensor) -> Tensor:
+def _input_gradient(
+    grad: Tensor, weight: Tensor, *, shape: tuple[int, ...], stride: tuple[int, int], pad: int
+) -> Tensor:
+    x = grad.new_empty(1).expand(shape)  # only its shape is asked for
+    options = stride, [pad, pad], [1, 1], False, [0, 0], 1, [True, False, False]
+    return torch.ops.aten.convolution_backward(grad, x, weight, None, *options)[0]
+
+
+def _weight_gradient(
+    grad: Tensor, x: Tensor, skip: Tensor | None = None, *, weight: Tensor, stride: tuple[int, int], pad: int
+) -> Tensor:
     """Of each source by itself, which is what is chosen between; nothing is concatenated but the results."""
     sources = [x] if skip is None else [reference.pad_to(x, *skip.shape[2:]), skip]
     parts = weight.to(grad.dtype).split([source.shape[1] for source in sources], 1)
-    pad, mask = [weight.shape[-1] // 2] * 2, [False, True, False]
+    options = stride, [pad, pad], [1, 1], False, [0, 0], 1, [False, True, False]
     found = [
-        torch.ops.aten.convolution_backward(grad, source, part, None, [1, 1], pad, [1, 1], False, [0, 0], 1, mask)[1]
+        torch.ops.aten.convolution_backward(grad, source, part, None, *options)[1]
         for source, part in zip(sources, parts, strict=True)
     ]
     return found[0] if len(found) == 1 else torch.cat(found, 1)

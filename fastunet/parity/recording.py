@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .. import ops
+from .. import dispatch, ops
 from ..config import UNetConfig
-from ..dispatch import unserved, unserved_transpose
 from ..model import FastUNet
 from ..ops.upsampling import launched
 from ..trace import Layer, trace
@@ -100,11 +99,8 @@ def _implementation(operator: str, given: dict[str, Any]) -> str:
     maps: Any = (tuple(x.shape),)
     if "skip" in given:
         maps, mode = launched(x, given["skip"], given["mode"], given["match"])
-    if operator == "conv_transpose2x2":
-        plain = unserved_transpose(weight.shape[2:])
-    else:
-        plain = unserved(given.get("stride", (1, 1)), given["padding"])
-    return ops.choose(operator, maps, tuple(weight.shape), x.device, x.dtype, mode, unserved=plain).implementation
+    geometry = dispatch.geometry(given.get("stride", (1, 1)), given.get("padding", "same"))
+    return ops.choose(operator, maps, tuple(weight.shape), x.device, x.dtype, mode, geometry=geometry).implementation
 
 
 class Replay(TorchFunctionMode):

@@ -3,7 +3,7 @@
 from .conv3x3 import (
     conv_fwd,
     conv_pool_fwd,
-    conv_transpose2x2_fwd,
+    conv_transpose_fwd,
     upconcat_conv3x3_commuted_fwd,
     upconcat_conv3x3_fwd,
 )
@@ -23,7 +23,7 @@ __all__ = [
     "HopperConfig",
     "conv_fwd",
     "conv_pool_fwd",
-    "conv_transpose2x2_fwd",
+    "conv_transpose_fwd",
     "hopper_configs",
     "layer_configs",
     "upconcat_conv3x3_commuted_fwd",

@@ -248,7 +248,7 @@ def upconcat_conv3x3_commuted_fwd(
 
 
 @without_graph
-def conv_transpose2x2_fwd(
+def conv_transpose_fwd(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,

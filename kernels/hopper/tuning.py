@@ -207,6 +207,8 @@ def why_not_layer(
     Args:
         maps: shape (N, C, H, W) of each source; of x before it is upsampled. weight: its shape.
     """
+    if op == "conv_transpose2x2" and weight[2:] != (2, 2):
+        return "the only stride here is 2x2, not {}x{}".format(*weight[2:])
     padding = (0, 0)
     if len(maps) == 2 and mode == "none":
         padding = (maps[1][2] - maps[0][2]) // 2, (maps[1][3] - maps[0][3]) // 2

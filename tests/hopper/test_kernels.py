@@ -131,7 +131,7 @@ def test_one_by_one(precision, make):
 )
 def test_transposed(config, o, precision, make):
     x, weight, bias = make(precision, 3, 72, 5, 6), make(precision, 72, o, 2, 2, fan_in=72), make(precision, o)
-    y = hopper.conv_transpose2x2_fwd(x, weight, bias, config=config)
+    y = hopper.conv_transpose_fwd(x, weight, bias, config=config)
     check(precision, y, reference.conv_transpose2x2, x, weight, bias)
 
 
@@ -140,13 +140,13 @@ def test_a_transposed_convolution_of_choice(make):
     x, weight = make("bf16", 5, 64, 4, 3), make("bf16", 64, 32, 2, 2, fan_in=64)
     prepared = weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
     for w in (weight, prepared):
-        check("bf16", hopper.conv_transpose2x2_fwd(x, w, None), reference.conv_transpose2x2, x, w, None)
+        check("bf16", hopper.conv_transpose_fwd(x, w, None), reference.conv_transpose2x2, x, w, None)
 
 
 def test_a_transposed_convolution_does_not_split_its_k_loop(make):
     x, weight = make("bf16", 1, 64, 4, 4), make("bf16", 64, 32, 2, 2)
     with pytest.raises(ValueError, match="config: expected one that does not split the K loop, got hopper 64 x"):
-        hopper.conv_transpose2x2_fwd(x, weight, None, config=config_of(64, (1, 4, 8), False, 2, 2, splits=2))
+        hopper.conv_transpose_fwd(x, weight, None, config=config_of(64, (1, 4, 8), False, 2, 2, splits=2))
 
 
 @pytest.mark.parametrize("n, h, w", [(1, 17, 9), (5, 4, 4), (2, 1, 3)], ids=["halo", "several-images", "one-row"])

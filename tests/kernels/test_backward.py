@@ -200,9 +200,9 @@ def test_conv_transpose(shape, precision, make):
     x, weight = make(precision, n, c, h, w), make(precision, c, o, 2, 2, fan_in=4 * o)
     g, tf32 = make(precision, n, o, 2 * h, 2 * w), precision == "tf32"
     conv = lambda x, weight: F.conv_transpose2d(x, weight, stride=2)
-    got = repeated(lambda: kernels.conv_transpose2x2_dgrad(g, weight, tf32=tf32))
+    got = repeated(lambda: kernels.conv_transpose_dgrad(g, weight, tf32=tf32))
     check(precision, got, gradient(conv, 0), g, x, weight)
-    got = repeated(lambda: kernels.conv_transpose2x2_wgrad(g, x, bias=False, tf32=tf32)[0])
+    got = repeated(lambda: kernels.conv_transpose_wgrad(g, x, bias=False, tf32=tf32)[0])
     check(precision, got, gradient(conv, 1), g, x, weight)
 
 
@@ -235,7 +235,7 @@ def test_bias_behind_no_activation(shape, channels, ksize, precision, make):
 @pytest.mark.parametrize("n, c, h, w, o", [(2, 5, 3, 7, 4), (1, 3, 9, 11, 1), (1, 70, 4, 4, 40)], ids=str)
 def test_bias_of_a_transposed_convolution(n, c, h, w, o, precision, make):
     g, x, tf32 = make(precision, n, o, 2 * h, 2 * w), make(precision, n, c, h, w), precision == "tf32"
-    check_bias(precision, lambda bias: kernels.conv_transpose2x2_wgrad(g, x, bias=bias, tf32=tf32), g)
+    check_bias(precision, lambda bias: kernels.conv_transpose_wgrad(g, x, bias=bias, tf32=tf32), g)
 
 
 @pytest.mark.parametrize("layout", STRIDES)
@@ -265,8 +265,8 @@ def test_empty_batch(make):
     got, bias = kernels.activation_bwd(g, make("fp16", 0, 5, 2, 3), g, slope=0.0, bias=True)
     assert got.shape == g.shape and torch.equal(bias, g.new_zeros(5))  # pyright: ignore[reportArgumentType]
     assert kernels.upsample_bwd(g, 2, 3, mode="nearest", align_corners=False).shape == (0, 5, 2, 3)
-    assert kernels.conv_transpose2x2_dgrad(g, make("fp16", 3, 5, 2, 2)).shape == (0, 3, 2, 3)
-    transposed = kernels.conv_transpose2x2_wgrad(g, make("fp16", 0, 3, 2, 3), bias=True)
+    assert kernels.conv_transpose_dgrad(g, make("fp16", 3, 5, 2, 2)).shape == (0, 3, 2, 3)
+    transposed = kernels.conv_transpose_wgrad(g, make("fp16", 0, 3, 2, 3), bias=True)
     for (got, bias), shape in ((kernels.conv_wgrad(g, [x], 3, bias=True), (5, 8, 3, 3)), (transposed, (3, 5, 2, 2))):
         assert torch.equal(got, g.new_zeros(shape)) and torch.equal(bias, g.new_zeros(5))  # pyright: ignore
 

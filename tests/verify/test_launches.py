@@ -15,6 +15,8 @@ NETWORKS: list[dict[str, Any]] = [
     {"upsample": "nearest", "activation": "leaky_relu"},
     {"upsample": "transpose", "norm": "batch"},  # folded, and not in training
     {"upsample": "bilinear_conv", "norm": "instance"},
+    {"upsample": "transpose", "downsample": "stride", "strides": ((2, 1),)},
+    {"upsample": "bilinear", "padding": "valid", "match": "center_crop"},
 ]
 
 
@@ -22,7 +24,8 @@ def check(device: str, **options: Any) -> dict[str, bool]:
     """Whether all configurations of each launch hold, by its name."""
     config = UNetConfig(2, 2, (3, 5), encoder_convs=(1, 1), decoder_convs=(1,), **options)
     found: dict[str, bool] = {}
-    for comparison in check_configs(config, (2, 5, 4), device, torch.float16, seed=0):
+    size = (2, 10, 11) if config.padding == "valid" else (2, 6, 5)
+    for comparison in check_configs(config, size, device, torch.float16, seed=0):
         found[comparison.name] = found.get(comparison.name, True) and comparison.ok
     return found
 
