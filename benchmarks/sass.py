@@ -167,6 +167,21 @@ def launches(dtype: torch.dtype, tf32: bool) -> Iterator[Callable[[], Any]]:
     yield lambda: kernels.conv_pool_fwd(t(2, 24, 64, 64), t(160, 24, 3, 3), t(160), slope=0.0, tf32=tf32)
     yield lambda: kernels.conv_wgrad(t(2, 24, 63, 65), [t(2, 3, 63, 65)], 3, bias=False, tf32=tf32)
     yield lambda: kernels.conv_wgrad(t(2, 24, 63, 65), [t(2, 20, 62, 64), t(2, 24, 63, 65)], 3, bias=False, tf32=tf32)
+    image, x, small = t(2, 3, 62, 64), t(2, 128, 62, 64), t(2, 64, 31, 32)
+    of_image, weight, wide = t(64, 3, 3, 3), t(64, 128, 3, 3), t(64, 192, 3, 3)
+    unpadded, oblong = {"pad": 0, "tf32": tf32}, t(64, 128, 1, 2)
+    for how in ({"stride": (2, 2), "tf32": tf32}, unpadded):
+        yield partial(kernels.stem_fwd, image, of_image, t(64), slope=0.0, **how)
+        yield partial(kernels.conv_fwd, x, weight, t(64), slope=0.0, **how)
+        g = t(2, 64, 31, 32) if "stride" in how else t(2, 64, 60, 62)
+        yield partial(kernels.conv_dgrad, g, weight, size=(62, 64), **how)
+        yield partial(kernels.conv_wgrad, g, [x], 3, bias=True, **how)
+    yield partial(kernels.conv_pool_fwd, x, weight, t(64), slope=0.0, **unpadded)
+    for mode in ("bilinear", "none"):
+        up = partial(kernels.upconcat_conv3x3_fwd, mode=mode, align_corners=True, slope=0.0)
+        yield partial(up, t(2, 64, 62, 64) if mode == "none" else small, x, wide, t(64), **unpadded)
+    yield partial(kernels.conv_transpose_fwd, small, oblong, t(128), tf32=tf32)
+    yield partial(kernels.conv_transpose_dgrad, t(2, 128, 31, 64), oblong, tf32=tf32)
     if tf32:  # these compute in float32 in either case
         for c, slope in ((64, 0.0), (64, 0.01), (3, 1.0)):
             x, one, act = t(2, c, 62, 65), torch.empty(c, device="meta"), {"slope": slope}

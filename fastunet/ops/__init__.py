@@ -134,8 +134,7 @@ def conv2d_relu(
         relu: apply the activation.
         negative_slope: of a leaky ReLU; 0 is the plain one.
         pool: also return the 2x2 max-pool.
-        stride: (rows, columns). padding: ``"same"``, K // 2 zeros on each side, or ``"valid"``, none. No kernel
-            serves others than the defaults; their convolution is PyTorch's, and gradients and what is kept are alike.
+        stride: (rows, columns). padding: ``"same"``, K // 2 zeros on each side, or ``"valid"``, none.
 
     Returns:
         y (N, O, H, W), channels_last; with ``pool`` also (N, O, H // 2, W // 2). Smaller by stride and padding.
@@ -288,11 +287,11 @@ def upsample_concat_conv2d_relu(
 
 
 def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """2x2 stride-2 transposed convolution and bias.
+    """Transposed convolution whose stride is the filter's size, 2x2 as a rule, and bias.
 
     Args:
         x: (N, C, H, W), any strides. bias: (O,) or None.
-        weight: (C, O, 2, 2). Or (C, O, R, S), of a stride of R and S; no kernel serves others than 2 and 2.
+        weight: (C, O, 2, 2). Or (C, O, R, S), of a stride of R and S.
 
     Returns:
         (N, O, R H, S W), channels_last. Errors as in :func:`conv2d_relu`.
