@@ -18,6 +18,12 @@ from .test_backward import check_bias, gradient, repeated
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
+
+@pytest.fixture(params=["fp16", "ieee"])  # on tensor cores and off them; dtypes are the other files'
+def precision(request):
+    return request.param
+
+
 # (stride, pad): oblong, and longer than the filter's reach, too.
 GEOMETRIES = [((2, 2), 1), ((1, 2), 1), ((3, 4), 1), ((1, 1), 0), ((2, 1), 0)]
 # (N, C, H, W, O): each for a reason.
