@@ -207,7 +207,8 @@ def _statistics(x: Tensor, eps: float, per_image: bool) -> tuple[Tensor, Tensor,
     config, groups = cell_config(c), n if per_image else 1
     pixels, blocks = n // groups * h * w, triton.cdiv(c, config.block_c)
     tile = {"BLOCK_P": config.block_p, "BLOCK_C": config.block_c, "num_warps": config.num_warps}
-    count, steps = slabs(triton.cdiv(pixels, config.block_p), blocks * groups)
+    # Of a group, however many there are: an image's statistics do not depend on who is in its batch.
+    count, steps = slabs(triton.cdiv(pixels, config.block_p), blocks)
     partial = torch.empty((count, 3, groups, c), dtype=torch.float32, device=x.device)
     _moments_kernel[(count * groups * blocks,)](x, partial, groups, pixels, c, steps, **tile)
     # Of 2,048 elements and odd channels the compiler of Triton 3.9.0 crashes.

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fastunet import kernels
+from fastunet.kernels import tuning
 
 from .conftest import check
 
@@ -62,6 +63,16 @@ def test_forward(shape, slope, kind, precision, make):
     torch.testing.assert_close(rstd.double() ** -2, expected[2] + 1e-5, rtol=2e-6, atol=0)
     alone = forward(x, weight, bias, slope, kind, False)
     assert alone[1] is None and torch.equal(alone[0], y)
+
+
+def test_an_image_is_normed_alike_in_every_batch(make, monkeypatch):
+    monkeypatch.setattr(tuning, "REDUCTION_PROGRAMS", 8)  # so few that three images would share them
+    x = make("fp16", 3, 5, 40, 41)
+    together, alone = (
+        kernels.norm_fwd(images, None, None, eps=1e-5, slope=1.0, pool=False, per_image=True)[0]
+        for images in (x, x[1:2])
+    )
+    assert torch.equal(together[1:2], alone)
 
 
 def test_statistics_far_from_zero(make):
