@@ -13,7 +13,17 @@ import torch
 from .. import dispatch, weights
 from ..config import UPSAMPLE, UNetConfig
 from ..explain import COLUMNS, NUMERIC, explain_config
-from .shared import DTYPES, SetupError, a_count, a_size, add_device_and_dtype, examples, new_console, new_table
+from .shared import (
+    DTYPES,
+    SetupError,
+    a_config,
+    a_count,
+    a_size,
+    add_device_and_dtype,
+    examples,
+    new_console,
+    new_table,
+)
 
 TUTORIAL_NOTE = """\
 The tutorial walks from 256x256 to a bottleneck of 512 channels at 32x32. That is three poolings
@@ -35,6 +45,7 @@ channel in, two out, features 64 to 1024.""",
             "fastunet summary --size 256",
             "fastunet summary --size 480x640 --batch 8 --upsample transpose",
             "fastunet summary --size 512 --weights mine.safetensors --dtype fp16",
+            'fastunet summary --size 572 --config \'{"padding": "valid", "match": "center_crop"}\'',
         ),
     )
     command.add_argument("--size", type=a_size, default=(256, 256), metavar="SIDE|HxW", help="in pixels (default: 256)")
@@ -42,6 +53,7 @@ channel in, two out, features 64 to 1024.""",
     network = command.add_mutually_exclusive_group()
     network.add_argument("--upsample", choices=UPSAMPLE, default="bilinear", help="default: %(default)s")
     network.add_argument("--weights", type=Path, metavar="FILE", help="show the network of this file")
+    network.add_argument("--config", type=a_config, metavar="JSON|FILE", help="show the network of this UNetConfig")
     add_device_and_dtype(command)
     command.set_defaults(run=summary)
 
@@ -56,7 +68,7 @@ channel in, two out, features 64 to 1024.""",
 
 def summary(arguments: argparse.Namespace) -> int:
     """Print the data flow of a network, from its description alone."""
-    config = UNetConfig(upsample=arguments.upsample)
+    config: UNetConfig = arguments.config or UNetConfig(upsample=arguments.upsample)
     if arguments.weights is not None:
         config = weights.load(arguments.weights).config
     height, width = arguments.size
@@ -77,7 +89,7 @@ def summary(arguments: argparse.Namespace) -> int:
     console.print(explanation.headline(), soft_wrap=True)
     for choice in dict.fromkeys(row.choice for row in explanation.rows):
         console.print(f"{choice.implementation}: {choice.reason}", soft_wrap=True)
-    if arguments.weights is None:
+    if arguments.weights is None and arguments.config is None:
         console.print(f"\n{TUTORIAL_NOTE}", soft_wrap=True)
     return 0
 

@@ -152,6 +152,8 @@ def _check_setup(arguments: argparse.Namespace) -> None:
                 tempfile.TemporaryFile(dir=path.parent).close()
             except OSError as error:
                 raise SetupError(f"--{option}: cannot write {path} ({error.strerror})") from None
+    if arguments.plot is not None and arguments.plot.suffix.lower() != ".png":
+        raise SetupError(f"--plot: expected a file whose name ends in .png, got {arguments.plot}")
     if arguments.json is not None and arguments.plot is not None and arguments.json == arguments.plot:
         raise SetupError(f"--plot: expected another file than --json, got {arguments.plot}")
     if arguments.case is not None:

@@ -30,6 +30,19 @@ def test_summary_shows_every_layer_and_the_totals(run, size: str, parsed: tuple[
     assert "the bottleneck is 16x16" in done.out
 
 
+def test_summary_of_a_configuration(run, tmp_path: Path) -> None:
+    text = '{"padding": "valid", "match": "center_crop", "features": [4, 8]}'
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    shown = [run("summary", "--size", "40", "--config", config) for config in (text, path)]
+    assert shown[0] == shown[1] and shown[0].code == 0
+    for layer in trace(UNetConfig(padding="valid", match="center_crop", features=(4, 8)), 40, 40):
+        assert re.search(rf"{re.escape(layer.name)} .* {'x'.join(map(str, layer.out_shape))} ", shown[0].out)
+    assert "tutorial" not in shown[0].out
+    both = run("summary", "--config", text, "--upsample", "nearest")
+    assert both.code == 2 and "not allowed with argument --config" in both.err
+
+
 def test_summary_builds_no_network(run, monkeypatch) -> None:
     def refuse(*_, **__) -> None:
         raise AssertionError("a module was built")
