@@ -53,7 +53,7 @@ def conv_dgrad(
     """Gradient of the input, (N, C, H, W), channels_last.
 
     Args:
-        size: (H, W) of the input, which a stride leaves open.
+        size: (H, W) of the input, which a stride leaves open; without one it is not looked at.
         stride, pad, tf32, config: as in :func:`conv_fwd`.
     """
     ksize = weight.shape[-1]

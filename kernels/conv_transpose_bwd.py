@@ -5,7 +5,8 @@
     grad_bias[o]             = sum over n, u, v of grad[n, o, u, v]
 
 Both are 1x1: ``grad``, whose rows lie s apart and whose t neighbours of a row are the channels of one pixel, is s
-sources of the kernels of a convolution (upconcat_conv3x3.py, conv_bwd.py), read in place.
+sources of the kernels of a convolution (upconcat_conv3x3.py, conv_bwd.py), read in place; but for grad_x of 3 rows or
+more, which that kernel of two sources does not take, ``grad`` is copied.
 
 Shapes: grad (N, O, s H, t W), x (N, C, H, W), weight (C, O, s, t); float16, bfloat16 or float32, sums in float32.
 """

@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def quick_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It looks for overflow only where a test asks for that; and it sums as GPUs do."""
+    """It looks for overflow only where a test asks for that; and it sums in a tree, as GPUs do."""
     if not CUDA:
         from . import interpreter
 

@@ -242,7 +242,8 @@ def transpose_wgrad_kernel(grad: Tensor, x: Tensor, weight: Tensor, bias: bool) 
     """Of ``weight`` the shape alone counts."""
     with on_device(grad):
         found, grad_bias = kernels.conv_transpose_wgrad(grad, x, bias=bias, tf32=tf32())
-    return _both(found.contiguous(), grad_bias)
+    # Strides of axes of size 1 too as promised, which contiguous() leaves as they are.
+    return _both(grad.new_empty(weight.shape).copy_(found), grad_bias)
 
 
 @transpose_wgrad_kernel.register_fake

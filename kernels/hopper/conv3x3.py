@@ -257,6 +257,8 @@ def conv_transpose_fwd(
     config: HopperConfig | None = None,
 ) -> Tensor:
     """2x2 stride-2 transposed convolution and bias."""
+    if weight.shape[2:] != (2, 2):
+        raise ValueError(f"weight: expected 2x2 filters, got {tuple(weight.shape)}")
     y = empty_channels_last(x, weight.shape[1], 2 * x.shape[2], 2 * x.shape[3])
     _launch((x,), weight, bias, y, None, 1.0, tf32, config)
     return y

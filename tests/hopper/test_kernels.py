@@ -206,6 +206,11 @@ def test_what_cannot_be_served_is_refused(c, o, tf32, complaint, make):
         hopper.conv_fwd(x, weight, None, slope=0.0, tf32=tf32)
 
 
+def test_other_transposed_filters_are_refused(make):
+    with pytest.raises(ValueError, match=r"weight: expected 2x2 filters, got \(64, 64, 1, 2\)"):
+        hopper.conv_transpose_fwd(make("bf16", 1, 64, 4, 4), make("bf16", 64, 64, 1, 2), None)
+
+
 def test_a_cropped_source_is_refused(make):
     x, skip, weight = make("fp16", 1, 16, 8, 8), make("fp16", 1, 16, 6, 6), make("fp16", 8, 32, 3, 3)
     with pytest.raises(ValueError, match="cannot crop"):

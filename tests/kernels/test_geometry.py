@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastunet import kernels, reference
+from fastunet.kernels.tensors import unit_channel_stride
 from fastunet.kernels.tuning import HOPPER, conv_config
 
 from .conftest import PRECISIONS, check, far_apart
@@ -86,12 +87,16 @@ def test_pool_of_an_unpadded_convolution(shape, precision, make):
 
 @pytest.mark.parametrize("mode", [("bilinear", True), ("nearest", False), ("none", False)], ids=str)
 @pytest.mark.parametrize(
-    "channels, size", [((5, 3), (5, 8)), ((18, 7), (7, 6)), ((64, 64), (6, 8))], ids=["cropped", "padded", "tma"]
+    "channels, size",
+    [((5, 3, 6), (5, 8)), ((18, 7, 6), (7, 6)), ((64, 64, 64), (5, 9)), ((64, 64, 64), (8, 7))],
+    ids=["cropped", "padded", "tma", "tma-padded"],
 )
 def test_two_unpadded_sources(channels, size, mode, precision, make):
-    (c1, c2), (up, corners), tf32 = channels, mode, precision == "tf32"
+    (c1, c2, o), (up, corners), tf32 = channels, mode, precision == "tf32"
+    if o == 64 and precision == "fp16":
+        assert conv_config((c1, c2), o, size[0] - 2, size[1] - 2, torch.float16, HOPPER, tma=True).tma
     x, skip = make(precision, 1, c1, *((6, 8) if up == "none" else (3, 4))), make(precision, 1, c2, *size)
-    weight = make(precision, 6, c1 + c2, 3, 3, fan_in=9 * (c1 + c2))
+    weight = make(precision, o, c1 + c2, 3, 3, fan_in=9 * (c1 + c2))
 
     def conv(x, skip, weight):
         return reference.upsample_concat_conv2d_relu(x, skip, weight, None, up, corners, 1.0, "valid")
@@ -139,13 +144,15 @@ def test_nan_and_inf_go_where_torch_lets_them(stride, pad, value, make):
 @pytest.mark.parametrize("axis", [0, 2], ids=["images", "rows"])
 @pytest.mark.parametrize("stride, pad", [((2, 2), 1), ((1, 1), 0)], ids=str)
 def test_offsets_beyond_2_to_31(stride, pad, axis, make):
-    x, weight = make("fp16", 3 if axis == 0 else 1, 8, 5, 4), make("fp16", 8, 8, 3, 3, fan_in=72)
+    h = 5 if axis == 0 else 9
+    x, weight = make("fp16", 3 if axis == 0 else 1, 8, h, 4), make("fp16", 8, 8, 3, 3, fan_in=72)
     conv = lambda x, weight: F.conv2d(x, weight, None, stride, pad)
     y = kernels.conv_fwd(far_apart(x, axis), weight, None, slope=1.0, stride=stride, pad=pad)
     check("fp16", y, conv, x, weight)
     g = make("fp16", *y.shape)
-    far_g = far_apart(g, axis) if g.shape[axis] > 1 else g
-    got = kernels.conv_dgrad(far_g, weight, stride=stride, pad=pad, size=(5, 4))
+    far_g = far_apart(g, axis)
+    assert unit_channel_stride(far_g) is far_g  # or a copy would be read
+    got = kernels.conv_dgrad(far_g, weight, stride=stride, pad=pad, size=(h, 4))
     check("fp16", got, gradient(conv, 0), g, x, weight)
     got = kernels.conv_wgrad(far_g, [far_apart(x, axis)], 3, bias=False, stride=stride, pad=pad)[0]
     check("fp16", got, gradient(conv, 1), g, x, weight)
