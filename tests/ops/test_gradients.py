@@ -47,9 +47,11 @@ def test_gradients_through_the_kernels(case, forced, seed, device):
     baseline = torch.autograd.grad(outputs(plain(*inputs)), inputs, cotangents)
     wide = [t.detach().double().cpu().requires_grad_() for t in inputs]
     truth = torch.autograd.grad(outputs(plain(*wide)), wide, [c.double().cpu() for c in cotangents])
+    summed = sum(c.double().square().sum((0, 2, 3)).max().item() for c in cotangents) ** 0.5
     for a, b, base, true in zip(got, again, baseline, truth, strict=True):
         assert torch.equal(a, b)
-        parity = compare(a, base, true, tf32=a.is_cuda, stages=2)
+        # Those of channels are sums over pixels, which cancel in all of three channels now and then.
+        parity = compare(a, base, true, tf32=a.is_cuda, stages=2, terms=summed if a.dim() == 1 else 0.0)
         assert parity.ok, str(parity)
 
 
