@@ -174,7 +174,10 @@ def _train(arguments: argparse.Namespace, process: Processes) -> None:
                 f"{point.images_per_second:.1f} images/s",
                 soft_wrap=True,
             )
-            clock, shown, dice = time.perf_counter(), point.step, f"  Dice {point.dice:.3f}"
+            dice = f"  Dice {point.dice:.3f}"
+            text = f"loss {point.loss:.3f}{dice}  {point.images_per_second:.1f} images/s"
+            progress.update(task, completed=point.step, description=text)
+            clock, shown = time.perf_counter(), point.step
 
         try:
             points = fit(

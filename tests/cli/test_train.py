@@ -79,16 +79,16 @@ def test_the_bar_shows_loss_dice_and_throughput(run, folder: Path, tmp_path: Pat
             pass
 
         def add_task(self, description: str, total: int) -> int:
-            assert total == 30
+            assert total == 27
             return 0
 
         def update(self, task: int, completed: int, description: str) -> None:
             shown.append((completed, description))
 
     monkeypatch.setattr("fastunet.cli.train.new_progress", lambda console: Bar())
-    options = ("--config", CONFIG, "--batch", 1, "--size", 16, "--steps", 30, "--every", 15)
+    options = ("--config", CONFIG, "--batch", 1, "--size", 16, "--steps", 27, "--every", 15)
     assert run("train", folder, "--out", tmp_path / "out", *options).code == 0
-    assert [step for step, _ in shown] == [10, 20, 30]
+    assert [step for step, _ in shown] == [10, 15, 20, 27]  # at the end it is full
     assert re.fullmatch(r"loss \d\.\d{3}  \d+\.\d images/s", shown[0][1])
     dice = files_of(tmp_path / "out")["state"]["points"][0]["dice"]
     assert re.fullmatch(rf"loss \d\.\d{{3}}  Dice {dice:.3f}  \d+\.\d images/s", shown[2][1])
