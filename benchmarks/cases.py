@@ -126,10 +126,8 @@ def operators(config: UNetConfig, height: int, width: int, batch: int) -> dict[s
     found: dict[str, Layer] = {}
     seen = set()
     for layer in trace(config, height, width, batch):
-        shape = (layer.op, layer.in_shapes, layer.out_shape, layer.activation is None)
-        # Of those that the cases' operators are called for: `Operator` has neither strides nor paddings.
-        usual = not layer.geometry and (layer.op != "conv_transpose2x2" or layer.weight_shape[2:] == (2, 2))
-        if shape not in seen and usual:
+        shape = (layer.op, layer.in_shapes, layer.out_shape, layer.geometry, layer.activation is None)
+        if shape not in seen:
             seen.add(shape)
             found[layer.name] = layer
         if layer.op == "upsample_concat_conv2d_relu" and layer.mode != "none":

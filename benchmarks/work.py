@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -70,14 +71,12 @@ class Operator(nn.Module):
         self.op, self.fast, self.mode = layer.op, fast, layer.mode
         self.corners = self.mode == "bilinear" and case.config.align_corners
         self.relu = layer.activation is not None
-        c, out = sum(shape[1] for shape in layer.in_shapes), layer.out_shape[1]
-        if self.op == "conv_transpose2x2":
-            self.weight = nn.Parameter(torch.randn(c, out, 2, 2) / c**0.5)
-        elif self.op != "upsample_concat":
-            side = 3 if self.relu else 1  # the 1x1 convolutions are those without an activation
-            self.weight = nn.Parameter(torch.randn(out, c, side, side) / (side * side * c) ** 0.5)
+        self.stride, self.padding = layer.stride, layer.padding
         if self.op != "upsample_concat":
-            self.bias = nn.Parameter(torch.randn(out))
+            shape = layer.weight_shape
+            fan_in = shape[0] if self.op == "conv_transpose2x2" else math.prod(shape[1:])
+            self.weight = nn.Parameter(torch.randn(shape) / fan_in**0.5)
+            self.bias = nn.Parameter(torch.randn(layer.out_shape[1]))
 
     def forward(self, *x: Any) -> Any:
         slope = 0.0 if self.relu else 1.0
@@ -89,12 +88,13 @@ class Operator(nn.Module):
             return (ops if self.fast else reference).conv_transpose2x2(*tensors)
         if self.op == "upsample_concat_conv2d_relu":
             if self.fast:
-                return ops.upsample_concat_conv2d_relu(*tensors, relu=self.relu, **options)
-            return reference.upsample_concat_conv2d_relu(*tensors, slope=slope, **options)
+                return ops.upsample_concat_conv2d_relu(*tensors, relu=self.relu, padding=self.padding, **options)
+            return reference.upsample_concat_conv2d_relu(*tensors, slope=slope, padding=self.padding, **options)
         pool: Any = self.op == "conv2d_relu_pool"
+        how: dict[str, Any] = {"stride": self.stride, "padding": self.padding}
         if self.fast:
-            return ops.conv2d_relu(*tensors, relu=self.relu, pool=pool)
-        y = reference.conv2d_relu(*tensors, slope=slope)
+            return ops.conv2d_relu(*tensors, relu=self.relu, pool=pool, **how)
+        y = reference.conv2d_relu(*tensors, slope=slope, **how)
         return (y, F.max_pool2d(y, 2)) if pool else y
 
 

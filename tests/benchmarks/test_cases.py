@@ -6,9 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import bench, rows
 from benchmarks.cases import NETWORKS, Case, cases, operators, quick
+from benchmarks.work import Operator
+from fastunet.config import UNetConfig
 
 
 def test_the_cases_of_the_suite():
@@ -72,3 +75,24 @@ def test_layers_of_one_shape_are_one_operator():
     found = operators(NETWORKS["seed"], 256, 256, 1)
     shapes = [(layer.op, layer.in_shapes, layer.out_shape) for layer in found.values()]
     assert len(set(shapes)) == len(shapes)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"downsample": "stride", "upsample": "transpose", "strides": ((2, 1), (1, 2))},
+        {"padding": "valid", "match": "center_crop"},
+    ],
+    ids=["strided", "unpadded"],
+)
+def test_an_operator_is_its_layer(options, monkeypatch, seed) -> None:
+    """Of any stride and padding, plain and fused."""
+    monkeypatch.setitem(NETWORKS, "other", UNetConfig(1, 2, (3, 4, 5), **options))
+    layers = operators(NETWORKS["other"], 44, 44, 1)
+    for name in layers:
+        case = Case("op", "other", "fp32", 1, 44, 44, operator=name)
+        inputs = [torch.randn(shape) for shape in case.layers[0].in_shapes]
+        for fast in (False, True):
+            found = Operator(case, fast)(*inputs)
+            assert (found[0] if isinstance(found, tuple) else found).shape == layers[name].out_shape, (name, fast)
+    assert any(layer.geometry for layer in layers.values())

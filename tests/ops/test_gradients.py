@@ -50,7 +50,7 @@ def test_gradients_through_the_kernels(case, forced, seed, device):
     summed = sum(c.double().square().sum((0, 2, 3)).max().item() for c in cotangents) ** 0.5
     for a, b, base, true in zip(got, again, baseline, truth, strict=True):
         assert torch.equal(a, b)
-        # Those of channels are sums over pixels, which cancel in all of three channels now and then.
+        # Those of channels are sums over pixels, of terms as large as this, which now and then cancel in all three.
         parity = compare(a, base, true, tf32=a.is_cuda, stages=2, terms=summed if a.dim() == 1 else 0.0)
         assert parity.ok, str(parity)
 
