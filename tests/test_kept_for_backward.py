@@ -58,12 +58,13 @@ GEOMETRIES = {
 }
 
 
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
 @pytest.mark.parametrize("options", GEOMETRIES.values(), ids=GEOMETRIES)
-def test_where_pytorch_convolves_no_map_is_saved_twice(options, seed):
+def test_with_strides_and_without_padding_no_map_is_saved_twice(options, implementation, seed, device):
     """Nor one that was upsampled or concatenated: the results of convolutions and pools alone, and the input."""
-    net, sizes = FastUNet(1, 2, (4, 6, 8), **options), []
-    x = torch.randn(1, 1, 60, 60)
-    with dispatch.forced("torch"):
+    net, sizes = FastUNet(1, 2, (4, 6, 8), **options).to(device), []
+    x = torch.randn(1, 1, 60, 60, device=device)
+    with dispatch.forced(implementation):
         with Recorder() as recorder:
             loss_of(net, x)
         *inner, _ = recorder.steps  # the head's is the output
