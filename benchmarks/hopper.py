@@ -15,6 +15,7 @@ Exits 1 if a configuration breaks the rule. Prints a line a layer; TFLOP/s are t
 from __future__ import annotations
 
 import argparse
+import functools
 import multiprocessing
 import sys
 import time
@@ -27,8 +28,8 @@ import torch
 from fastunet import dispatch, kernels, measured
 from fastunet.config import UNetConfig
 from fastunet.parity.configs import check_configs
-from fastunet.trace import trace
-from fastunet.tune import measure, save
+from fastunet.parity.launches import launches
+from fastunet.tune import key_of, measure, save
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
 
@@ -87,6 +88,10 @@ def check(
     return held, broken
 
 
+def on_paper(dtype: torch.dtype, *shape: int, fan_in: int = 1) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 def run_one_layer() -> None:
     """Each kind of tile once, on small maps: for compute-sanitizer and ncu."""
     for c, o, n, h, w in ((64, 64, 1, 34, 48), (128, 136, 2, 34, 48), (128, 128, 5, 7, 8)):
@@ -129,10 +134,8 @@ def main() -> int:
         print(f"parity, {dtype}: {held} of {held + broken} launch configurations hold", flush=True)
     for dtype in dtypes:
         for n, h, w in sizes:
-            layers = trace(UNetConfig(), h, w, n)
-            flops = {
-                measured.layer_key(x.op, x.in_shapes, x.weight_shape, DTYPES[dtype], x.mode): x.flops for x in layers
-            }
+            make = functools.partial(on_paper, DTYPES[dtype])
+            flops = {key_of(launch): launch.layer.flops for launch in launches(UNetConfig(), (n, h, w), make)}
             # On standard error what is tried: who hangs says nothing afterwards.
             trying = lambda text: print(f"  {text}", file=sys.stderr, flush=True)
             deadline = start + arguments.budget

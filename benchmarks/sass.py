@@ -165,6 +165,8 @@ def launches(dtype: torch.dtype, tf32: bool) -> Iterator[Callable[[], Any]]:
     yield lambda: kernels.stem_fwd(t(2, 4, 256, 256), t(64, 4, 3, 3), t(64), slope=0.0, tf32=tf32)
     yield lambda: kernels.conv_fwd(t(1, 128, 64, 64), t(128, 128, 3, 3), None, slope=0.01, tf32=tf32)
     yield lambda: kernels.conv_pool_fwd(t(2, 24, 64, 64), t(160, 24, 3, 3), t(160), slope=0.0, tf32=tf32)
+    of_head = t(2, 24, 64, 64), t(20, 24, 3, 3), t(20), t(16, 20, 1, 1), t(16)
+    yield lambda: kernels.conv_head_fwd(*of_head, slope=0.0, tf32=tf32)
     yield lambda: kernels.conv_wgrad(t(2, 24, 63, 65), [t(2, 3, 63, 65)], 3, bias=False, tf32=tf32)
     yield lambda: kernels.conv_wgrad(t(2, 24, 63, 65), [t(2, 20, 62, 64), t(2, 24, 63, 65)], 3, bias=False, tf32=tf32)
     image, x, small = t(2, 3, 62, 64), t(2, 128, 62, 64), t(2, 64, 31, 32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from . import dispatch, ops
 from .built import as_built
 from .config import UNetConfig
 from .model import FastUNet
-from .trace import Layer, Shape, describe_bytes, describe_flops, totals, trace
+from .trace import Layer, Shape, describe_bytes, describe_flops, joins_head, totals, trace
 
 
 @dataclass(frozen=True)
@@ -173,8 +174,25 @@ def explain_config(
         layers = trace(config, height, width, batch)
     except ValueError as error:  # of sizes that strides do not divide
         raise ValueError(f"input_size: {error}") from None
-    rows = tuple(Row(layer, _choose(layer, config, device, dtype), dtype) for layer in layers)
-    return Explanation((batch, channels, height, width), device, dtype, rows)
+    rows = [Row(layer, _choose(layer, config, device, dtype), dtype) for layer in layers]
+    if joins_head(config, layers):
+        rows[-2:] = _with_head(rows[-2], rows[-1], device)
+    return Explanation((batch, channels, height, width), device, dtype, tuple(rows))
+
+
+def _with_head(conv: Row, head: Row, device: torch.device) -> tuple[Row, Row]:
+    """The last two rows, of what is one pass, if it is: the map between them is not moved."""
+    layer, classes = conv.layer, head.layer.out_shape[1]
+    choice = ops.choose("conv2d_relu_head", layer.in_shapes, layer.weight_shape, device, conv.dtype, classes=classes)
+    if choice.implementation == "torch":
+        return conv, head
+    between = math.prod(layer.out_shape)
+
+    def part(row: Row, reason: str) -> Row:
+        layer = dataclasses.replace(row.layer, elements=row.layer.elements - between)
+        return Row(layer, dataclasses.replace(choice, reason=reason), row.dtype)
+
+    return part(conv, f"{choice.reason}, with the head"), part(head, f"in one pass with {layer.name}")
 
 
 def _choose(layer: Layer, config: UNetConfig, device: torch.device, dtype: torch.dtype) -> dispatch.Choice:

@@ -230,6 +230,13 @@ class _Tracer:
         return out
 
 
+def joins_head(config: UNetConfig, layers: list[Layer]) -> bool:
+    """Whether the head, the last layer, and the convolution before it can be one operator."""
+    conv = layers[-2]
+    apart = conv.norm is not None and not (config.norm == "batch" and config.order == "conv_norm_act")
+    return conv.op == "conv2d_relu" and conv.padding == "same" and not apart
+
+
 def totals(layers: list[Layer]) -> tuple[int, int]:
     """(parameters, flops) of all layers together."""
     return sum(layer.parameters for layer in layers), sum(layer.flops for layer in layers)

@@ -92,17 +92,24 @@ def measure(
 
     seen: set[str] = set()
     for launch in launches(config, size, make, tf32=tf32(), training=training):
-        shapes = [t.shape for t in launch.tensors]
         steps = {"forward": [launch]}
         for gradient in gradients(launch, make, tf32=tf32()) if training else ():
             if gradient.step:
                 steps.setdefault(gradient.step, []).append(gradient)  # of two sources, one each
         for step, parts in steps.items():
-            of = shapes[:-2], shapes[-2], dtype, launch.layer.mode, step
-            key = measured.layer_key(launch.layer.op, *of, launch.layer.geometry)
+            key = key_of(launch, step)
             if key not in seen and time.monotonic() < deadline:
                 seen.add(key)
                 yield key, _fastest(parts, device, timer or _median, on_try)
+
+
+def key_of(launch: Launch, step: str = "forward") -> str:
+    """:func:`fastunet.measured.layer_key` of a forward launch, or of another step of its layer."""
+    layer = launch.layer
+    *maps, weight = launch.tensors[: len(layer.in_shapes) + 1]
+    classes = layer.out_shape[1] if layer.op == "conv2d_relu_head" else 0
+    shapes = [x.shape for x in maps], weight.shape
+    return measured.layer_key(layer.op, *shapes, weight.dtype, layer.mode, step, layer.geometry, classes)
 
 
 def _fastest(parts: list[Launch], device: torch.device, timer: Timer, on_try: Callable[[str], None]) -> Entry:

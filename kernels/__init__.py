@@ -7,7 +7,7 @@ computes an operator; ``_bwd``, ``_dgrad`` (of the input) and ``_wgrad`` (of the
 from . import hopper
 from .activation_bwd import activation_bwd
 from .commuted import upconcat_conv3x3_commuted_fwd
-from .conv3x3 import conv_fwd, conv_pool_fwd
+from .conv3x3 import conv_fwd, conv_head_fwd, conv_pool_fwd
 from .conv_bwd import conv_dgrad, conv_wgrad
 from .conv_transpose import conv_transpose_fwd
 from .conv_transpose_bwd import conv_transpose_dgrad, conv_transpose_wgrad
@@ -22,6 +22,7 @@ __all__ = [
     "activation_bwd",
     "conv_dgrad",
     "conv_fwd",
+    "conv_head_fwd",
     "conv_pool_fwd",
     "conv_transpose_dgrad",
     "conv_transpose_fwd",

@@ -80,7 +80,7 @@ def upconcat_conv3x3_commuted_fwd(
     if c2:
         t = conv(skip, weight[:, c1:], bias, slope=1.0, tf32=tf32, out_dtype=torch.float32)
     else:  # no skip comes in
-        t = empty_channels_last(y, o, height, width, torch.float32).copy_(bias_or_zeros(bias, y)[:, None, None])
+        t = empty_channels_last(y, o, height, width, torch.float32).copy_(bias_or_zeros(bias, o, y)[:, None, None])
     config, pixels = gather_config(o), n * height * width
     _gather_taps_kernel[(triton.cdiv(pixels, config.block_p) * triton.cdiv(o, config.block_c),)](
         z, t, y, pixels, o, h, w, height, width, (height - 2 * h) // 2, (width - 2 * w) // 2,

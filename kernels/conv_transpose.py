@@ -116,7 +116,7 @@ def conv_transpose_fwd(
     _conv_transpose_fwd_kernel[(config.tiles(n, *cells, o), step[0] * step[1])](
         pixel_descriptor(x, config) if config.tma else x,
         weight_descriptor(rows, config) if config.tma else rows,
-        bias_or_zeros(bias, y), y, n, c, h, w, o, *y.shape[2:], x.stride(0), x.stride(2), x.stride(3),
+        bias_or_zeros(bias, o, y), y, n, c, h, w, o, *y.shape[2:], x.stride(0), x.stride(2), x.stride(3),
         ROWS=filter_size[0], COLUMNS=filter_size[1], PAD=pad, STRIDE_H=step[0], STRIDE_W=step[1],
         USE_TMA=config.tma, PRECISION="tf32" if tf32 else "ieee", **config.options(),
     )  # fmt: skip

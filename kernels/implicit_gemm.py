@@ -149,6 +149,28 @@ def store_tile(y_ptr, tile, n, h, w, co0, N, H, W, O, BLOCK_CO: tl.constexpr):
 
 
 @triton.jit
+def store_head(
+    y_ptr, acc, head_ptr, head_bias_ptr, n, h, w, N, H, W, O,
+    CLASSES: tl.constexpr, BLOCK_CO: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store a 1x1 convolution of acc [BLOCK_CO, pixels], which holds all O channels, to NHWC y of CLASSES channels.
+
+    A product of 16 rows, whatever the classes; acc is rounded as a map between two operators is.
+    """
+    co = tl.arange(0, BLOCK_CO)
+    k = tl.arange(0, 16)
+    weight_mask = (k < CLASSES)[:, None] & (co < O)[None, :]
+    weight = tl.load(head_ptr + k[:, None] * O + co[None, :], mask=weight_mask, other=0.0)
+    # Where there is no channel acc may be NaN, of an x that is infinite.
+    rounded = tl.where((co < O)[:, None], acc, 0.0).to(weight.dtype)
+    if INTERPRETED:
+        weight, rounded = weight.to(tl.float32), rounded.to(tl.float32)
+    logits = tl.dot(weight, rounded, input_precision=PRECISION)
+    logits += tl.load(head_bias_ptr + k, mask=k < CLASSES, other=0.0).to(tl.float32)[:, None]
+    store_tile(y_ptr, logits, n, h, w, 0, N, H, W, CLASSES, 16)
+
+
+@triton.jit
 def max_of_pairs(x):
     """Maximum over a last axis of 2, NaN first, as torch's max-pool has it."""
     a, b = tl.split(x)

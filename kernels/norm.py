@@ -189,7 +189,7 @@ def norm_fwd(
         config, groups = cell_config(c), n if per_image else 1
         images, blocks = n // groups, triton.cdiv(c, config.block_c)
         cells = images * triton.cdiv(h, 2) * triton.cdiv(w, 2)
-        gamma, beta = x.new_ones(c) if weight is None else weight.contiguous(), bias_or_zeros(bias, x)
+        gamma, beta = x.new_ones(c) if weight is None else weight.contiguous(), bias_or_zeros(bias, c, x)
         _norm_fwd_kernel[(triton.cdiv(cells, config.block_p) * groups * blocks,)](
             x, mean, rstd, gamma, beta, y, pooled, groups, images, h, w, c, SLOPE=slope, POOL=pool,
             BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.num_warps,

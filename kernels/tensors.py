@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .tuning import ConvConfig
+from .tuning import HEAD_CHANNELS, HEAD_CLASSES, ConvConfig
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -71,13 +71,22 @@ def placed(x: Tensor, height: int, width: int) -> tuple[Tensor, int, int]:
     return x[:, :, rows : rows + height, columns : columns + width], max(0, top), max(0, left)
 
 
-def bias_or_zeros(bias: Tensor | None, y: Tensor) -> Tensor:
-    """The bias, or zeros for the channels of ``y``.
+def bias_or_zeros(bias: Tensor | None, channels: int, like: Tensor) -> Tensor:
+    """The bias, or zeros for so many channels.
 
     Not a branch in the kernel: without an addition after the loop, the ptxas of Triton 3.6.0
     serialises the tf32 WGMMAs (C7515).
     """
-    return y.new_zeros(y.shape[1]) if bias is None else bias.contiguous()
+    return like.new_zeros(channels) if bias is None else bias.contiguous()
+
+
+def head_operands(head: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a 1x1 head behind a convolution, each contiguous; ValueError for what no tile holds."""
+    classes, channels = head.shape[:2]
+    if classes > HEAD_CLASSES or channels > HEAD_CHANNELS:
+        most = f"at most {HEAD_CLASSES} classes of {HEAD_CHANNELS} channels"
+        raise ValueError(f"head: expected {most}, got {tuple(head.shape)}")
+    return head.contiguous(), bias_or_zeros(bias, classes, head)
 
 
 def packed_weight(weight: Tensor) -> Tensor:

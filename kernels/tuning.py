@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 HOPPER = (9, 0)
+HEAD_CLASSES, HEAD_CHANNELS = 16, 64  # at most, of a 1x1 head behind a convolution whose tiles hold all its channels
 LARGE_SHARED_MEMORY = (9, 10)  # majors of the data-centre GPUs with TMA and 227 KB; 12.x has 99 KB
 
 
@@ -76,7 +77,7 @@ def _tile(pixels: int, height: int, width: int) -> tuple[int, int, int]:
     Square tiles re-read the least border: 10 x 18 for 8 x 16 pixels is 1.4x, 3 x 130 would be 3x.
     Rows and columns come in pairs, for the pool.
     """
-    block_w = power_of_2(width, 2, 16)
+    block_w = power_of_2(width, 2, min(16, pixels // 2))
     block_h = power_of_2(height, 2, min(16, pixels // block_w))
     return pixels // (block_w * block_h), block_h, block_w
 
@@ -92,6 +93,7 @@ def conv_config(
     precise: bool = False,
     tma: bool = False,
     interpolating: bool = False,
+    whole: bool = False,
 ) -> ConvConfig:
     """Tile for a convolution.
 
@@ -100,6 +102,7 @@ def conv_config(
         precise: float32 without tf32, on the plain cores.
         tma: every tensor can be addressed by a TMA descriptor.
         interpolating: a source is upsampled on the way to the product.
+        whole: the tile is to hold all output channels, at most ``HEAD_CHANNELS``, and none is upsampled.
     """
     size = 4 if dtype == torch.float32 else 2
     # 128 bytes of channels a step: one swizzled row of shared memory, one full cache line. Less,
@@ -111,7 +114,9 @@ def conv_config(
     block_co = power_of_2(out_channels, 16, 128)
     if precise:
         # Operands and accumulators of plain multiply-adds all live in registers: 32 x 32 spills nothing.
-        return ConvConfig(min(block_co, 32), *_tile(32, height, width), 16, num_warps=4, num_stages=2)
+        # And so do those of 64 x 16.
+        block_co = min(block_co, 64 if whole else 32)
+        return ConvConfig(block_co, *_tile(1024 // max(32, block_co), height, width), 16, num_warps=4, num_stages=2)
     if interpolating:
         # Four neighbours, their weights and the sum live beside the accumulators.
         return ConvConfig(min(block_co, 64), *_tile(64, height, width), min(block_k, 32), num_warps=4, num_stages=2)
@@ -137,6 +142,7 @@ def conv_configs(
     *,
     precise: bool = False,
     interpolating: bool = False,
+    whole: bool = False,
     tma: bool = True,
 ) -> tuple[ConvConfig, ...]:
     """Every tile that :func:`conv_config` may give for such a layer on such a device, wherever its tensors lie.
@@ -145,7 +151,7 @@ def conv_configs(
         tma: whether it may be addressed by TMA at all.
     """
     shape = channels, out_channels, height, width, dtype, capability
-    options = {"precise": precise, "interpolating": interpolating}
+    options = {"precise": precise, "interpolating": interpolating, "whole": whole}
     tiles = (conv_config(*shape, tma=boxes, **options) for boxes in ((True, False) if tma else (False,)))
     return tuple(dict.fromkeys(tiles))
 

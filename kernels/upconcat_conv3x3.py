@@ -158,7 +158,7 @@ def upconcat_conv3x3_fwd(
         pixel_descriptor(x, config) if config.tma else x,
         pixel_descriptor(skip, config) if config.tma else skip,
         weight_descriptor(rows, config) if config.tma else rows,
-        bias_or_zeros(bias, y), y, n, c1, c2, h, w, o, x.shape[2], x.shape[3], top, left,
+        bias_or_zeros(bias, o, y), y, n, c1, c2, h, w, o, x.shape[2], x.shape[3], top, left,
         x.stride(0), x.stride(2), x.stride(3), skip.stride(0), skip.stride(2), skip.stride(3),
         KSIZE=ksize, PAD=pad, MODE=mode, ALIGN_CORNERS=align_corners, SLOPE=slope,
         USE_TMA=config.tma, PRECISION="tf32" if tf32 else "ieee", **config.options(),

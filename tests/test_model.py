@@ -17,6 +17,8 @@ from fastunet.built import as_built
 from fastunet.parity import compare
 from fastunet.reference import DoubleConv, UNet
 
+from .ops.cases import Names
+
 FEATURES = (4, 6, 9)
 OPERATORS = 11  # of such a network, one after another
 KINDS = ["bilinear", "bilinear_conv", "nearest", "transpose"]
@@ -130,6 +132,20 @@ def test_the_kernels_serve_the_whole_network(kind, seed, device):
     with torch.no_grad():
         baseline = reference(x)
     assert_parity(candidate, baseline, reference, x)
+
+
+@pytest.mark.parametrize("norm, wanted", [(None, True), ("batch", True), ("instance", False)])
+def test_the_head_goes_with_the_layer_before_it(norm, wanted, seed, device):
+    """In one pass, where no gradient wants the map between and nothing stands there."""
+    fast = FastUNet(1, 2, (2, 3), norm=norm).eval().to(device)
+    x = torch.randn(1, 1, 8, 8, device=device)
+    with dispatch.forced("triton"):
+        with torch.no_grad(), Names() as inference:
+            fast(x)
+        with Names() as training:
+            fast(x)
+    assert ("fastunet::conv2d_relu_head" in inference.seen) == wanted
+    assert "fastunet::conv2d_relu_head" not in training.seen
 
 
 class TestFoldedNorm:

@@ -19,6 +19,7 @@ from fastunet.explain import explain_config
 from fastunet.measured import Entry
 from fastunet.ops import launchers
 from fastunet.parity.launches import Launch
+from fastunet.trace import trace
 from fastunet.tune import measure, save, tune
 
 GPU = torch.device("cuda", 0)
@@ -135,6 +136,40 @@ class TestChoice:
         assert found["ups.3.conv.net.2"].implementation == "hopper"
         assert found["ups.3.conv.net.2"].reason == "measured, in microseconds: hopper 3, torch 9"
         assert found["bottleneck.net.0"].implementation == "triton"
+        assert found["head"].reason == "fused kernel; no measurement of this layer's shape yet"
+
+    def test_a_head_in_the_same_pass(self):
+        """Of what was not measured; else as the table has it, which may know of the layer alone."""
+        layer = "conv2d_relu_head", LAYER[1], LAYER[2], GPU, BF16
+        unmeasured = "fused kernel; no measurement of this device yet"
+        assert ops.choose(*layer, classes=2) == dispatch.Choice("triton", unmeasured)
+        rows = explain_config(UNetConfig(1, 2), (1, 1, 32, 32), GPU, BF16).rows
+        assert [row.choice.reason for row in rows[-3:]] == [
+            unmeasured, f"{unmeasured}, with the head", "in one pass with ups.3.conv.net.2"
+        ]  # fmt: skip
+        conv, head = trace(UNetConfig(1, 2), 32, 32)[-2:]
+        between = 64 * 32 * 32
+        assert [row.bytes for row in rows[-2:]] == [2 * (part.elements - between) for part in (conv, head)]
+        entries = {KEY: Entry("hopper", {"hopper": 3.0}, CONFIG_FIELDS)}
+        save(measured.cache_path(GPU), GPU, entries)
+        apart = ops.choose(*layer, classes=2)
+        assert apart == dispatch.Choice("torch", "the layer was measured without the head alone")
+        key = "conv2d_relu_head 1x64x32x32 by 64x64x3x3 to 2 bfloat16"
+        entries[key] = Entry("hopper", {"hopper": 3.0, "torch": 4.0}, CONFIG_FIELDS)
+        save(measured.cache_path(GPU), GPU, entries)
+        assert ops.choose(*layer, classes=2).implementation == "hopper"
+        assert ops.choose(*layer, classes=3) == apart
+        launch = launchers.launcher(
+            "conv_head_fwd", "conv2d_relu_head", (torch.empty(1, 64, 32, 32, device="meta", dtype=BF16),),
+            torch.empty(64, 64, 3, 3, device="meta", dtype=BF16), classes=2,
+        )  # fmt: skip
+        assert launch is None  # on a device without kernels
+
+    @pytest.mark.parametrize("channels, classes", [(65, 2), (64, 17)])
+    def test_a_head_that_no_tile_holds_is_a_pass_of_its_own(self, channels, classes):
+        layer = "conv2d_relu_head", LAYER[1], (channels, 64, 3, 3), GPU, BF16
+        why = f"no tile holds {channels} channels and {classes} classes"
+        assert ops.choose(*layer, classes=classes) == dispatch.Choice("torch", why)
 
 
 @pytest.mark.usefixtures("hopper")

@@ -25,6 +25,7 @@ __all__ = [
     "batch_norm_relu",
     "choose",
     "conv2d_relu",
+    "conv2d_relu_head",
     "conv_transpose2x2",
     "instance_norm_relu",
     "is_watched",
@@ -156,6 +157,45 @@ def conv2d_relu(
     if not pool:
         return (forward.conv2d_relu_torch if at_once(x) else forward.conv2d_relu)(*given)
     return (forward.conv2d_relu_pool_torch if at_once(x) else forward.conv2d_relu_pool)(*given)
+
+
+def conv2d_relu_head(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    head: Tensor,
+    head_bias: Tensor | None = None,
+    *,
+    relu: bool = True,
+    negative_slope: float = 0.0,
+) -> Tensor:
+    """:func:`conv2d_relu`, then a 1x1 convolution without an activation: without gradients in one pass.
+
+    The map between is then never written. Where gradients are wanted, which need it, these are two operators.
+
+    Args:
+        x, weight, bias, relu, negative_slope: as there, of a stride of 1 and ``"same"`` padding.
+        head: (K, O, 1, 1). head_bias: (K,) or None.
+
+    Returns:
+        (N, K, H, W), channels_last. Errors as there.
+    """
+    x, weight, bias, head, head_bias = _autocast(x, weight, bias, head, head_bias)
+    _check_map(x)
+    _check_conv(x.shape[1], weight, bias, "same")
+    filters = head.dim() == 4 and len(head) > 0 and head.shape[1:] == (len(weight), 1, 1)
+    _check(filters, "head", f"shape (K, {len(weight)}, 1, 1), K at least 1", tuple(head.shape))
+    if head_bias is not None:
+        _check(head_bias.shape == head.shape[:1], "head_bias", f"shape ({len(head)},)", tuple(head_bias.shape))
+    _check_alike(x, weight=weight, bias=bias, head=head, head_bias=head_bias)
+    given = x, weight, bias, head, head_bias
+    if at_once(x):
+        return forward.conv2d_relu_head_torch(*given, _slope(relu, negative_slope))
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    if wanted or is_watched():
+        y = conv2d_relu(x, weight, bias, relu=relu, negative_slope=negative_slope)
+        return conv2d_relu(y, head, head_bias, relu=False)
+    return forward.conv2d_relu_head(*given, _slope(relu, negative_slope))
 
 
 def batch_norm_relu(

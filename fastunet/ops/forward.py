@@ -74,6 +74,34 @@ def _(
     return empty(x, o, h, w), empty(x, o, h // 2, w // 2)
 
 
+# --- conv2d_relu_head: with nothing written between ------------------------------------------
+
+
+def conv2d_relu_head_torch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, head: Tensor, head_bias: Tensor | None, slope: float
+) -> Tensor:
+    y = conv2d_relu_torch(x, weight, bias, slope, (1, 1), "same")
+    return conv2d_relu_torch(y, head, head_bias, 1.0, (1, 1), "same")
+
+
+@torch.library.custom_op("fastunet::conv2d_relu_head", mutates_args=())
+def conv2d_relu_head(
+    x: Tensor, weight: Tensor, bias: Tensor | None, head: Tensor, head_bias: Tensor | None, slope: float
+) -> Tensor:
+    """Without gradients: theirs would want the map between."""
+    launch = launcher("conv_head_fwd", "conv2d_relu_head", (x,), weight, classes=len(head))
+    if launch is not None:
+        with on_device(x):
+            return launch(x, weight, bias, head, head_bias, slope=slope, tf32=tf32())
+    y = conv2d_relu(x, weight, bias, slope, (1, 1), "same")
+    return conv2d_relu(y, head, head_bias, 1.0, (1, 1), "same")
+
+
+@conv2d_relu_head.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, head: Tensor, head_bias: Tensor | None, slope: float) -> Tensor:
+    return empty(x, len(head), *x.shape[2:])
+
+
 def max_pool2x2(x: Tensor) -> Tensor:
     """(N, C, H // 2, W // 2), channels_last."""
     return result(F.max_pool2d(x, 2))

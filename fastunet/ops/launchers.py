@@ -26,6 +26,7 @@ def choose(
     mode: str = "none",
     step: str = "forward",
     geometry: str = "",
+    classes: int = 0,
 ) -> dispatch.Choice:
     """Which implementation serves a step of an operator, and why.
 
@@ -35,8 +36,10 @@ def choose(
         mode: how the first source is upsampled.
         step: of :data:`fastunet.dispatch.STEPS`.
         geometry: of :func:`fastunet.dispatch.geometry`.
+        classes: of the head in the same pass, of ``"conv2d_relu_head"``; there ``"torch"`` is two operators, each
+            as it is chosen.
     """
-    key = measured.layer_key(op, maps, weight, dtype, mode, step, geometry)
+    key = measured.layer_key(op, maps, weight, dtype, mode, step, geometry, classes)
 
     def obstacle(implementation: str) -> str | None:
         if geometry:
@@ -47,7 +50,14 @@ def choose(
             return None
         return kernels.hopper.why_not_layer(op, maps, weight, dtype, mode=mode, tf32=tf32())
 
-    return dispatch.choose_layer(device, dtype, key, obstacle, step)
+    choice = dispatch.choose_layer(device, dtype, key, obstacle, step)
+    if classes and choice.implementation != "torch":
+        most = kernels.tuning.HEAD_CLASSES, kernels.tuning.HEAD_CHANNELS
+        if classes > most[0] or weight[0] > most[1]:
+            return dispatch.Choice("torch", f"no tile holds {weight[0]} channels and {classes} classes")
+        if choice.entry is None and choose("conv2d_relu", maps, weight, device, dtype).entry is not None:
+            return dispatch.Choice("torch", "the layer was measured without the head alone")
+    return choice
 
 
 def launcher(
@@ -58,11 +68,12 @@ def launcher(
     mode: str = "none",
     stride: Sequence[int] = (1, 1),
     padding: str = "same",
+    classes: int = 0,
 ) -> Any:
     """The launcher of that name in the module that serves these tensors; None for plain torch."""
     shapes = tuple(tuple(x.shape) for x in maps)
     layer = op, shapes, tuple(weight.shape), maps[-1].device, maps[-1].dtype, mode
-    choice = choose(*layer, geometry=dispatch.geometry(stride, padding))
+    choice = choose(*layer, geometry=dispatch.geometry(stride, padding), classes=classes)
     if choice.implementation == "torch":
         return None
     if choice.implementation == "commuted":

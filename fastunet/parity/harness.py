@@ -19,7 +19,7 @@ from ..reference import UNet
 from .alone import alone
 from .gradients import backward_runs_on, compare_gradients, repeats
 from .measures import distance, error_map, segmentation
-from .recording import Recorder, Run, run_with_layers
+from .recording import Recorder, Run, logits_in_one_pass, run_with_layers
 from .recording import gradients as gradients_of
 from .repeatability import Tensors, fresh, repeat, same
 from .report import Alone, Check, Comparison, Report
@@ -150,9 +150,16 @@ def verify(
             keep([dataclasses.replace(found, alone=next(by_itself, None))])
     asked = {"gradients": gradients, "deterministic": deterministic}
     skipped = list(_not_compared(model, ours, exact, x, **asked, training=is_training, kernels="triton" in used))
-    if isinstance(model, FastUNet) and not interpreted:  # where the same kernels would run, at a second each
+    if isinstance(model, FastUNet):
         with torch.no_grad():  # nobody looks on, so this may be other code
-            keep([same("as it is called, unwatched", {_LOGITS: run.output}, {_LOGITS: candidate(x)})])
+            unwatched = run.output
+            in_one_pass = logits_in_one_pass(candidate, x, run)
+            if in_one_pass is not None:
+                unwatched = in_one_pass
+                found = comparison("output", _LOGITS, unwatched, depth, overall)
+                keep([dataclasses.replace(found, name="logits, with the head in one pass")])
+            if not interpreted:  # where the same kernels would run, at a second each
+                keep([same("as it is called, unwatched", {_LOGITS: unwatched}, {_LOGITS: candidate(x)})])
     if deterministic:
         steady = not x.is_cuda or (bool(used) and "torch" not in used)
         keep(repeat("", ours, lambda x: _forward(candidate, x, config), x, steady=steady))

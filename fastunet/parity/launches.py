@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from .. import kernels, reference
 from ..config import UNetConfig
 from ..kernels import tuning
 from ..ops.launchers import geometry_options
-from ..trace import Layer, trace
+from ..trace import Layer, joins_head, trace
 
 Config = tuning.ConvConfig | kernels.hopper.HopperConfig
 Commuted = Literal["commuted", "hopper commuted"]
@@ -87,7 +88,8 @@ def launches(
         training: where gradients are wanted no batch norm is folded into its convolution.
     """
     batch, height, width = size
-    for layer in trace(config, height, width, batch):
+    layers, found = trace(config, height, width, batch), deque[Launch](maxlen=2)
+    for layer in layers:
         mode = layer.mode
         corners = mode == "bilinear" and config.align_corners
         inputs, out = tuple(make(*shape) for shape in layer.in_shapes), layer.out_shape[1]
@@ -135,13 +137,43 @@ def launches(
                 layer.op, maps, tuple(weight.shape), weight.dtype, mode=mode, tf32=tf32
             )
         tensors = (*inputs, weight, bias)
-        yield Launch(layer, launcher, function, tensors, options, chooser, hopper, training=training, step="forward")
+        found.append(
+            Launch(layer, launcher, function, tensors, options, chooser, hopper, training=training, step="forward")
+        )
+        yield found[-1]
+    if not training and joins_head(config, layers):
+        yield from _with_head(*found)
+
+
+def _with_head(conv: Launch, head: Launch) -> Iterator[Launch]:
+    """The last two of a network as one launch, if a tile holds all the channels between."""
+    x, weight, bias = conv.tensors
+    if len(head.tensors[1]) > tuning.HEAD_CLASSES or len(weight) > tuning.HEAD_CHANNELS:
+        return
+    layer = dataclasses.replace(
+        conv.layer,
+        name=f"{conv.layer.name} with {head.layer.name}",
+        op="conv2d_relu_head",
+        out_shape=head.layer.out_shape,
+        parameters=conv.layer.parameters + head.layer.parameters,
+        flops=conv.layer.flops + head.layer.flops,
+    )
+    tf32, function = conv.options["tf32"], partial(_conv_head, slope=conv.options["slope"])
+    shape, precise = ((x.shape[1],), len(weight), *x.shape[2:], x.dtype), x.dtype == torch.float32 and not tf32
+    chooser = partial(tuning.conv_configs, *shape, precise=precise, whole=True)
+    hopper = kernels.hopper.layer_configs(layer.op, (tuple(x.shape),), tuple(weight.shape), x.dtype, tf32=tf32)
+    tensors = (*conv.tensors, *head.tensors[1:])
+    yield Launch(layer, kernels.conv_head_fwd, function, tensors, conv.options, chooser, hopper, step="forward")
 
 
 def _stem_configs(
     channels: int, out: int, height: int, width: int, precise: bool, capability: tuple[int, int]
 ) -> tuple[tuning.ConvConfig, ...]:
     return (tuning.stem_config(channels, out, height, width, precise=precise),)  # the same on every device
+
+
+def _conv_head(x: Tensor, weight: Tensor, bias: Tensor, head: Tensor, head_bias: Tensor, *, slope: float) -> Tensor:
+    return F.conv2d(reference.conv2d_relu(x, weight, bias, slope), head, head_bias)
 
 
 def _conv_pool(x: Tensor, weight: Tensor, bias: Tensor, **plain: Any) -> tuple[Tensor, Tensor]:
@@ -159,6 +191,8 @@ def gradients(launch: Launch, make: Make, *, tf32: bool = True) -> Iterator[Laun
         make, tf32: as in :func:`launches`.
     """
     layer, options = launch.layer, {"tf32": tf32}
+    if layer.op == "conv2d_relu_head":  # of inference alone
+        return
     *sources, weight, _ = launch.tensors
     grad = make(*layer.out_shape)
     n, o, h, w = grad.shape

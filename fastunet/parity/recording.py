@@ -253,6 +253,26 @@ def is_folded(norm: Any, config: UNetConfig) -> bool:
     return fixed and config.order == "conv_norm_act"
 
 
+@torch.no_grad()
+def logits_in_one_pass(network: FastUNet, x: Tensor, run: Run) -> Tensor | None:
+    """What the last layer and the head of a run on ``x`` give as one operator; None if they are two in any case."""
+    if not run.steps:
+        return None
+    conv, head = (step.arguments for step in list(run.steps.values())[-2:])
+    layer = trace(network.config, *x.shape[-2:])[-2]
+    norm = norm_after(network, layer)
+    held = norm is None or is_folded(norm, network.config)
+    if layer.op != "conv2d_relu" or conv["padding"] != "same" or not held:
+        return None
+    x, weight, classes = conv["x"], conv["weight"], len(head["weight"])
+    shapes = (tuple(x.shape),), tuple(weight.shape)
+    if ops.choose("conv2d_relu_head", *shapes, x.device, x.dtype, classes=classes).implementation == "torch":
+        return None
+    given = x, weight, conv["bias"], head["weight"], head["bias"]
+    relu = conv["slope"] != 1
+    return network.finish(ops.conv2d_relu_head(*given, relu=relu, negative_slope=conv["slope"] if relu else 0.0))
+
+
 def gradients(
     network: nn.Module, x: Tensor, cotangent: Tensor, mode: Recorder | Replay
 ) -> tuple[Tensor, dict[str, Tensor | None]]:

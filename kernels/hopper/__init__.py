@@ -2,6 +2,7 @@
 
 from .conv3x3 import (
     conv_fwd,
+    conv_head_fwd,
     conv_pool_fwd,
     conv_transpose_fwd,
     upconcat_conv3x3_commuted_fwd,
@@ -22,6 +23,7 @@ __all__ = [
     "TUNED_SIZES",
     "HopperConfig",
     "conv_fwd",
+    "conv_head_fwd",
     "conv_pool_fwd",
     "conv_transpose_fwd",
     "hopper_configs",

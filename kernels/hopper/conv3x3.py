@@ -2,6 +2,7 @@
 
     y[n, o, h, w]      = act(b[o] + sum over c, i, j of weight[o, c, i, j] x[n, c, h + i - r, w + j - r])
     pooled[n, o, h, w] = max of the four y[n, o, 2h + {0, 1}, 2w + {0, 1}]
+    logits[n, k, h, w] = head_bias[k] + sum over o of head[k, o] y[n, o, h, w]
 
 for K x K filters, K = 1 or 3, r = K // 2, zeros around x; x may be two tensors side by side on channels, which
 are never copied together. A 2x2 stride-2 transposed convolution,
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .. import commuted
-from ..tensors import bias_or_zeros, empty_channels_last, packed_weight, without_graph
+from ..tensors import bias_or_zeros, empty_channels_last, head_operands, packed_weight, without_graph
 from ..tuning import pointwise_config
 from ..upsample_concat import upsample_concat_fwd
 from .compat import TensorDescriptor, gdc_launch_dependents, gdc_wait, gl, gluon, mbarrier
@@ -37,12 +38,12 @@ from .tuning import HopperConfig, block_k, hopper_configs, multiprocessors, tma_
 
 @gluon.jit
 def _conv_fwd_kernel(
-    x1, x1_tail, w1, x2, x2_tail, w2, bias_ptr, y, pooled,
+    x1, x1_tail, w1, x2, x2_tail, w2, bias_ptr, y, pooled, head_ptr, head_bias_ptr,
     N, H, W, O, C1, C2, top, left,
     KSIZE: gl.constexpr, TWO_SOURCES: gl.constexpr, SLOPE: gl.constexpr, POOL: gl.constexpr, HALO: gl.constexpr,
     BLOCK_CO: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr,
     BLOCK_K: gl.constexpr, X_STAGES: gl.constexpr, W_STAGES: gl.constexpr, SPLITS: gl.constexpr,
-    FILTER_ROWS: gl.constexpr,
+    FILTER_ROWS: gl.constexpr, CLASSES: gl.constexpr,
 ):  # fmt: skip
     # The next launch may begin here, as far as its own wait: what it allocates and initialises takes as long as
     # this one's last tiles. Nothing of a launch may touch global memory before its wait.
@@ -58,7 +59,9 @@ def _conv_fwd_kernel(
     rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, BLOCK_K], dtype)
     x_ring = gl.allocate_shared_memory(dtype, x_ring_shape, rows)
     w_ring = gl.allocate_shared_memory(dtype, [W_STAGES, BLOCK_CO, BLOCK_K], rows)
-    outs = gl.allocate_shared_memory(y.dtype, [2] + y.block_type.shape, y.layout)
+    outs = w_ring
+    if not CLASSES:  # else y is a pointer, and nothing goes through shared memory
+        outs = gl.allocate_shared_memory(y.dtype, [2] + y.block_type.shape, y.layout)
     smalls = outs
     if POOL:
         smalls = gl.allocate_shared_memory(dtype, [2] + pooled.block_type.shape, pooled.layout)
@@ -85,16 +88,16 @@ def _conv_fwd_kernel(
     gdc_wait()
     gl.warp_specialize([
         (multiply_tiles, (
-            bias_ptr, y, pooled, steps, tiles, H, W, O,
+            bias_ptr, y, pooled, head_ptr, head_bias_ptr, steps, tiles, N, H, W, O,
             x_ring, x_full, x_empty, w_ring, w_full, w_empty, turns, outs, smalls,
             KSIZE, SLOPE, POOL, HALO, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K, X_STAGES, W_STAGES, SPLITS,
-            FILTER_ROWS, 0,
+            FILTER_ROWS, CLASSES, 0,
         )),
         (multiply_tiles, (
-            bias_ptr, y, pooled, steps, tiles, H, W, O,
+            bias_ptr, y, pooled, head_ptr, head_bias_ptr, steps, tiles, N, H, W, O,
             x_ring, x_full, x_empty, w_ring, w_full, w_empty, turns, outs, smalls,
             KSIZE, SLOPE, POOL, HALO, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K, X_STAGES, W_STAGES, SPLITS,
-            FILTER_ROWS, 1,
+            FILTER_ROWS, CLASSES, 1,
         )),
         (load_tiles, (
             x1, x1_tail, w1, x2, x2_tail, w2, blocks1, top, left, steps, tiles, H, W, O,
@@ -120,9 +123,15 @@ def _launch(
     slope: float,
     tf32: bool,
     config: HopperConfig | None,
+    head: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Fill ``y`` (N, O, H, W) and ``pooled``, channels_last. ``weight``: (O, C, K, K), or (C, O, 2, 2) transposed."""
-    ksize, dtype, o = weight.shape[-1], sources[0].dtype, y.shape[1]
+    """Fill ``y`` (N, O, H, W) and ``pooled``, channels_last, or ``y`` with what a ``head`` makes of it.
+
+    ``weight``: (O, C, K, K), or (C, O, 2, 2) transposed. ``head``: of :func:`head_operands`.
+    """
+    ksize, dtype = weight.shape[-1], sources[0].dtype
+    transposed = ksize == 2
+    o = weight.shape[1 if transposed else 0]
     n, _, h, w = sources[-1].shape
     sources = tuple(x for x in sources if x.shape[1])  # a skip may have no channels
     channels = tuple(x.shape[1] for x in sources)
@@ -132,13 +141,13 @@ def _launch(
         raise ValueError(f"x: the Hopper kernels cannot serve it: {obstacle}")
     if y.numel() == 0:
         return
-    transposed = ksize == 2
+    bias = bias_or_zeros(bias, o, y)
     if config is None and transposed:
         config = transpose_configs(channels, o, n, h, w, dtype)[0]
     elif config is None:
-        options = {"ksize": ksize, "pool": pooled is not None, "out_dtype": y.dtype}
+        options = {"ksize": ksize, "pool": pooled is not None, "head": head is not None, "out_dtype": y.dtype}
         config = hopper_configs(channels, o, n, h, w, dtype, **options)[0]
-    elif transposed and config.splits > 1:
+    elif config.splits > 1 and (transposed or head is not None):
         raise ValueError(f"config: expected one that does not split the K loop, got {config}")
     maps = [tma_ready(x).permute(0, 2, 3, 1) for x in sources]
     out = y.permute(0, 2, 3, 1)
@@ -159,19 +168,20 @@ def _launch(
         box.insert(0, 1)
     elif transposed:
         box.insert(2, 1)
-    stored, small = _descriptor(out, box), None
+    stored, small = y if head is not None else _descriptor(out, box), None
     if pooled is not None and shares is None:
         small = _descriptor(pooled.permute(0, 2, 3, 1), [tile[0], tile[1] // 2, tile[2] // 2, 64])
     filter_rows = 2 if transposed else 1
     grid = min(filter_rows * config.tiles(n, h, w, o), multiprocessors(y.device))
     _conv_fwd_kernel[(grid,)](
-        *operands, *(operands if len(maps) == 1 else ()), bias_or_zeros(bias, y), stored, small or stored,
-        n, h, w, o, channels[0], sum(channels[1:]), top, left,
+        *operands, *(operands if len(maps) == 1 else ()), bias, stored, stored if small is None else small,
+        *(head or (bias, bias)), n, h, w, o, channels[0], sum(channels[1:]), top, left,
         KSIZE=1 if transposed else ksize, TWO_SOURCES=len(maps) == 2, SLOPE=slope, POOL=small is not None,
-        BLOCK_K=width, FILTER_ROWS=filter_rows, num_warps=4, launch_pdl=True, **config.options(),
+        BLOCK_K=width, FILTER_ROWS=filter_rows, CLASSES=0 if head is None else len(head[0]),
+        num_warps=4, launch_pdl=True, **config.options(),
     )  # fmt: skip
     if shares is not None:
-        sum_splits(shares, bias_or_zeros(bias, y), y, pooled, slope)
+        sum_splits(shares, bias, y, pooled, slope)
 
 
 @without_graph
@@ -206,6 +216,24 @@ def conv_pool_fwd(
     pooled = empty_channels_last(x, weight.shape[0], x.shape[2] // 2, x.shape[3] // 2)
     _launch((x,), weight, bias, y, pooled, slope, tf32, config)
     return y, pooled
+
+
+@without_graph
+def conv_head_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    head: Tensor,
+    head_bias: Tensor | None,
+    *,
+    slope: float,
+    tf32: bool = True,
+    config: HopperConfig | None = None,
+) -> Tensor:
+    """As :func:`conv_fwd`, then a 1x1 convolution of what is not rounded: a warpgroup holds all 64 channels."""
+    logits = empty_channels_last(x, head.shape[0], x.shape[2], x.shape[3])
+    _launch((x,), weight, bias, logits, None, slope, tf32, config, head_operands(head, head_bias))
+    return logits
 
 
 @without_graph

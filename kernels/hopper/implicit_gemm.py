@@ -132,23 +132,36 @@ def _larger(a, b):
 
 
 @gluon.jit
-def _finish_tile(
-    acc, bias_ptr, y, pooled, part, n0, h0, w0, co0, O, out, small,
-    SLOPE: gl.constexpr, POOL: gl.constexpr, SPLITS: gl.constexpr, FILTER_ROWS: gl.constexpr,
+def _store_head(
+    acc, y_ptr, head_ptr, head_bias_ptr, n0, h0, w0, N, H, W, O,
+    BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr, CLASSES: gl.constexpr,
 ):  # fmt: skip
-    """Bias, activation, store; 2x2 max-pool, store. A share of a split K loop is stored as it is."""
+    """A 1x1 convolution of acc [64, pixels], which holds all O channels, to NHWC y of CLASSES channels."""
     BLOCK_P: gl.constexpr = acc.shape[1]
-    if SPLITS == 1:
-        co = co0 + gl.arange(0, 64, gl.SliceLayout(1, acc.type.layout))
-        channel = co
-        if FILTER_ROWS > 1:
-            channel = co % (O // FILTER_ROWS)
-        bias = gl.load(bias_ptr + channel, mask=co < O, other=0.0).to(gl.float32)
-        acc = acc + gl.expand_dims(bias, 1)
-        if SLOPE == 0.0:
-            acc = gl.where(acc <= 0, 0.0, acc)  # not maximum(): NaN must stay NaN, as in torch
-        elif SLOPE != 1.0:
-            acc = gl.where(acc <= 0, acc * SLOPE, acc)
+    # Sums lie in every row's registers; addresses are made where each pixel is in one thread.
+    pixels: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    co = gl.arange(0, 64, gl.SliceLayout(1, acc.type.layout))
+    p = gl.arange(0, BLOCK_P, pixels)
+    n = n0 + p // (BLOCK_H * BLOCK_W)
+    h = h0 + p // BLOCK_W % BLOCK_H
+    w = w0 + p % BLOCK_W
+    inside = (n < N) & (h < H) & (w < W)
+    pixel = (n.to(gl.int64) * H + h) * W + w
+    for k in range(0, CLASSES):
+        weight = gl.load(head_ptr + (k * O + co), mask=co < O, other=0.0).to(gl.float32)
+        # Where there is no channel acc may be NaN, of an x that is infinite.
+        products = gl.where(gl.expand_dims(co < O, 1), acc * gl.expand_dims(weight, 1), 0.0)
+        logit = gl.convert_layout(gl.sum(products, 0), pixels) + gl.load(head_bias_ptr + k).to(gl.float32)
+        gl.store(y_ptr + (pixel * CLASSES + k), logit.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def _store_tile(
+    acc, y, pooled, part, n0, h0, w0, co0, out, small,
+    POOL: gl.constexpr, SPLITS: gl.constexpr, FILTER_ROWS: gl.constexpr,
+):  # fmt: skip
+    """acc [64, pixels] through shared memory to y; of its 2x2 max-pool the same."""
+    BLOCK_P: gl.constexpr = acc.shape[1]
     tma_store_wait(0)  # the last tile's, of which ``out`` is still being read
     result = acc.to(out.dtype)
     out.reshape([BLOCK_P, 64]).permute([1, 0]).store(result)
@@ -170,13 +183,37 @@ def _finish_tile(
 
 
 @gluon.jit
+def _finish_tile(
+    acc, bias_ptr, y, pooled, head_ptr, head_bias_ptr, part, n0, h0, w0, co0, N, H, W, O, out, small,
+    SLOPE: gl.constexpr, POOL: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr, SPLITS: gl.constexpr,
+    FILTER_ROWS: gl.constexpr, CLASSES: gl.constexpr,
+):  # fmt: skip
+    """Bias, activation; then store, with the max-pool, or the head's result. A share of a split K loop as it is."""
+    if SPLITS == 1:
+        co = co0 + gl.arange(0, 64, gl.SliceLayout(1, acc.type.layout))
+        channel = co
+        if FILTER_ROWS > 1:
+            channel = co % (O // FILTER_ROWS)
+        bias = gl.load(bias_ptr + channel, mask=co < O, other=0.0).to(gl.float32)
+        acc = acc + gl.expand_dims(bias, 1)
+        if SLOPE == 0.0:
+            acc = gl.where(acc <= 0, 0.0, acc)  # not maximum(): NaN must stay NaN, as in torch
+        elif SLOPE != 1.0:
+            acc = gl.where(acc <= 0, acc * SLOPE, acc)
+    if CLASSES:
+        _store_head(acc, y, head_ptr, head_bias_ptr, n0, h0, w0, N, H, W, O, BLOCK_H, BLOCK_W, CLASSES)
+    else:
+        _store_tile(acc, y, pooled, part, n0, h0, w0, co0, out, small, POOL, SPLITS, FILTER_ROWS)
+
+
+@gluon.jit
 def multiply_tiles(
-    bias_ptr, y, pooled, steps, tiles, H, W, O,
+    bias_ptr, y, pooled, head_ptr, head_bias_ptr, steps, tiles, N, H, W, O,
     x_ring, x_full, x_empty, w_ring, w_full, w_empty, turns, outs, smalls,
     KSIZE: gl.constexpr, SLOPE: gl.constexpr, POOL: gl.constexpr, HALO: gl.constexpr, BLOCK_CO: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr, BLOCK_K: gl.constexpr,
     X_STAGES: gl.constexpr, W_STAGES: gl.constexpr, SPLITS: gl.constexpr, FILTER_ROWS: gl.constexpr,
-    CONSUMER: gl.constexpr,
+    CLASSES: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Consumer 0 or 1."""
     TAPS: gl.constexpr = KSIZE if HALO else 1
@@ -237,7 +274,8 @@ def multiply_tiles(
         else:
             step += steps  # the other's tile
         _finish_tile(
-            acc, bias_ptr, y, pooled, part, n0, h0, w0, co0, O, outs.index(CONSUMER), smalls.index(CONSUMER),
-            SLOPE, POOL, SPLITS, FILTER_ROWS,
+            acc, bias_ptr, y, pooled, head_ptr, head_bias_ptr, part, n0, h0, w0, co0, N, H, W, O,
+            outs.index(CONSUMER), smalls.index(CONSUMER),
+            SLOPE, POOL, BLOCK_H, BLOCK_W, SPLITS, FILTER_ROWS, CLASSES,
         )  # fmt: skip
     tma_store_wait(0)

@@ -114,12 +114,14 @@ def hopper_configs(
     *,
     ksize: int,
     pool: bool,
+    head: bool = False,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[HopperConfig, ...]:
     """Every configuration worth timing for a layer, the one argued to be best first.
 
     Args:
         channels: input channels of each source. n, h, w: images and size of the map.
+        head: whether a 1x1 head follows in the same pass; a K loop that is split has none.
         out_dtype: of the result; ``dtype`` by default.
     """
     out_itemsize = (out_dtype or dtype).itemsize
@@ -131,6 +133,8 @@ def hopper_configs(
     plain = [_config(co, pixels, h, w, **options) for co, pixels in dict.fromkeys(tile)]
     # Fewer tiles than multiprocessors: smaller ones first, then shares of the K loop.
     plain.sort(key=lambda config: config.tiles(n, h, w, out_channels) < _MULTIPROCESSORS)
+    if head:
+        return tuple(dict.fromkeys(plain))
     blocks = sum(-(-c // block_k(dtype)) for c in channels)
     small = _config(widths[0], 128, h, w, **options)
     tiles = small.tiles(n, h, w, out_channels)
@@ -190,7 +194,8 @@ def layer_configs(
     if op == "conv_transpose2x2":
         return transpose_configs(channels, weight[1], n, h, w, dtype)
     pool = op == "conv2d_relu_pool"
-    return hopper_configs(channels, weight[0], n, h, w, dtype, ksize=weight[-1], pool=pool)
+    head = op == "conv2d_relu_head"
+    return hopper_configs(channels, weight[0], n, h, w, dtype, ksize=weight[-1], pool=pool, head=head)
 
 
 def why_not_layer(

@@ -18,7 +18,7 @@ FEW_PIXELS = config_of(64, (1, 4, 8), True, 2, 8)
 COOPERATIVE = config_of(128, (1, 4, 8), True, 2, 8)
 NO_HALO = config_of(64, (2, 4, 4), False, 2, 2)
 
-MULTIPLY, LOAD, FINISH = "multiply_tiles", "_load_step", "_finish_tile"
+MULTIPLY, LOAD, FINISH = "multiply_tiles", "_load_step", "_store_tile"
 X_FULL = "mbarrier.wait(x_full.index(stage), (step // X_STAGES) & 1)"
 X_EMPTY = "mbarrier.wait(x_empty.index(stage), ((step // X_STAGES) & 1) ^ 1)"
 W_EMPTY = "mbarrier.wait(w_empty.index(w_stage), ((w_step // W_STAGES) & 1) ^ 1)"

@@ -11,6 +11,7 @@ from fastunet.kernels import hopper
 from fastunet.reference import conv2d_relu
 
 from ..kernels.conftest import check, make
+from ..kernels.test_head import with_head
 from .conftest import config_of
 
 __all__ = ["make"]  # a fixture
@@ -154,6 +155,31 @@ def test_the_configuration_of_choice(n, h, w, make):
     x, weight = make("bf16", n, 64, h, w), make("bf16", 64, 64, 3, 3, fan_in=576)
     y = hopper.conv_fwd(x, weight, None, slope=0.0)
     check("bf16", y, conv2d_relu, x, weight, None, 0.0)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("o, classes", [(64, 2), (24, 5)], ids=["whole", "fewer-channels"])
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[2]])
+def test_a_head(config, o, classes, precision, make):
+    x, weight, bias = make(precision, 3, 72, 5, 11), make(precision, o, 72, 3, 3, fan_in=648), make(precision, o)
+    head, head_bias = make(precision, classes, o, 1, 1, fan_in=o), make(precision, classes)
+    logits = hopper.conv_head_fwd(x, weight, bias, head, head_bias, slope=0.1, config=config)
+    check(precision, logits, with_head, x, weight, bias, head, head_bias, 0.1, stages=2)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_and_inf_come_through_a_head(value, make):
+    """Also where a tile has rows without a channel, which make NaN of an infinite x."""
+    x, weight, head = make("fp16", 1, 16, 5, 6), make("fp16", 16, 16, 3, 3).abs(), make("fp16", 2, 16, 1, 1).abs()
+    x[0, 2, 3, 4] = value
+    logits = hopper.conv_head_fwd(x, weight, None, head, None, slope=0.0)
+    check("fp16", logits, with_head, x, weight, None, head, None, 0.0, stages=2)
+
+
+def test_a_head_does_not_split_the_k_loop(make):
+    x, weight, head = make("bf16", 1, 128, 4, 4), make("bf16", 64, 128, 3, 3), make("bf16", 2, 64, 1, 1)
+    with pytest.raises(ValueError, match="config: expected one that does not split the K loop, got hopper 64 x"):
+        hopper.conv_head_fwd(x, weight, None, head, None, slope=0.0, config=CONFIGS[5].values[0])
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "minus-inf"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,7 @@ def _binary(function: Callable[[Any, Any], Any], swapped: bool = False) -> Calla
     return method
 
 
-for _name in ("add", "sub", "mul", "mod", "lt", "le", "gt", "ge", "eq", "ne", "and_", "or_"):
+for _name in ("add", "sub", "mul", "floordiv", "mod", "lt", "le", "gt", "ge", "eq", "ne", "and_", "or_"):
     setattr(Tile, f"__{_name.strip('_')}__", _binary(getattr(operator, _name)))
 for _name in ("add", "sub", "mul"):
     setattr(Tile, f"__r{_name}__", _binary(getattr(operator, _name), swapped=True))
@@ -64,8 +65,17 @@ class Pointer:
     tensor: Tensor
     offset: Any = 0
 
+    @property
+    def dtype(self) -> Any:
+        return types.SimpleNamespace(element_ty=getattr(real, str(self.tensor.dtype).removeprefix("torch.")))
+
     def __add__(self, offset: Any) -> Pointer:
         return Pointer(self.tensor, self.offset + offset)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """Its memory, as a pointer to its first element sees it."""
+    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 class Gluon:
@@ -111,11 +121,24 @@ class Gluon:
     def where(condition: Tile, a: Any, b: Any) -> Tile:
         return Tile(torch.where(condition.data, _data(a), _data(b)), condition.layout)
 
-    def load(self, pointer: Pointer, mask: Tile, other: float) -> Tile:
+    def load(self, pointer: Pointer, mask: Tile | None = None, other: float | None = None) -> Tile:
         self.block.touch_global()
-        flat = pointer.tensor.as_strided((pointer.tensor.numel(),), (1,))
+        if mask is None:
+            return Tile(_flat(pointer.tensor)[pointer.offset], None)
         inside = pointer.offset.data.masked_fill(~mask.data, 0)
-        return Tile(flat[inside].masked_fill(~mask.data, other), None)
+        return Tile(_flat(pointer.tensor)[inside].masked_fill(~mask.data, other), None)
+
+    def store(self, pointer: Pointer, tile: Tile, mask: Tile) -> None:
+        self.block.touch_global()
+        _flat(pointer.tensor)[pointer.offset.data[mask.data]] = tile.data[mask.data]
+
+    @staticmethod
+    def convert_layout(tile: Tile, layout: Any) -> Tile:
+        return Tile(tile.data, layout)
+
+    @staticmethod
+    def sum(tile: Tile, axis: int) -> Tile:
+        return Tile(tile.data.sum(axis), None)
 
     @staticmethod
     def reduce(tile: Tile, axis: int, combine: Callable[[Tile, Tile], Tile]) -> Tile:

@@ -44,6 +44,11 @@ CASES = {
         lambda x, w: reference.conv2d_relu(x, w, None, 1.0),
         [(2, 3, 1, 4), (1, 3, 1, 1)],
     ),
+    "conv2d_relu_head": (
+        ops.conv2d_relu_head,
+        lambda x, w, b, hw, hb: F.conv2d(F.relu(F.conv2d(x, w, b, padding=1)), hw, hb),
+        [(2, 3, 5, 6), (4, 3, 3, 3), (4,), (2, 4, 1, 1), (2,)],
+    ),
     "strided": (
         lambda x, w, b: ops.conv2d_relu(x, w, b, stride=(2, 1)),
         lambda x, w, b: F.relu(F.conv2d(x, w, b, stride=(2, 1), padding=1)),

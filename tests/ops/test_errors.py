@@ -97,6 +97,18 @@ BAD = {
         lambda: ops.conv_transpose2x2(*zeros(X, (2, 3, 2, 2))),
         r"weight: expected shape \(3, O, R, S\), .*got",
     ),
+    "head": (
+        lambda: ops.conv2d_relu_head(*zeros(X, W), None, *zeros((2, 3, 1, 1))),
+        r"head: expected shape \(K, 2, 1, 1\), K at least 1, got \(2, 3, 1, 1\)",
+    ),
+    "head's bias": (
+        lambda: ops.conv2d_relu_head(*zeros(X, W), None, *zeros((3, 2, 1, 1), (2,))),
+        r"head_bias: expected shape \(3,\), got \(2,\)",
+    ),
+    "head's dtype": (
+        lambda: ops.conv2d_relu_head(*zeros(X, W), None, *zeros((3, 2, 1, 1), dtype=torch.float16)),
+        "head: expected x's dtype torch.float32, got torch.float16",
+    ),
     "empty transpose": (
         lambda: ops.conv_transpose2x2(*zeros(X, (3, 2, 0, 2))),
         r"weight: .*each at least 1, got \(3, 2, 0, 2\)",

@@ -21,6 +21,10 @@ OP_ARGUMENTS = {
         OPS.conv2d_relu_pool.default,
         (t(2, 3, 5, 4), t(4, 3, 3, 3), t(4), 0.0, (1, 1), "valid"),
     ),
+    "conv2d_relu_head": lambda t: (
+        OPS.conv2d_relu_head.default,
+        tuple(x.detach() for x in (t(2, 3, 5, 6), t(4, 3, 3, 3), t(4), t(2, 4, 1, 1), t(2))) + (0.1,),
+    ),
     "batch_norm_relu": lambda t: (
         OPS.norm_relu.default,
         (t(2, 3, 5, 4), t(3), t(3), None, None, 1e-5, 0.0, True, False),

@@ -180,6 +180,10 @@ def cornered(right: Callable, x, skip, weight, bias, *, align_corners, **options
     return right(x, skip, weight, bias, align_corners=not align_corners, **options)
 
 
+def biasless_head(right: Callable, x, weight, bias, head, _, **options):
+    return right(x, weight, bias, head, None, **options)
+
+
 @pytest.mark.parametrize(
     "launcher, fault, first",
     [
@@ -190,6 +194,7 @@ def cornered(right: Callable, x, skip, weight, bias, *, align_corners, **options
         ("conv_pool_fwd", late_pool, "downs.0.pool"),
         ("upconcat_conv3x3_fwd", rolled, "ups.0.conv.net.0"),
         ("upconcat_conv3x3_fwd", cornered, "ups.0.conv.net.0"),
+        ("conv_head_fwd", biasless_head, "logits, with the head in one pass"),
         ("conv_fwd", biasless, "bottleneck.net.0"),  # whatever has more channels than the stem takes
     ],
 )
