@@ -14,7 +14,7 @@ OTHER_TRITONS := 3.6.0 3.9.0
 BESIDE_3.6.0 := numpy==2.3.5
 # Compiled by each, so that every kind is by two and the Hopper kernels are by the oldest and the newest; `make sass`
 # compiles all. Interpreted: one dtype.
-COMPILED_BY_SHIPPED := --portable fp16 --portable ieee
+COMPILED_BY_SHIPPED := --arch 80 --portable fp16 --portable ieee
 COMPILED_BY_3.6.0 := --arch 90 --portable fp16 --portable tf32 --hopper fp16 --hopper tf32
 COMPILED_BY_3.9.0 := --arch 90 --portable tf32 --hopper fp16
 TESTED_THERE := fp16

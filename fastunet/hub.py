@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .checkpoint import WeightsError
 from .config import UNetConfig
 
 if TYPE_CHECKING:
@@ -67,6 +69,12 @@ def push(write: Callable[[Path], None], config: UNetConfig, repository: str, **o
 
 
 def find(name: str | Path, **options: Any) -> Path:
-    """The weights file in a folder, or of a repository, which is downloaded unless it is there already."""
+    """The weights file in a folder, or of a repository, which is downloaded unless it is there already.
+
+    Raises:
+        WeightsError: (a ValueError) neither a folder that exists nor what could be a repository's name.
+    """
+    if not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name)):
+        raise WeightsError(f"{name}: expected a folder, or a repository's name such as owner/unet")
     path: Path = _mixin().from_pretrained(str(name), **options).found  # pyright: ignore[reportAttributeAccessIssue]
     return path

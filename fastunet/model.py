@@ -60,7 +60,7 @@ class FastUNet(UNet):
         (``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``).
 
         Raises:
-            WeightsError: (a ValueError) its model.safetensors is missing or not FastUNet's.
+            WeightsError: (a ValueError) no such folder; its model.safetensors is missing or not FastUNet's.
         """
         path = hub.find(os.fspath(name), **options)
         config, state, origin = checkpoint.ours(*checkpoint.read(path), str(path))

@@ -28,7 +28,7 @@ ROOMS: dict[str, set[str]] = {
     # Files, and where what is in them comes from.
     "origin": {"config"},
     "checkpoint": {"config", "files", "origin", "reference"},
-    "hub": {"config"},
+    "hub": {"checkpoint", "config"},
     # The three that the operators choose among never see each other.
     "reference": {"config"},
     "dispatch": {"config", "measured"},

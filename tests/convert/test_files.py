@@ -187,6 +187,14 @@ def test_a_folder_without_a_model(offline, tmp_path):
         fastunet.FastUNet.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["./mine", "models/of/mine", "/mine", "mine/model.safetensors/x"])
+def test_a_folder_that_is_not_there(name, tmp_path, monkeypatch):
+    """Nobody is asked for a repository of that name."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WeightsError, match=f"^{name}: expected a folder, or a repository's name such as owner/unet$"):
+        fastunet.FastUNet.from_pretrained(name)
+
+
 def test_push_sends_the_folder(offline, monkeypatch, tmp_path):
     """To a stand-in for the Hub's API, as there is no network."""
     from huggingface_hub import hub_mixin
