@@ -34,6 +34,8 @@ from fastunet.tune import key_of, measure, save
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
 
 
+_WITH_HEAD = (1, 64, 34, 48), (64, 64, 3, 3), (2, 64, 1, 1)  # x, weight, head
+
 Say = Callable[[str, bool | None], None]
 
 
@@ -101,6 +103,11 @@ def run_one_layer() -> None:
             kernels.hopper.conv_pool_fwd(x, weight, None, slope=0.0, config=config)
             torch.cuda.synchronize()
             print(config)
+    x, weight, head = (torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in _WITH_HEAD)
+    for config in kernels.hopper.hopper_configs((64,), 64, 1, 34, 48, x.dtype, ksize=3, pool=False, head=True):
+        kernels.hopper.conv_head_fwd(x, weight / 24, None, head / 8, None, slope=0.0, config=config)
+        torch.cuda.synchronize()
+        print(config, "with a head")
 
 
 def main() -> int:

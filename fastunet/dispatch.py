@@ -156,8 +156,9 @@ def asked_for() -> str | None:
 def forced(implementation: str, *steps: str) -> Iterator[None]:
     """Within the block every operator takes one of :data:`measured.IMPLEMENTATIONS`, for checks and timing.
 
-    What ``"hopper"`` (a stem, a head of two classes, strides, maps without padding, a gradient), ``"commuted"`` (all
-    that upsamples nothing, or is not padded) and ``"hopper commuted"`` cannot serve takes ``"triton"``.
+    What ``"hopper"`` (a stem, a head of two classes by itself, strides, maps without padding, a gradient),
+    ``"commuted"`` (all that upsamples nothing, or is not padded) and ``"hopper commuted"`` cannot serve takes
+    ``"triton"``.
 
     Args:
         steps: those to which it applies; all by default. Of a backward pass the operators that ran

@@ -72,6 +72,17 @@ def test_with_strides_and_without_padding_no_map_is_saved_twice(options, impleme
         assert kept_bytes(net, x) == 4 * sum(sizes)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_under_autocast_every_map_is_kept_in_its_dtype(dtype):
+    """And but for those the input and the weights in it, as eager keeps them; no map in both."""
+    net, x = FastUNet(1, 2, (8, 16, 32)), torch.randn(2, 1, 32, 32)
+    full = kept_bytes(net, x)
+    with torch.autocast("cpu", dtype):
+        kept = kept_bytes(net, x)
+    cast = [x, *(p for p in net.parameters() if p.dim() == 4)]
+    assert kept == full // 2 + sum(2 * t.numel() for t in cast)
+
+
 @pytest.mark.parametrize("match", ["zero_pad", "center_crop"])
 def test_no_less_is_saved_where_a_map_and_its_skip_differ(match):
     nets = (net(1, 2, (8, 16, 32), match=match) for net in (FastUNet, UNet))
