@@ -74,6 +74,17 @@ def _(
     return empty(x, o, h, w), empty(x, o, h // 2, w // 2)
 
 
+def max_pool2x2(x: Tensor) -> Tensor:
+    """(N, C, H // 2, W // 2), channels_last."""
+    return result(F.max_pool2d(x, 2))
+
+
+def _convolved(x: Tensor, weight: Tensor, stride: Sequence[int], padding: str) -> tuple[int, int]:
+    """(H, W) of a convolution's result."""
+    lost = weight.shape[-1] - 1 - 2 * zeros(weight, padding)
+    return (x.shape[2] - lost - 1) // stride[0] + 1, (x.shape[3] - lost - 1) // stride[1] + 1
+
+
 # --- conv2d_relu_head: with nothing written between ------------------------------------------
 
 
@@ -93,24 +104,15 @@ def conv2d_relu_head(
     if launch is not None:
         with on_device(x):
             return launch(x, weight, bias, head, head_bias, slope=slope, tf32=tf32())
-    y = conv2d_relu(x, weight, bias, slope, (1, 1), "same")
+    if not takes_triton(x):
+        return conv2d_relu_head_torch(x, weight, bias, head, head_bias, slope)
+    y = conv2d_relu(x, weight, bias, slope, (1, 1), "same")  # each as a table has it
     return conv2d_relu(y, head, head_bias, 1.0, (1, 1), "same")
 
 
 @conv2d_relu_head.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, head: Tensor, head_bias: Tensor | None, slope: float) -> Tensor:
     return empty(x, len(head), *x.shape[2:])
-
-
-def max_pool2x2(x: Tensor) -> Tensor:
-    """(N, C, H // 2, W // 2), channels_last."""
-    return result(F.max_pool2d(x, 2))
-
-
-def _convolved(x: Tensor, weight: Tensor, stride: Sequence[int], padding: str) -> tuple[int, int]:
-    """(H, W) of a convolution's result."""
-    lost = weight.shape[-1] - 1 - 2 * zeros(weight, padding)
-    return (x.shape[2] - lost - 1) // stride[0] + 1, (x.shape[3] - lost - 1) // stride[1] + 1
 
 
 # --- norm_relu: batch norm, and per image instance norm ----------------------------------------

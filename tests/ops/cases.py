@@ -49,6 +49,11 @@ CASES = {
         lambda x, w, b, hw, hb: F.conv2d(F.relu(F.conv2d(x, w, b, padding=1)), hw, hb),
         [(2, 3, 5, 6), (4, 3, 3, 3), (4,), (2, 4, 1, 1), (2,)],
     ),
+    "conv2d_relu_wide_head": (  # of more classes than go with a tile
+        lambda x, w, h: ops.conv2d_relu_head(x, w, None, h, negative_slope=0.1),
+        lambda x, w, h: F.conv2d(F.leaky_relu(F.conv2d(x, w, padding=1), 0.1), h),
+        [(2, 3, 5, 6), (4, 3, 3, 3), (17, 4, 1, 1)],
+    ),
     "strided": (
         lambda x, w, b: ops.conv2d_relu(x, w, b, stride=(2, 1)),
         lambda x, w, b: F.relu(F.conv2d(x, w, b, stride=(2, 1), padding=1)),
