@@ -32,7 +32,7 @@ class Row:
 
     @property
     def bytes(self) -> int:
-        """Expected traffic: inputs, weights and outputs, each once."""
+        """Expected traffic: inputs, weights and outputs, each once; no map between two layers in one pass."""
         return self.layer.elements * self.dtype.itemsize
 
     def cells(self) -> tuple[str, ...]:
@@ -63,7 +63,7 @@ NUMERIC = ("parameters", "work", "bytes")  # columns that read best flush right
 
 @dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` found; ``str()`` is a table, one line per operator, totals below."""
+    """What :func:`explain` found; ``str()`` is a table, one line per layer, totals below."""
 
     input_size: Shape
     device: torch.device
@@ -154,7 +154,9 @@ def explain(
         return found
     plain = "cudnn" if found.device.type == "cuda" else "reference"
     choice = dispatch.Choice(plain, "a layer of the model was replaced; the reference network runs as it is")
-    return dataclasses.replace(found, rows=tuple(dataclasses.replace(row, choice=choice) for row in found.rows))
+    n, _, h, w = found.input_size
+    rows = tuple(Row(layer, choice, found.dtype) for layer in trace(model.config, h, w, n))
+    return dataclasses.replace(found, rows=rows)
 
 
 def explain_config(
@@ -188,11 +190,12 @@ def _with_head(conv: Row, head: Row, device: torch.device) -> tuple[Row, Row]:
         return conv, head
     between = math.prod(layer.out_shape)
 
-    def part(row: Row, reason: str) -> Row:
+    def part(row: Row, choice: dispatch.Choice) -> Row:
         layer = dataclasses.replace(row.layer, elements=row.layer.elements - between)
-        return Row(layer, dataclasses.replace(choice, reason=reason), row.dtype)
+        return Row(layer, choice, row.dtype)
 
-    return part(conv, f"{choice.reason}, with the head"), part(head, f"in one pass with {layer.name}")
+    first = dataclasses.replace(choice, reason=f"{choice.reason}, with the head")
+    return part(conv, first), part(head, dispatch.Choice(choice.implementation, f"in one pass with {layer.name}"))
 
 
 def _choose(layer: Layer, config: UNetConfig, device: torch.device, dtype: torch.dtype) -> dispatch.Choice:

@@ -138,9 +138,14 @@ class FastUNet(UNet):
             skip, x = self._stage(down.conv, x, pool=down.pool)
             skips.append(skip)
         x, _ = self._stage(self.bottleneck, x)
+        joined = joins_head(self)
         for up in self.ups:
-            x = self._up(up, x, skips.pop(), None if skips else self.head)
-        return self.finish(x)
+            x = self._up(up, x, skips.pop(), joined)
+        if joined is None:
+            return self.finish(ops.conv2d_relu(x, *self._weights(self.head), relu=False))
+        conv, norm = joined
+        act: Any = {"relu": True, "negative_slope": self.config.slope}
+        return self.finish(ops.conv2d_relu_head(x, *self._weights(conv, norm), *self._weights(self.head), **act))
 
     def _is_left_to_plain_torch(self, x: Tensor) -> bool:
         """Whether a CPU does better without the operators, and nobody asked for them.
@@ -175,26 +180,14 @@ class FastUNet(UNet):
         return self.config.order == "conv_norm_act" and _foldable(conv, norm)
 
     def _unit(
-        self,
-        conv: Any,
-        norm: Any,
-        x: Tensor,
-        skip: Tensor | None = None,
-        pool: bool = False,
-        head: Any = None,
-        **options: Any,
+        self, conv: Any, norm: Any, x: Tensor, skip: Tensor | None = None, pool: bool = False, **options: Any
     ) -> Any:
-        """Convolution, norm and activation, of ``x`` or of ``x`` and its skip; what one operator can do, by one.
-
-        ``head``: what comes behind it, if it is the last.
-        """
+        """Convolution, norm and activation, of ``x`` or of ``x`` and its skip; what one operator can do, by one."""
         slope, norm_first = self.config.slope, self.config.order == "conv_norm_act"
         folded = norm if norm is not None and self._folds(conv, norm) else None
         apart = norm is not None and folded is None
         act: Any = {"relu": not (apart and norm_first), "negative_slope": slope}
         options["padding"] = "valid" if conv.padding == (0, 0) else "same"
-        if head is not None and skip is None and not apart and options["padding"] == "same":
-            return ops.conv2d_relu_head(x, *self._weights(conv, folded), *self._weights(head), **act)
         if skip is None:
             options |= {"pool": pool and not apart, "stride": conv.stride}
             y = ops.conv2d_relu(x, *self._weights(conv, folded), **act, **options)
@@ -205,12 +198,11 @@ class FastUNet(UNet):
             y = ops.upsample_concat_conv2d_relu(x, skip, *weights, **act, **options)
         if apart:
             y, pooled = _normed(norm, y, relu=norm_first, negative_slope=slope, pool=pool)
-            if pool:
-                return y, pooled
-        return y if head is None else ops.conv2d_relu(y, *self._weights(head), relu=False)
+            return (y, pooled) if pool else y
+        return y
 
-    def _up(self, up: Any, x: Tensor, skip: Tensor, head: Any) -> Tensor:
-        """A decoder's level, with the ``head`` behind the last."""
+    def _up(self, up: Any, x: Tensor, skip: Tensor, spared: Any) -> Tensor:
+        """A decoder's level, but for the unit ``spared``."""
         corners, mode = self.config.align_corners, up.kind
         if mode == "transpose":
             x, mode = ops.conv_transpose2x2(x, *self._weights(up.up)), "none"
@@ -222,16 +214,17 @@ class FastUNet(UNet):
             ((conv, norm),) = _units(up.up[1:])
             nothing = x.new_empty(x.shape[0], 0, 2 * x.shape[2], 2 * x.shape[3])  # of a skip, but the size
             x, mode = self._unit(conv, norm, x, nothing, mode="nearest"), "none"
-        first, *others = _units(up.conv.net)
+        (conv, norm), *others = _units(up.conv.net)
         options = {"mode": mode, "align_corners": corners}
         if up.match == "center_crop":
             scale = 1 if mode == "none" else 2
             skip = center_crop(skip, scale * x.shape[2], scale * x.shape[3])
         else:
             options["match"] = up.match
-        x = self._unit(*first, x, skip, head=None if others else head, **options)
+        x = self._unit(conv, norm, x, skip, **options)
         for unit in others:
-            x = self._unit(*unit, x, head=head if unit is others[-1] else None)
+            if unit != spared:
+                x = self._unit(*unit, x)
         return x
 
     def _weights(self, conv: Any, norm: Any = None, roll: int = 0) -> tuple[Tensor, Tensor | None]:
@@ -254,6 +247,19 @@ class FastUNet(UNet):
             found.add(dtype, conv, norm, roll)
             self._prepared[conv] = found
         return found.weights[dtype]
+
+
+def joins_head(network: FastUNet) -> tuple[Any, Any] | None:
+    """(convolution, norm or None) of the last unit, if one operator can hold it and the head; else None.
+
+    Of a decoder's level it is not the first, which reads the skip; it keeps the size of its map.
+    """
+    units = _units(network.ups[-1].get_submodule("conv.net").children()) if len(network.ups) else []
+    if len(units) < 2:
+        return None
+    conv, norm = units[-1]
+    keeps_size = conv.padding != (0, 0) and conv.stride == (1, 1)
+    return (conv, norm) if keeps_size and (norm is None or network._folds(conv, norm)) else None
 
 
 def _units(layers: Iterable[nn.Module]) -> list[tuple[Any, Any]]:

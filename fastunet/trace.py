@@ -28,7 +28,7 @@ Shape = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Layer:
-    """One fused operator of the forward pass in eval mode.
+    """One convolution of the forward pass in eval mode, and what its operator does with it.
 
     Attributes:
         name: path of the module that holds the weight, e.g. ``"downs.0.conv.net.0"``.
@@ -122,7 +122,7 @@ class _Tracer:
             # Instance norm needs the whole map before it can be pooled; eval-mode batch norm is a scale
             # and a shift of the weights.
             pools = level < c.depth and c.downsample == "max_pool" and c.stride(level + 1) == (2, 2)
-            pools = pools and index == last and (c.norm is None or self.folds)
+            pools = pools and index == last and (c.norm is None or folds(c))
             x = self.unit(name, index, (x,), c.features[level], "conv2d_relu_pool" if pools else "conv2d_relu", stride)
         return x
 
@@ -156,10 +156,6 @@ class _Tracer:
             x = self.unit(f"{name}.conv.net", index, sources, out if index == last else middle, op, mode=mode)
             sources, mode = (x,), "none"
         return x
-
-    @property
-    def folds(self) -> bool:
-        return self.config.norm == "batch" and self.config.order == "conv_norm_act"
 
     def unit(
         self,
@@ -205,7 +201,7 @@ class _Tracer:
         moved = sum(map(math.prod, inputs)) + weight + bias + math.prod(out)
         if op == "conv2d_relu_pool":
             moved += n * channels * (h // 2) * (w // 2)
-        if norm is not None and not self.folds:
+        if norm is not None and not folds(self.config):
             moved += 2 * math.prod(out)
         parameters = weight + bias + (2 * channels if norm is not None else 0)
         flops = 2 * weight * n * h * w
@@ -231,10 +227,15 @@ class _Tracer:
 
 
 def joins_head(config: UNetConfig, layers: list[Layer]) -> bool:
-    """Whether the head, the last layer, and the convolution before it can be one operator."""
+    """Whether the head, the last layer, and the convolution before it can be one operator, in eval mode."""
     conv = layers[-2]
-    apart = conv.norm is not None and not (config.norm == "batch" and config.order == "conv_norm_act")
-    return conv.op == "conv2d_relu" and conv.padding == "same" and not apart
+    in_decoder = conv.name.startswith("ups.") and conv.op == "conv2d_relu"
+    return in_decoder and not conv.geometry and (conv.norm is None or folds(config))
+
+
+def folds(config: UNetConfig) -> bool:
+    """Whether norms are part of the convolutions before them, in eval mode."""
+    return config.norm == "batch" and config.order == "conv_norm_act"
 
 
 def totals(layers: list[Layer]) -> tuple[int, int]:

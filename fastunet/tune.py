@@ -107,7 +107,7 @@ def key_of(launch: Launch, step: str = "forward") -> str:
     """:func:`fastunet.measured.layer_key` of a forward launch, or of another step of its layer."""
     layer = launch.layer
     *maps, weight = launch.tensors[: len(layer.in_shapes) + 1]
-    classes = layer.out_shape[1] if layer.op == "conv2d_relu_head" else 0
+    classes = len(launch.tensors[-2]) if layer.op == "conv2d_relu_head" else 0
     shapes = [x.shape for x in maps], weight.shape
     return measured.layer_key(layer.op, *shapes, weight.dtype, layer.mode, step, layer.geometry, classes)
 

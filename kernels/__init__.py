@@ -13,11 +13,14 @@ from .conv_transpose import conv_transpose_fwd
 from .conv_transpose_bwd import conv_transpose_dgrad, conv_transpose_wgrad
 from .norm import norm_bwd, norm_fwd
 from .stem import STEM_CHANNELS, stem_fwd
+from .tuning import HEAD_CHANNELS, HEAD_CLASSES
 from .upconcat_conv3x3 import upconcat_conv3x3_fwd
 from .upsample_bwd import upsample_bwd
 from .upsample_concat import upsample_concat_fwd, upsample_fwd
 
 __all__ = [
+    "HEAD_CHANNELS",
+    "HEAD_CLASSES",
     "STEM_CHANNELS",
     "activation_bwd",
     "conv_dgrad",

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from fastunet import dispatch
 from fastunet.config import UNetConfig
@@ -42,6 +43,15 @@ def test_device_and_dtype_default_to_the_models(model: FastUNet) -> None:
 def test_a_forced_choice_shows(model: FastUNet) -> None:
     with dispatch.forced("torch"):
         assert explain(model, SIZE).rows[0].choice == dispatch.Choice("reference", "asked for")
+
+
+def test_a_replaced_layer_joins_no_head(model: FastUNet) -> None:
+    model.head = nn.Conv2d(4, 2, 1, padding_mode="reflect")
+    with dispatch.forced("triton"):
+        explanation = explain(model, SIZE)
+        joined = explain_config(model.config, SIZE, torch.device("cpu"), torch.float32)
+    assert [row.layer for row in explanation.rows] == trace(model.config, 20, 33, 2)
+    assert explanation.bytes > joined.bytes
 
 
 def test_to_dict_is_json_and_complete(model: FastUNet) -> None:

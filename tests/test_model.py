@@ -148,6 +148,43 @@ def test_the_head_goes_with_the_layer_before_it(norm, wanted, seed, device):
     assert "fastunet::conv2d_relu_head" not in training.seen
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"features": (4,)}, {"features": (2, 3, 4), "decoder_convs": (1, 2)}, {"features": (2, 3), "decoder_convs": (3,)}],
+    ids=["no decoder", "one convolution in the last level", "three"],
+)
+def test_whatever_is_before_it_a_head_comes_last(options, seed, device):
+    reference, fast = UNet(1, 2, **options).eval().to(device), FastUNet(1, 2, **options).eval().to(device)
+    fast.load_state_dict(reference.state_dict())
+    x = torch.randn(1, 1, 5, 6, device=device)
+    with torch.no_grad():
+        assert_parity(fast(x), reference(x), reference, x)
+        with dispatch.forced("triton"):
+            assert_parity(fast(x), reference(x), reference, x)
+
+
+def test_a_stride_before_the_head_is_not_passed_by(seed):
+    """Such a network was not built so, but its layers are as they may be."""
+    reference, fast = UNet(1, 2, (2, 3)).eval(), FastUNet(1, 2, (2, 3)).eval()
+    for net in (reference, fast):
+        setattr(net.get_submodule("ups.0.conv.net"), "2", nn.Conv2d(2, 2, 3, stride=2, padding=1))
+    fast.load_state_dict(reference.state_dict())
+    x = torch.randn(1, 1, 8, 8)
+    with torch.no_grad():
+        assert_parity(fast(x), reference(x), reference, x)
+
+
+@pytest.mark.parametrize("norm", [None, "batch"])
+def test_inference_compiles_in_one_graph(norm, seed):
+    fast = FastUNet(1, 2, (2, 3), norm=norm).eval()
+    x = torch.randn(1, 1, 8, 8)
+    for mode in (torch.no_grad, torch.inference_mode):
+        torch.compiler.reset()
+        with mode():
+            y = torch.compile(fast, fullgraph=True, backend="aot_eager")(x)
+            torch.testing.assert_close(y, fast(x))
+
+
 class TestFoldedNorm:
     """Prepared weights must never outlive a change."""
 

@@ -153,12 +153,19 @@ class TestChoice:
         entries = {KEY: Entry("hopper", {"hopper": 3.0}, CONFIG_FIELDS)}
         save(measured.cache_path(GPU), GPU, entries)
         apart = ops.choose(*layer, classes=2)
-        assert apart == dispatch.Choice("torch", "the layer was measured without the head alone")
+        assert apart == dispatch.Choice("torch", "two passes, of which the first was measured")
         key = "conv2d_relu_head 1x64x32x32 by 64x64x3x3 to 2 bfloat16"
         entries[key] = Entry("hopper", {"hopper": 3.0, "torch": 4.0}, CONFIG_FIELDS)
         save(measured.cache_path(GPU), GPU, entries)
         assert ops.choose(*layer, classes=2).implementation == "hopper"
         assert ops.choose(*layer, classes=3) == apart
+        entries["conv2d_relu 1x64x32x32 by 2x64x1x1 bfloat16"] = Entry("torch", {"torch": 2.0})
+        save(measured.cache_path(GPU), GPU, entries)
+        assert ops.choose(*layer, classes=2).implementation == "hopper"
+        entries[KEY] = Entry("torch", {"torch": 0.5})  # with which two passes are faster than one
+        save(measured.cache_path(GPU), GPU, entries)
+        two = dispatch.Choice("torch", "measured, in microseconds: two passes 0 + 2, one 3")
+        assert ops.choose(*layer, classes=2) == two
         launch = launchers.launcher(
             "conv_head_fwd", "conv2d_relu_head", (torch.empty(1, 64, 32, 32, device="meta", dtype=BF16),),
             torch.empty(64, 64, 3, 3, device="meta", dtype=BF16), classes=2,

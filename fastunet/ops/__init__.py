@@ -1,9 +1,10 @@
 """The fused operators: the only home of torch.library names.
 
 Each is one custom operator with a fake kernel, so that ``torch.compile`` traces through it, an
-autograd formula, and a body that asks :mod:`fastunet.dispatch` whether a Triton kernel or the
-plain reference computes it (``forward.py``, ``backward.py``). The functions here are what users
-call: they check their arguments, apply the autocast rule, and speak logical NCHW.
+autograd formula (but for ``conv2d_relu_head``, whose gradients are those of two others), and a body
+that asks :mod:`fastunet.dispatch` whether a Triton kernel or the plain reference computes it
+(``forward.py``, ``backward.py``). The functions here are what users call: they check their
+arguments, apply the autocast rule, and speak logical NCHW.
 
 Autocast: convolutions run in the autocast dtype, as ``torch.conv2d`` does; ``upsample_concat``
 takes the widest dtype of its inputs, as ``torch.cat`` does. float64 is left alone.
@@ -169,9 +170,10 @@ def conv2d_relu_head(
     relu: bool = True,
     negative_slope: float = 0.0,
 ) -> Tensor:
-    """:func:`conv2d_relu`, then a 1x1 convolution without an activation: without gradients in one pass.
+    """:func:`conv2d_relu`, then a 1x1 convolution without an activation: if it can be, in one pass.
 
-    The map between is then never written. Where gradients are wanted, which need it, these are two operators.
+    The map between is then never written. Where gradients are wanted, which need it, these are two operators; so
+    they are for more than 64 channels between or 16 classes, and where a table has it so.
 
     Args:
         x, weight, bias, relu, negative_slope: as there, of a stride of 1 and ``"same"`` padding.
@@ -192,7 +194,7 @@ def conv2d_relu_head(
     if at_once(x):
         return forward.conv2d_relu_head_torch(*given, _slope(relu, negative_slope))
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-    if wanted or is_watched():
+    if wanted or (not torch.compiler.is_compiling() and is_watched()):
         y = conv2d_relu(x, weight, bias, relu=relu, negative_slope=negative_slope)
         return conv2d_relu(y, head, head_bias, relu=False)
     return forward.conv2d_relu_head(*given, _slope(relu, negative_slope))

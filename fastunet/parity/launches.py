@@ -79,7 +79,7 @@ class Launch:
 def launches(
     config: UNetConfig, size: tuple[int, int, int], make: Make, *, tf32: bool = True, training: bool = False
 ) -> Iterator[Launch]:
-    """The launches of a network's forward pass, in order.
+    """The launches of a network's forward pass, in order; without gradients then its last two as one, if they can be.
 
     Args:
         size: (batch, height, width).
@@ -154,9 +154,6 @@ def _with_head(conv: Launch, head: Launch) -> Iterator[Launch]:
         conv.layer,
         name=f"{conv.layer.name} with {head.layer.name}",
         op="conv2d_relu_head",
-        out_shape=head.layer.out_shape,
-        parameters=conv.layer.parameters + head.layer.parameters,
-        flops=conv.layer.flops + head.layer.flops,
     )
     tf32, function = conv.options["tf32"], partial(_conv_head, slope=conv.options["slope"])
     shape, precise = ((x.shape[1],), len(weight), *x.shape[2:], x.dtype), x.dtype == torch.float32 and not tf32

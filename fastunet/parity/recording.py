@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import dispatch, ops
 from ..config import UNetConfig
-from ..model import FastUNet
+from ..model import FastUNet, joins_head
 from ..ops.upsampling import launched
 from ..trace import Layer, trace
 
@@ -254,16 +254,11 @@ def is_folded(norm: Any, config: UNetConfig) -> bool:
 
 
 @torch.no_grad()
-def logits_in_one_pass(network: FastUNet, x: Tensor, run: Run) -> Tensor | None:
-    """What the last layer and the head of a run on ``x`` give as one operator; None if they are two in any case."""
-    if not run.steps:
+def logits_in_one_pass(network: FastUNet, run: Run) -> Tensor | None:
+    """What the last layer and the head of a run give as one operator; None if they are two, looked at or not."""
+    if not run.steps or joins_head(network) is None:
         return None
     conv, head = (step.arguments for step in list(run.steps.values())[-2:])
-    layer = trace(network.config, *x.shape[-2:])[-2]
-    norm = norm_after(network, layer)
-    held = norm is None or is_folded(norm, network.config)
-    if layer.op != "conv2d_relu" or conv["padding"] != "same" or not held:
-        return None
     x, weight, classes = conv["x"], conv["weight"], len(head["weight"])
     shapes = (tuple(x.shape),), tuple(weight.shape)
     if ops.choose("conv2d_relu_head", *shapes, x.device, x.dtype, classes=classes).implementation == "torch":

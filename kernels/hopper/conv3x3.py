@@ -149,6 +149,8 @@ def _launch(
         config = hopper_configs(channels, o, n, h, w, dtype, **options)[0]
     elif config.splits > 1 and (transposed or head is not None):
         raise ValueError(f"config: expected one that does not split the K loop, got {config}")
+    elif head is not None and config.block_co != 64:
+        raise ValueError(f"config: expected a tile of 64 channels, which one warpgroup holds, for a head, got {config}")
     maps = [tma_ready(x).permute(0, 2, 3, 1) for x in sources]
     out = y.permute(0, 2, 3, 1)
     if transposed:

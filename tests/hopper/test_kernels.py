@@ -176,10 +176,13 @@ def test_nan_and_inf_come_through_a_head(value, make):
     check("fp16", logits, with_head, x, weight, None, head, None, 0.0, stages=2)
 
 
-def test_a_head_does_not_split_the_k_loop(make):
+def test_a_head_takes_no_split_k_loop_nor_half_of_the_channels(make):
     x, weight, head = make("bf16", 1, 128, 4, 4), make("bf16", 64, 128, 3, 3), make("bf16", 2, 64, 1, 1)
+    split, shared = config_of(64, (2, 4, 4), False, 2, 2, splits=2), config_of(128, (1, 4, 16), True, 2, 4)
     with pytest.raises(ValueError, match="config: expected one that does not split the K loop, got hopper 64 x"):
-        hopper.conv_head_fwd(x, weight, None, head, None, slope=0.0, config=CONFIGS[5].values[0])
+        hopper.conv_head_fwd(x, weight, None, head, None, slope=0.0, config=split)
+    with pytest.raises(ValueError, match="config: expected a tile of 64 channels, .* for a head, got hopper 128 x"):
+        hopper.conv_head_fwd(x, weight, None, head, None, slope=0.0, config=shared)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "minus-inf"])

@@ -123,7 +123,7 @@ class Gluon:
 
     def load(self, pointer: Pointer, mask: Tile | None = None, other: float | None = None) -> Tile:
         self.block.touch_global()
-        if mask is None:
+        if mask is None or other is None:
             return Tile(_flat(pointer.tensor)[pointer.offset], None)
         inside = pointer.offset.data.masked_fill(~mask.data, 0)
         return Tile(_flat(pointer.tensor)[inside].masked_fill(~mask.data, other), None)

@@ -13,6 +13,12 @@ def zeros(*shapes, **options):
 
 
 X, W = (1, 3, 4, 4), (2, 3, 3, 3)
+
+
+def headed(head, head_bias=None, **options):
+    return ops.conv2d_relu_head(torch.zeros(X), torch.zeros(W), None, torch.zeros(head, **options), head_bias)
+
+
 BAD = {
     "rank": (lambda: ops.conv2d_relu(*zeros((3, 4, 4), W)), r"x: expected shape \(N, C, H, W\), .*got \(3, 4, 4\)"),
     "no channel": (
@@ -98,15 +104,15 @@ BAD = {
         r"weight: expected shape \(3, O, R, S\), .*got",
     ),
     "head": (
-        lambda: ops.conv2d_relu_head(*zeros(X, W), None, *zeros((2, 3, 1, 1))),
+        lambda: headed((2, 3, 1, 1)),
         r"head: expected shape \(K, 2, 1, 1\), K at least 1, got \(2, 3, 1, 1\)",
     ),
     "head's bias": (
-        lambda: ops.conv2d_relu_head(*zeros(X, W), None, *zeros((3, 2, 1, 1), (2,))),
+        lambda: headed((3, 2, 1, 1), torch.zeros(2)),
         r"head_bias: expected shape \(3,\), got \(2,\)",
     ),
     "head's dtype": (
-        lambda: ops.conv2d_relu_head(*zeros(X, W), None, *zeros((3, 2, 1, 1), dtype=torch.float16)),
+        lambda: headed((3, 2, 1, 1), dtype=torch.float16),
         "head: expected x's dtype torch.float32, got torch.float16",
     ),
     "empty transpose": (

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import fastunet
-from fastunet import FastUNet, reference
+from fastunet import FastUNet, dispatch, kernels, reference
 from fastunet.ops import common, forward
 from fastunet.reference import UNet
 from fastunet.sources import Sources
@@ -154,6 +154,24 @@ def test_a_result_that_does_not_repeat_is_caught(name, forward, x):
     model.__class__ = Unsteady
     report = fastunet.verify(model, plain, x)
     assert name in {check.name for check in report.checks if not check.ok}, str(report)
+
+
+def test_an_element_that_the_head_in_one_pass_leaves_out_is_caught(x, device, monkeypatch):
+    model, plain = (network.to(device) for network in pair())
+    right = kernels.conv_head_fwd
+
+    def incomplete(*tensors, **options):
+        logits = right(*tensors, **options)
+        if torch.are_deterministic_algorithms_enabled():  # as memory is filled with NaN in no other mode
+            logits[..., 0] = torch.nan
+        return logits
+
+    monkeypatch.setattr(kernels, "conv_head_fwd", incomplete)
+    with dispatch.forced("triton"):
+        report = fastunet.verify(model, plain, x[..., :8, :10].to(device), gradients=False)
+    assert [check.name for check in report.checks if not check.ok] == ["in one pass, every element written"], str(
+        report
+    )
 
 
 class FreshNorm:
