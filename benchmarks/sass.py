@@ -236,6 +236,10 @@ def hopper_launches(dtype: torch.dtype, full: bool) -> Iterator[Callable[[], Any
         yield lambda n=n, c=c, h=h, o=o, k=ksize, s=slope, config=configs[0], launcher=launcher: launcher(
             t(n, c, h, h), t(o, c, k, k), t(o), slope=s, config=config
         )
+    for c, o, config in ((64, 64, 0), (128, 128, 0), (128, 128, 1)):  # 256 pixels, in turns and shared, and 128
+        configs = hopper.hopper_configs((c,), o, 16, 256, 256, dtype, ksize=3, pool=False)
+        given: Any = {"eps": 1e-5, "per_image": bool(config), "config": configs[config]}
+        yield partial(hopper.conv_moments_fwd, t(16, c, 256, 256), t(o, c, 3, 3), t(o), **given)
     yield lambda: hopper.upconcat_conv3x3_fwd(
         t(16, 128, 64, 64),
         t(16, 128, 128, 128),

@@ -188,16 +188,24 @@ class FastUNet(UNet):
         apart = norm is not None and folded is None
         act: Any = {"relu": not (apart and norm_first), "negative_slope": slope}
         options["padding"] = "valid" if conv.padding == (0, 0) else "same"
-        if skip is None:
+        taken = None
+        summed = apart and norm_first and _takes_statistics(norm)
+        of_norm = _statistics_of(norm) if summed else {}
+        if skip is None and summed:
+            y, taken = ops.conv2d_moments(x, *self._weights(conv), stride=conv.stride, **of_norm, **options)
+        elif skip is None:
             options |= {"pool": pool and not apart, "stride": conv.stride}
             y = ops.conv2d_relu(x, *self._weights(conv, folded), **act, **options)
         else:
             # The operator concatenates the upsampled map first; to it, the other order is a matter of weights.
             roll = x.shape[1] if self.config.concat == "skip_first" and skip.shape[1] else 0
             weights = self._weights(conv, folded, roll)
-            y = ops.upsample_concat_conv2d_relu(x, skip, *weights, **act, **options)
+            if summed:
+                y, taken = ops.upsample_concat_conv2d_moments(x, skip, *weights, **of_norm, **options)
+            else:
+                y = ops.upsample_concat_conv2d_relu(x, skip, *weights, **act, **options)
         if apart:
-            y, pooled = _normed(norm, y, relu=norm_first, negative_slope=slope, pool=pool)
+            y, pooled = _normed(norm, y, relu=norm_first, negative_slope=slope, pool=pool, taken=taken)
             return (y, pooled) if pool else y
         return y
 
@@ -292,6 +300,11 @@ def _normed(norm: Any, x: Tensor, **options: Any) -> tuple[Tensor, Tensor | None
                 for running, now in ((norm.running_mean, mean), (norm.running_var, variance)):
                     running.copy_(torch.lerp(running.to(now.dtype), now, share))
     return y, pooled
+
+
+def _statistics_of(norm: Any) -> dict[str, Any]:
+    """What the convolution before it is told of a norm that takes statistics of its map."""
+    return {"eps": norm.eps, "per_image": isinstance(norm, nn.InstanceNorm2d)}
 
 
 def _takes_statistics(norm: Any) -> bool:

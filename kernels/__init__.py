@@ -9,6 +9,7 @@ from .activation_bwd import activation_bwd
 from .commuted import upconcat_conv3x3_commuted_fwd
 from .conv3x3 import conv_fwd, conv_head_fwd, conv_pool_fwd
 from .conv_bwd import conv_dgrad, conv_wgrad
+from .conv_moments import conv_moments_fwd, upconcat_conv3x3_moments_fwd
 from .conv_transpose import conv_transpose_fwd
 from .conv_transpose_bwd import conv_transpose_dgrad, conv_transpose_wgrad
 from .norm import norm_bwd, norm_fwd
@@ -26,6 +27,7 @@ __all__ = [
     "conv_dgrad",
     "conv_fwd",
     "conv_head_fwd",
+    "conv_moments_fwd",
     "conv_pool_fwd",
     "conv_transpose_dgrad",
     "conv_transpose_fwd",
@@ -37,6 +39,7 @@ __all__ = [
     "stem_fwd",
     "upconcat_conv3x3_commuted_fwd",
     "upconcat_conv3x3_fwd",
+    "upconcat_conv3x3_moments_fwd",
     "upsample_bwd",
     "upsample_concat_fwd",
     "upsample_fwd",

@@ -30,7 +30,10 @@ from torch import Tensor
 from .activation_bwd import activation_norm_bwd
 from .implicit_gemm import activate
 from .tensors import bias_or_zeros, empty_channels_last, without_graph
-from .tuning import cell_config, power_of_2, slabs
+from .tuning import REDUCTION_PROGRAMS, cell_config, power_of_2, slabs
+
+Statistics = tuple[Tensor, Tensor, Tensor]  # mean, rstd, unbiased variance
+Moments = tuple[Tensor, Tensor, Tensor, Tensor]  # a map and its statistics
 
 
 @triton.jit
@@ -90,6 +93,26 @@ def _merge_moments_kernel(
     tl.store(mean_ptr + c, center, mask=c < C)
     tl.store(rstd_ptr + c, 1.0 / tl.sqrt(deviation / tl.maximum(total, 1.0) + eps), mask=c < C)
     tl.store(variance_ptr + c, deviation / tl.maximum(total - 1.0, 1.0), mask=c < C)
+
+
+@triton.jit
+def _condense_moments_kernel(partial_ptr, condensed_ptr, S, C, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
+    """[S, 3, C] of slabs -> [slabs of BLOCK_S of them, 3, C]; C are the channels of all groups."""
+    slab = tl.program_id(0).to(tl.int64)
+    s = slab * BLOCK_S + tl.arange(0, BLOCK_S)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = (s < S)[:, None] & (c < C)[None, :]
+    row = partial_ptr + s[:, None] * 3 * C + c[None, :]
+    count = tl.load(row, mask=mask, other=0.0)
+    mean = tl.load(row + C, mask=mask, other=0.0)
+    total = tl.sum(count, 0)
+    center = tl.sum(count * mean, 0) / tl.maximum(total, 1.0)
+    apart = mean - center[None, :]
+    squares = tl.load(row + 2 * C, mask=mask, other=0.0) + count * apart * apart
+    row = condensed_ptr + slab * 3 * C + c
+    tl.store(row, total, mask=c < C)
+    tl.store(row + C, center, mask=c < C)
+    tl.store(row + 2 * C, tl.sum(squares, 0), mask=c < C)
 
 
 @triton.jit
@@ -165,6 +188,7 @@ def norm_fwd(
     slope: float,
     pool: bool,
     per_image: bool = False,
+    taken: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
     """Launch the kernels.
 
@@ -173,6 +197,7 @@ def norm_fwd(
         fixed: mean and variance (C,) to take in place of x's own.
         slope: of the activation, as in :func:`conv_fwd`.
         per_image: whether each image has statistics of its own.
+        taken: of :func:`statistics`, if they were.
 
     Returns:
         y; its max-pool (N, C, H // 2, W // 2) or None; of x the mean, rstd and unbiased variance, or the fixed ones.
@@ -184,7 +209,7 @@ def norm_fwd(
         mean, variance = (t.to(torch.float32) for t in fixed)
         rstd = torch.rsqrt(variance + eps)
     else:
-        mean, rstd, variance = _statistics(x, eps, per_image)
+        mean, rstd, variance = taken or statistics(x, eps, per_image)
     if x.numel():
         config, groups = cell_config(c), n if per_image else 1
         images, blocks = n // groups, triton.cdiv(c, config.block_c)
@@ -197,13 +222,13 @@ def norm_fwd(
     return y, pooled, mean, rstd, variance
 
 
-def _statistics(x: Tensor, eps: float, per_image: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, rstd and unbiased variance of x, channels_last; NaN of nothing."""
+def statistics(x: Tensor, eps: float, per_image: bool) -> Statistics:
+    """Mean, rstd and unbiased variance of x, channels_last: (C,), or (N, C) of each image; NaN of nothing."""
     n, c, h, w = x.shape
-    of_what = (n, c) if per_image else (c,)
-    mean, rstd, variance = (torch.empty(of_what, dtype=torch.float32, device=x.device) for _ in range(3))
     if x.numel() == 0:
-        return mean.fill_(torch.nan), rstd.fill_(torch.nan), variance.fill_(torch.nan)
+        of_what = (n, c) if per_image else (c,)
+        mean, rstd, variance = (torch.full(of_what, torch.nan, device=x.device) for _ in range(3))
+        return mean, rstd, variance
     config, groups = cell_config(c), n if per_image else 1
     pixels, blocks = n // groups * h * w, triton.cdiv(c, config.block_c)
     tile = {"BLOCK_P": config.block_p, "BLOCK_C": config.block_c, "num_warps": config.num_warps}
@@ -211,10 +236,24 @@ def _statistics(x: Tensor, eps: float, per_image: bool) -> tuple[Tensor, Tensor,
     count, steps = slabs(triton.cdiv(pixels, config.block_p), blocks)
     partial = torch.empty((count, 3, groups, c), dtype=torch.float32, device=x.device)
     _moments_kernel[(count * groups * blocks,)](x, partial, groups, pixels, c, steps, **tile)
+    return merged_statistics(partial, eps, per_image)
+
+
+def merged_statistics(partial: Tensor, eps: float, per_image: bool) -> Statistics:
+    """As :func:`statistics`, from count, mean and squared deviations of slabs: (S, 3, groups, C), float32."""
+    count, _, groups, c = partial.shape
     # Of 2,048 elements and odd channels the compiler of Triton 3.9.0 crashes.
-    merging = {"BLOCK_S": power_of_2(count, 1, 64), "BLOCK_C": 16, "num_warps": 4}
-    merged = groups * c
-    _merge_moments_kernel[(triton.cdiv(merged, 16),)](partial, mean, rstd, variance, count, merged, eps, **merging)
+    tile, merged = {"BLOCK_C": 16, "num_warps": 4}, groups * c
+    while count > REDUCTION_PROGRAMS:  # tiles of a large map: one program would read them one after another
+        slabs = triton.cdiv(count, 64)
+        condensed = partial.new_empty((slabs, *partial.shape[1:]))
+        grid = slabs, triton.cdiv(merged, 16)
+        _condense_moments_kernel[grid](partial, condensed, count, merged, BLOCK_S=64, **tile)
+        partial, count = condensed, slabs
+    of_what = (groups, c) if per_image else (c,)
+    mean, rstd, variance = (partial.new_empty(of_what) for _ in range(3))
+    grid, block_s = (triton.cdiv(merged, 16),), power_of_2(count, 1, 64)
+    _merge_moments_kernel[grid](partial, mean, rstd, variance, count, merged, eps, BLOCK_S=block_s, **tile)
     return mean, rstd, variance
 
 

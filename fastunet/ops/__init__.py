@@ -13,18 +13,21 @@ On a CPU and without gradients torch's own operators are called at once: the dis
 Python to a custom operator and back costs 0.1 ms, which is much to a small network.
 """
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from . import forward
+from .. import dispatch
+from . import forward, moments
 from .common import at_once, is_watched, tf32, watched
 from .launchers import choose
+from .upsampling import launched
 
 __all__ = [
     "batch_norm_relu",
     "choose",
+    "conv2d_moments",
     "conv2d_relu",
     "conv2d_relu_head",
     "conv_transpose2x2",
@@ -32,9 +35,12 @@ __all__ = [
     "is_watched",
     "tf32",
     "upsample_concat",
+    "upsample_concat_conv2d_moments",
     "upsample_concat_conv2d_relu",
     "watched",
 ]
+
+Statistics = tuple[Tensor, Tensor, Tensor]  # mean, 1 / sqrt(variance + eps), unbiased variance
 
 _UPSAMPLING = ("bilinear", "nearest")
 _MATCH = ("zero_pad", "replicate_pad")
@@ -58,6 +64,20 @@ def _check_conv(channels: int, weight: Tensor, bias: Tensor | None, padding: str
     if bias is not None:
         _check(bias.shape == weight.shape[:1], "bias", f"shape ({weight.shape[0]},)", tuple(bias.shape))
     _check(padding in _PADDING, "padding", f"one of {_PADDING}", repr(padding))
+
+
+def _check_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: str, pool: bool = False
+) -> None:
+    _check_map(x)
+    _check_conv(x.shape[1], weight, bias, padding)
+    _check_alike(x, weight=weight, bias=bias)
+    pair = isinstance(stride, (tuple, list)) and len(stride) == 2 and all(type(s) is int and s > 0 for s in stride)
+    _check(pair, "stride", "two positive integers", stride)
+    _check(not pool or tuple(stride) == (1, 1), "stride", "1 and 1 to pool", stride)
+    lost = 0 if padding == "same" else weight.shape[2] - 1
+    least = lost + 2 if pool else lost + bool(lost)
+    _check(min(x.shape[2:]) >= least, "x", f"H and W of at least {least}{' to pool' if pool else ''}", tuple(x.shape))
 
 
 def _check_alike(x: Tensor, **others: Tensor | None) -> None:
@@ -145,15 +165,7 @@ def conv2d_relu(
         ValueError: names the argument, its value and what was expected.
     """
     x, weight, bias = _autocast(x, weight, bias)
-    _check_map(x)
-    _check_conv(x.shape[1], weight, bias, padding)
-    _check_alike(x, weight=weight, bias=bias)
-    pair = isinstance(stride, (tuple, list)) and len(stride) == 2 and all(type(s) is int and s > 0 for s in stride)
-    _check(pair, "stride", "two positive integers", stride)
-    _check(not pool or tuple(stride) == (1, 1), "stride", "1 and 1 to pool", stride)
-    lost = 0 if padding == "same" else weight.shape[2] - 1
-    least = lost + 2 if pool else lost + bool(lost)
-    _check(min(x.shape[2:]) >= least, "x", f"H and W of at least {least}{' to pool' if pool else ''}", tuple(x.shape))
+    _check_conv2d(x, weight, bias, stride, padding, pool)
     given = x, weight, bias, _slope(relu, negative_slope), stride, padding
     if not pool:
         return (forward.conv2d_relu_torch if at_once(x) else forward.conv2d_relu)(*given)
@@ -200,6 +212,45 @@ def conv2d_relu_head(
     return forward.conv2d_relu_head(*given, _slope(relu, negative_slope))
 
 
+def conv2d_moments(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float,
+    per_image: bool,
+    stride: tuple[int, int] = (1, 1),
+    padding: str = "same",
+) -> tuple[Tensor, Statistics | None]:
+    """:func:`conv2d_relu` without an activation, and what a norm behind it wants, if it comes in the same pass.
+
+    Args:
+        x, weight, bias, stride, padding: as there.
+        eps: of the norm. per_image: whether each image has statistics of its own, as of an instance norm.
+
+    Returns:
+        (N, O, H, W), channels_last, and ``taken`` of :func:`batch_norm_relu` and :func:`instance_norm_relu`: (O,) or
+        (N, O) each, float32; None where no kernel gives it. Errors as there.
+    """
+    x, weight, bias = _autocast(x, weight, bias)
+    _check_conv2d(x, weight, bias, stride, padding)
+    if not _come_free("conv2d_relu", (tuple(x.shape),), weight, geometry=dispatch.geometry(stride, padding)):
+        return conv2d_relu(x, weight, bias, relu=False, stride=stride, padding=padding), None
+    y, mean, rstd, variance = moments.conv2d_moments(x, weight, bias, stride, padding, eps, per_image)
+    return y, (mean, rstd, variance)
+
+
+def _come_free(op: str, maps: Any, weight: Tensor, mode: str = "none", geometry: str = "") -> bool:
+    """Whether the kernel that makes a map gives its moments too: one of Hopper's.
+
+    Not asked in code that is compiled, whose shapes may be symbols.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    of = maps, tuple(weight.shape), weight.device, weight.dtype
+    return choose(op, *of, mode, geometry=geometry).implementation == "hopper"
+
+
 def batch_norm_relu(
     x: Tensor,
     weight: Tensor | None = None,
@@ -211,6 +262,7 @@ def batch_norm_relu(
     relu: bool = True,
     negative_slope: float = 0.0,
     pool: bool = False,
+    taken: Statistics | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Batch norm, ReLU and, on request, 2x2 max-pool.
 
@@ -220,6 +272,7 @@ def batch_norm_relu(
         running_mean, running_var: (C,), fixed statistics; by default those of the batch are taken.
         eps: added to the variance.
         relu, negative_slope, pool: as in :func:`conv2d_relu`.
+        taken: x's own statistics, of :func:`conv2d_moments` and the same ``eps``, which are then not taken again.
 
     Returns:
         y (N, C, H, W), channels_last; its max-pool or None; mean and variance of each channel (C,), unbiased if it is
@@ -228,11 +281,15 @@ def batch_norm_relu(
     fixed = None if running_mean is None or running_var is None else (running_mean, running_var)
     alike = fixed is not None or running_mean is running_var
     _check(alike, "running_var", "None or a tensor as running_mean is", running_var)
+    _check(taken is None or fixed is None, "taken", "None beside running_mean and running_var", "both")
     given = weight, bias, running_mean, running_var, eps, _slope(relu, negative_slope), pool, False
     summed = (0, 2, 3) if fixed is None else ()
     _check_norm(x, summed, pool, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
-    if not at_once(x):
-        y, pooled, mean, _, variance = forward.norm_relu(x, *given)
+    if taken is not None:
+        y, pooled = _norm_of_taken(x, weight, bias, taken, *given[4:])
+        mean, _, variance = taken
+    elif not at_once(x):
+        y, pooled, mean, _, variance = forward.norm_relu(x, *given, None)
     else:
         y, pooled = forward.norm_relu_torch(x, *given)
         mean, variance = fixed or forward.statistics_torch(x, eps, False)[::2]
@@ -249,6 +306,7 @@ def instance_norm_relu(
     relu: bool = True,
     negative_slope: float = 0.0,
     pool: bool = False,
+    taken: Statistics | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`batch_norm_relu`, each image by statistics of its own.
 
@@ -257,8 +315,24 @@ def instance_norm_relu(
     """
     given = x, weight, bias, None, None, eps, _slope(relu, negative_slope), pool, True
     _check_norm(x, (2, 3), pool, weight=weight, bias=bias)
-    y, pooled, *_ = forward.norm_relu_torch(*given) if at_once(x) else forward.norm_relu(*given)
+    if taken is not None:
+        y, pooled = _norm_of_taken(x, weight, bias, taken, *given[5:])
+    else:
+        y, pooled, *_ = forward.norm_relu_torch(*given) if at_once(x) else forward.norm_relu(*given, None)
     return y, pooled if pool else None
+
+
+def _norm_of_taken(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, taken: Statistics, *options: Any
+) -> tuple[Tensor, Tensor]:
+    mean, rstd, variance = taken
+    shape = x.shape[:2] if options[-1] else x.shape[1:2]
+    _check(all(t.shape == shape for t in taken), "taken", f"three of shape {tuple(shape)}", [*map(_shape, taken)])
+    return forward.norm_relu(x, weight, bias, mean, variance, *options, rstd)[:2]
+
+
+def _shape(t: Tensor) -> tuple[int, ...]:
+    return tuple(t.shape)
 
 
 def _check_norm(x: Tensor, summed: tuple[int, ...], pool: bool, **of_channels: Tensor | None) -> None:
@@ -317,15 +391,46 @@ def upsample_concat_conv2d_relu(
         (N, O, H, W), channels_last; H - 2 and W - 2 if ``"valid"``. Errors as in :func:`conv2d_relu`.
     """
     x, skip, weight, bias = _autocast(x, skip, weight, bias)
+    _check_upsampled(x, skip, weight, bias, mode, match, padding)
+    slope = _slope(relu, negative_slope)
+    op = forward.upsample_concat_conv2d_relu_torch if at_once(x) else forward.upsample_concat_conv2d_relu
+    return op(x, skip, weight, bias, mode, align_corners, slope, match, padding)
+
+
+def _check_upsampled(
+    x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None, mode: str, match: str, padding: str
+) -> None:
     _check_sources(x, skip, mode, (*_UPSAMPLING, "none"))
     _check(match in _MATCH, "match", f"one of {_MATCH}", repr(match))
     _check_conv(x.shape[1] + skip.shape[1], weight, bias, padding)
     _check(weight.shape[2] == 3, "weight", "a 3x3 filter", tuple(weight.shape))
     _check(padding == "same" or min(skip.shape[2:]) > 2, "skip", "H and W of at least 3", tuple(skip.shape))
     _check_alike(x, skip=skip, weight=weight, bias=bias)
-    slope = _slope(relu, negative_slope)
-    op = forward.upsample_concat_conv2d_relu_torch if at_once(x) else forward.upsample_concat_conv2d_relu
-    return op(x, skip, weight, bias, mode, align_corners, slope, match, padding)
+
+
+def upsample_concat_conv2d_moments(
+    x: Tensor,
+    skip: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float,
+    per_image: bool,
+    mode: str = "bilinear",
+    align_corners: bool = True,
+    match: str = "zero_pad",
+    padding: str = "same",
+) -> tuple[Tensor, Statistics | None]:
+    """:func:`conv2d_moments` of :func:`upsample_concat`; arguments as of :func:`upsample_concat_conv2d_relu`."""
+    x, skip, weight, bias = _autocast(x, skip, weight, bias)
+    _check_upsampled(x, skip, weight, bias, mode, match, padding)
+    maps, scaled = launched(x, skip, mode, match)
+    how = mode, align_corners, match, padding
+    if not _come_free("upsample_concat_conv2d_relu", maps, weight, scaled, dispatch.geometry((1, 1), padding)):
+        options: Any = {"mode": mode, "align_corners": align_corners, "match": match, "padding": padding}
+        return upsample_concat_conv2d_relu(x, skip, weight, bias, relu=False, **options), None
+    y, mean, rstd, variance = moments.upsample_concat_conv2d_moments(x, skip, weight, bias, *how, eps, per_image)
+    return y, (mean, rstd, variance)
 
 
 def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

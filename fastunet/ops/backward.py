@@ -197,13 +197,17 @@ def conv2d_relu_pool(ctx: Any, grad: Tensor, grad_pooled: Tensor) -> tuple[Any, 
 
 
 def save_norm(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, bias, mean, variance, ctx.eps, ctx.slope, ctx.pool, ctx.per_image = inputs
+    x, weight, bias, mean, variance, ctx.eps, ctx.slope, ctx.pool, ctx.per_image, rstd = inputs
     y, _, *statistics = output
     ctx.mark_non_differentiable(*statistics)
     ctx.fixed, ctx.operator = mean is not None, "instance_norm_relu" if ctx.per_image else "batch_norm_relu"
-    if not ctx.fixed:
-        mean, variance = statistics[0], None
-    ctx.save_for_backward(x, y, weight, mean, variance, statistics[1])  # y is kept by who reads it anyway
+    if rstd is not None:  # x's own, taken before
+        ctx.fixed, variance = False, None
+    elif not ctx.fixed:
+        mean, rstd, variance = statistics[0], statistics[1], None
+    else:
+        rstd = statistics[1]
+    ctx.save_for_backward(x, y, weight, mean, variance, rstd)  # y is kept by who reads it anyway
     ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
     ctx.kernels = _ours(x, "dgrad")
 
@@ -220,7 +224,7 @@ def norm_relu(ctx: Any, grad: Tensor, grad_pooled: Tensor, *_: Any) -> tuple[Any
         grad_x, sums = norm_backward(g, x, weight, *fixed, ctx.eps, ctx.per_image)
     of_bias, of_weight = sums
     grads = [None if dtype is None else s.to(dtype) for s, dtype in zip((of_weight, of_bias), ctx.dtypes, strict=True)]
-    return grad_x, *grads, *[None] * 6
+    return grad_x, *grads, *[None] * 7
 
 
 # --- upsample_concat -------------------------------------------------------------------------

@@ -171,7 +171,11 @@ def norm_relu(
     slope: float,
     pool: bool,
     per_image: bool,
+    rstd: Tensor | None,
 ) -> Normed:
+    """With ``rstd`` mean, it and the variance are x's own, taken before, and not given again."""
+    if mean is not None and variance is not None and rstd is not None:
+        return _norm_relu_of_taken(x, weight, bias, (mean, rstd, variance), eps, slope, pool, per_image)
     fixed = None if mean is None or variance is None else (mean, variance)
     if not takes_triton(x):
         y, pooled = norm_relu_torch(x, weight, bias, mean, variance, eps, slope, pool, per_image)
@@ -189,6 +193,25 @@ def norm_relu(
     return y, y.new_empty(0) if pooled is None else pooled, own[0], own[1], own[2]
 
 
+def _norm_relu_of_taken(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    taken: tuple[Tensor, Tensor, Tensor],
+    eps: float,
+    slope: float,
+    pool: bool,
+    per_image: bool,
+) -> Normed:
+    nothing = (x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(3))
+    if not takes_triton(x):
+        return *norm_relu_torch(x, weight, bias, None, None, eps, slope, pool, per_image), *nothing  # pyright: ignore
+    with on_device(x):
+        options = {"eps": eps, "slope": slope, "pool": pool, "per_image": per_image}
+        y, pooled, *_ = kernels.norm_fwd(x, weight, bias, taken=taken, **options)
+    return y, y.new_empty(0) if pooled is None else pooled, *nothing  # pyright: ignore[reportReturnType]
+
+
 @norm_relu.register_fake
 def _(
     x: Tensor,
@@ -200,10 +223,12 @@ def _(
     slope: float,
     pool: bool,
     per_image: bool,
+    rstd: Tensor | None,
 ) -> Normed:
     n, c, h, w = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
-    of_what = (x.new_empty((n, c) if per_image else (c,), dtype=wide) for _ in range(3))
+    shape = (0,) if rstd is not None else (n, c) if per_image else (c,)
+    of_what = (x.new_empty(shape, dtype=wide) for _ in range(3))
     return empty(x, c, h, w), empty(x, c, h // 2, w // 2) if pool else x.new_empty(0), *of_what  # pyright: ignore
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..config import UNetConfig
 from ..kernels import tuning
-from .launches import Commuted, Config, Launch, Make, gradients, launches
+from .launches import Commuted, Config, Launch, Make, gradients, launches, with_moments
 from .measures import distance
 from .repeatability import poisoned_memory, same
 from .report import Comparison, Errors
@@ -74,6 +74,7 @@ def _both_passes(config: UNetConfig, size: tuple[int, int, int], make: Make, tf3
             continue
         if (trained.launcher, trained.options) != (launch.launcher, launch.options):
             yield trained
+        yield from with_moments(trained)
         yield from gradients(trained, make, tf32=tf32)
 
 
@@ -111,4 +112,5 @@ def _check_config(launch: Launch, choice: Config | Commuted | None, text: str, t
 
 
 def _flat(result: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return torch.cat([t.flatten() for t in (result if isinstance(result, tuple) else (result,))])
+    tensors = result if isinstance(result, tuple) else (result,)
+    return torch.cat([t.flatten().to(tensors[0].dtype) for t in tensors])  # statistics are in float32

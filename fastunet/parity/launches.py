@@ -163,6 +163,30 @@ def _with_head(conv: Launch, head: Launch) -> Iterator[Launch]:
     yield Launch(layer, kernels.conv_head_fwd, function, tensors, conv.options, chooser, hopper, step="forward")
 
 
+def with_moments(launch: Launch) -> Iterator[Launch]:
+    """What Hopper makes of a layer before a norm, in training: its map and statistics, of the batch and of images."""
+    name = {kernels.conv_fwd: "conv_moments_fwd", kernels.upconcat_conv3x3_fwd: "upconcat_conv3x3_moments_fwd"}
+    if launch.layer.norm is None or launch.options.get("slope") != 1 or not launch.hopper:
+        return
+    options = {key: value for key, value in launch.options.items() if key != "slope"}
+    for per_image in (False, True):
+        of_norm = {"eps": 1e-5, "per_image": per_image}
+        yield dataclasses.replace(
+            launch,
+            launcher=getattr(kernels, name[launch.launcher]),
+            function=partial(_with_statistics, launch.function, **of_norm),
+            options=options | of_norm,
+            configs=lambda capability: (),
+        )
+
+
+def _with_statistics(function: Callable[..., Any], *tensors: Tensor, eps: float, per_image: bool) -> Any:
+    y = function(*tensors)
+    variance, mean = torch.var_mean(y, (2, 3) if per_image else (0, 2, 3), correction=0)
+    count = y.numel() / mean.numel()
+    return y, mean, torch.rsqrt(variance + eps), variance * count / (count - 1)
+
+
 def _stem_configs(
     channels: int, out: int, height: int, width: int, precise: bool, capability: tuple[int, int]
 ) -> tuple[tuning.ConvConfig, ...]:

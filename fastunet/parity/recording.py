@@ -84,6 +84,10 @@ class Recorder(TorchFunctionMode):
         return result
 
     def _keep(self, operator: str, given: dict[str, Any], found: tuple[Tensor, ...]) -> None:
+        if operator.endswith("_moments"):  # the same convolution, without an activation
+            operator = operator.replace("_moments", "_relu")
+            given = {name: value for name, value in given.items() if name not in ("eps", "per_image")} | {"slope": 1.0}
+            found = found[:1]
         y, pools = found[0], given.get("pool", operator == "conv2d_relu_pool")
         if given.get("slope", 1) != 1:  # a slope of 1 is no activation
             self.decisions.append(y > 0)

@@ -3,10 +3,12 @@
 from .conv3x3 import (
     conv_fwd,
     conv_head_fwd,
+    conv_moments_fwd,
     conv_pool_fwd,
     conv_transpose_fwd,
     upconcat_conv3x3_commuted_fwd,
     upconcat_conv3x3_fwd,
+    upconcat_conv3x3_moments_fwd,
 )
 from .tuning import (
     PARITY_SIZE,
@@ -24,12 +26,14 @@ __all__ = [
     "HopperConfig",
     "conv_fwd",
     "conv_head_fwd",
+    "conv_moments_fwd",
     "conv_pool_fwd",
     "conv_transpose_fwd",
     "hopper_configs",
     "layer_configs",
     "upconcat_conv3x3_commuted_fwd",
     "upconcat_conv3x3_fwd",
+    "upconcat_conv3x3_moments_fwd",
     "why_not",
     "why_not_layer",
 ]

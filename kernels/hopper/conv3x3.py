@@ -15,7 +15,8 @@ is the product of a 1x1 one whose results are scattered: in a row of y the axes 
 
 Tiling: a persistent program per multiprocessor takes tile after tile of BLOCK_CO output channels x BLOCK_N images x
 BLOCK_H rows x BLOCK_W columns (implicit_gemm.py). SPLITS > 1: a tile is a share of the K loop, written in float32,
-and split_k.py sums the shares.
+and split_k.py sums the shares. Before a norm each tile also leaves count, mean and squared deviations of its pixels,
+for which the norm would read the map; ../norm.py merges them, in one order.
 
 Shapes: x (N, C, H, W), weight (O, C, K, K), bias (O,); float16, bfloat16, or float32 in tf32; C and O multiples of
 16 bytes. y is of x's dtype, or float32.
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from .. import commuted
+from ..norm import Moments, merged_statistics, statistics
 from ..tensors import bias_or_zeros, empty_channels_last, head_operands, packed_weight, without_graph
 from ..tuning import pointwise_config
 from ..upsample_concat import upsample_concat_fwd
@@ -38,12 +40,12 @@ from .tuning import HopperConfig, block_k, hopper_configs, multiprocessors, tma_
 
 @gluon.jit
 def _conv_fwd_kernel(
-    x1, x1_tail, w1, x2, x2_tail, w2, bias_ptr, y, pooled, head_ptr, head_bias_ptr,
+    x1, x1_tail, w1, x2, x2_tail, w2, bias_ptr, y, pooled, head_ptr, head_bias_ptr, moments_ptr,
     N, H, W, O, C1, C2, top, left,
     KSIZE: gl.constexpr, TWO_SOURCES: gl.constexpr, SLOPE: gl.constexpr, POOL: gl.constexpr, HALO: gl.constexpr,
     BLOCK_CO: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr,
     BLOCK_K: gl.constexpr, X_STAGES: gl.constexpr, W_STAGES: gl.constexpr, SPLITS: gl.constexpr,
-    FILTER_ROWS: gl.constexpr, CLASSES: gl.constexpr,
+    FILTER_ROWS: gl.constexpr, CLASSES: gl.constexpr, MOMENTS: gl.constexpr,
 ):  # fmt: skip
     # The next launch may begin here, as far as its own wait: what it allocates and initialises takes as long as
     # this one's last tiles. Nothing of a launch may touch global memory before its wait.
@@ -88,16 +90,16 @@ def _conv_fwd_kernel(
     gdc_wait()
     gl.warp_specialize([
         (multiply_tiles, (
-            bias_ptr, y, pooled, head_ptr, head_bias_ptr, steps, tiles, N, H, W, O,
+            bias_ptr, y, pooled, head_ptr, head_bias_ptr, moments_ptr, steps, tiles, N, H, W, O,
             x_ring, x_full, x_empty, w_ring, w_full, w_empty, turns, outs, smalls,
             KSIZE, SLOPE, POOL, HALO, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K, X_STAGES, W_STAGES, SPLITS,
-            FILTER_ROWS, CLASSES, 0,
+            FILTER_ROWS, CLASSES, MOMENTS, 0,
         )),
         (multiply_tiles, (
-            bias_ptr, y, pooled, head_ptr, head_bias_ptr, steps, tiles, N, H, W, O,
+            bias_ptr, y, pooled, head_ptr, head_bias_ptr, moments_ptr, steps, tiles, N, H, W, O,
             x_ring, x_full, x_empty, w_ring, w_full, w_empty, turns, outs, smalls,
             KSIZE, SLOPE, POOL, HALO, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K, X_STAGES, W_STAGES, SPLITS,
-            FILTER_ROWS, CLASSES, 1,
+            FILTER_ROWS, CLASSES, MOMENTS, 1,
         )),
         (load_tiles, (
             x1, x1_tail, w1, x2, x2_tail, w2, blocks1, top, left, steps, tiles, H, W, O,
@@ -124,10 +126,18 @@ def _launch(
     tf32: bool,
     config: HopperConfig | None,
     head: tuple[Tensor, Tensor] | None = None,
-) -> None:
+    moments_of: str = "",
+) -> Tensor | None:
     """Fill ``y`` (N, O, H, W) and ``pooled``, channels_last, or ``y`` with what a ``head`` makes of it.
 
-    ``weight``: (O, C, K, K), or (C, O, 2, 2) transposed. ``head``: of :func:`head_operands`.
+    Args:
+        weight: (O, C, K, K), or (C, O, 2, 2) transposed.
+        head: of :func:`head_operands`.
+        moments_of: ``"batch"`` or ``"image"``, of which slabs of moments are wanted.
+
+    Returns:
+        What ``merged_statistics`` (../norm.py) takes; None where tiles do not give it: of shares of a K loop, or of
+        several images in one.
     """
     ksize, dtype = weight.shape[-1], sources[0].dtype
     transposed = ksize == 2
@@ -140,7 +150,7 @@ def _launch(
     if obstacle is not None:
         raise ValueError(f"x: the Hopper kernels cannot serve it: {obstacle}")
     if y.numel() == 0:
-        return
+        return None
     bias = bias_or_zeros(bias, o, y)
     if config is None and transposed:
         config = transpose_configs(channels, o, n, h, w, dtype)[0]
@@ -173,17 +183,31 @@ def _launch(
     stored, small = y if head is not None else _descriptor(out, box), None
     if pooled is not None and shares is None:
         small = _descriptor(pooled.permute(0, 2, 3, 1), [tile[0], tile[1] // 2, tile[2] // 2, 64])
+    moments = None
+    if moments_of and config.splits == 1 and (moments_of == "batch" or config.block_n == 1):
+        slabs, groups = config.tiles(n, h, w, 1), 1
+        if moments_of == "image":
+            slabs, groups = slabs // n, n
+        moments = torch.empty((slabs, 3, groups, o), dtype=torch.float32, device=y.device)
     filter_rows = 2 if transposed else 1
     grid = min(filter_rows * config.tiles(n, h, w, o), multiprocessors(y.device))
     _conv_fwd_kernel[(grid,)](
         *operands, *(operands if len(maps) == 1 else ()), bias, stored, stored if small is None else small,
-        *(head or (bias, bias)), n, h, w, o, channels[0], sum(channels[1:]), top, left,
+        *(head or (bias, bias)), bias if moments is None else moments,
+        n, h, w, o, channels[0], sum(channels[1:]), top, left,
         KSIZE=1 if transposed else ksize, TWO_SOURCES=len(maps) == 2, SLOPE=slope, POOL=small is not None,
         BLOCK_K=width, FILTER_ROWS=filter_rows, CLASSES=0 if head is None else len(head[0]),
+        MOMENTS=0 if moments is None else 1 if moments_of == "batch" else 2,
         num_warps=4, launch_pdl=True, **config.options(),
     )  # fmt: skip
     if shares is not None:
         sum_splits(shares, bias, y, pooled, slope)
+    return moments
+
+
+def _with_statistics(y: Tensor, moments: Tensor | None, eps: float, per_image: bool) -> Moments:
+    found = statistics(y, eps, per_image) if moments is None else merged_statistics(moments, eps, per_image)
+    return y, *found
 
 
 @without_graph
@@ -221,6 +245,23 @@ def conv_pool_fwd(
 
 
 @without_graph
+def conv_moments_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    per_image: bool,
+    tf32: bool = True,
+    config: HopperConfig | None = None,
+) -> Moments:
+    """As :func:`conv_fwd` without an activation; statistics from the tiles, where they can be."""
+    y = empty_channels_last(x, weight.shape[0], x.shape[2], x.shape[3])
+    moments = _launch((x,), weight, bias, y, None, 1.0, tf32, config, moments_of="image" if per_image else "batch")
+    return _with_statistics(y, moments, eps, per_image)
+
+
+@without_graph
 def conv_head_fwd(
     x: Tensor,
     weight: Tensor,
@@ -238,6 +279,13 @@ def conv_head_fwd(
     return logits
 
 
+def _upsampled(x: Tensor, skip: Tensor, mode: str, align_corners: bool) -> Tensor:
+    if mode == "none":
+        return x
+    options = {"mode": mode, "align_corners": align_corners, "config": pointwise_config(x.shape[1], x.dtype)}
+    return upsample_concat_fwd(x, skip[:, :0], **options)
+
+
 @without_graph
 def upconcat_conv3x3_fwd(
     x: Tensor,
@@ -253,11 +301,30 @@ def upconcat_conv3x3_fwd(
 ) -> Tensor:
     """3x3 convolution of the upsampled x and the skip; x is upsampled in a pass of its own, unless mode is "none"."""
     y = empty_channels_last(skip, weight.shape[0], skip.shape[2], skip.shape[3])
-    if mode != "none":
-        no_skip, pointwise = skip[:, :0], pointwise_config(x.shape[1], x.dtype)
-        x = upsample_concat_fwd(x, no_skip, mode=mode, align_corners=align_corners, config=pointwise)
+    x = _upsampled(x, skip, mode, align_corners)
     _launch((x, skip), weight, bias, y, None, slope, tf32, config)
     return y
+
+
+@without_graph
+def upconcat_conv3x3_moments_fwd(
+    x: Tensor,
+    skip: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    mode: str,
+    align_corners: bool,
+    eps: float,
+    per_image: bool,
+    tf32: bool = True,
+    config: HopperConfig | None = None,
+) -> Moments:
+    """As :func:`upconcat_conv3x3_fwd` without an activation, and :func:`conv_moments_fwd`."""
+    y = empty_channels_last(skip, weight.shape[0], skip.shape[2], skip.shape[3])
+    x = _upsampled(x, skip, mode, align_corners)
+    moments = _launch((x, skip), weight, bias, y, None, 1.0, tf32, config, moments_of="image" if per_image else "batch")
+    return _with_statistics(y, moments, eps, per_image)
 
 
 @without_graph

@@ -183,10 +183,42 @@ def _store_tile(
 
 
 @gluon.jit
+def _store_moments(
+    acc, moments_ptr, n0, h0, w0, co0, N, H, W, O,
+    BLOCK_N: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr, PER_IMAGE: gl.constexpr,
+):  # fmt: skip
+    """Of acc [64, pixels]: how many pixels lie in the map, their mean and squared deviations, to [slab, 3, group, O].
+
+    The group is the tile's image where PER_IMAGE, else there is one; a slab is a tile of the group.
+    """
+    mma: gl.constexpr = acc.type.layout
+    co = co0 + gl.arange(0, 64, gl.SliceLayout(1, mma))
+    p = gl.arange(0, acc.shape[1], gl.SliceLayout(0, mma))
+    here = (n0 + p // (BLOCK_H * BLOCK_W) < N) & (h0 + p // BLOCK_W % BLOCK_H < H) & (w0 + p % BLOCK_W < W)
+    inside = gl.expand_dims(here, 0)
+    count = gl.minimum(N - n0, BLOCK_N) * gl.minimum(H - h0, BLOCK_H) * gl.minimum(W - w0, BLOCK_W)
+    mean = gl.sum(gl.where(inside, acc, 0.0), 1) / count
+    apart = gl.where(inside, acc - gl.expand_dims(mean, 1), 0.0)
+    squares = gl.sum(apart * apart, 1)
+    slab = h0 // BLOCK_H * gl.cdiv(W, BLOCK_W) + w0 // BLOCK_W
+    groups = 1
+    group = 0
+    if PER_IMAGE:
+        groups = N
+        group = n0
+    else:
+        slab += n0 // BLOCK_N * gl.cdiv(H, BLOCK_H) * gl.cdiv(W, BLOCK_W)
+    row = moments_ptr + ((slab * 3 * groups + group) * O + co)
+    gl.store(row, gl.where(co < O, 1.0, 0.0) * count, mask=co < O)
+    gl.store(row + groups * O, mean, mask=co < O)
+    gl.store(row + 2 * groups * O, squares, mask=co < O)
+
+
+@gluon.jit
 def _finish_tile(
-    acc, bias_ptr, y, pooled, head_ptr, head_bias_ptr, part, n0, h0, w0, co0, N, H, W, O, out, small,
-    SLOPE: gl.constexpr, POOL: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr, SPLITS: gl.constexpr,
-    FILTER_ROWS: gl.constexpr, CLASSES: gl.constexpr,
+    acc, bias_ptr, y, pooled, head_ptr, head_bias_ptr, moments_ptr, part, n0, h0, w0, co0, N, H, W, O, out, small,
+    SLOPE: gl.constexpr, POOL: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr,
+    SPLITS: gl.constexpr, FILTER_ROWS: gl.constexpr, CLASSES: gl.constexpr, MOMENTS: gl.constexpr,
 ):  # fmt: skip
     """Bias, activation; then store, with the max-pool, or the head's result. A share of a split K loop as it is."""
     if SPLITS == 1:
@@ -200,6 +232,8 @@ def _finish_tile(
             acc = gl.where(acc <= 0, 0.0, acc)  # not maximum(): NaN must stay NaN, as in torch
         elif SLOPE != 1.0:
             acc = gl.where(acc <= 0, acc * SLOPE, acc)
+    if MOMENTS:
+        _store_moments(acc, moments_ptr, n0, h0, w0, co0, N, H, W, O, BLOCK_N, BLOCK_H, BLOCK_W, MOMENTS == 2)
     if CLASSES:
         _store_head(acc, y, head_ptr, head_bias_ptr, n0, h0, w0, N, H, W, O, BLOCK_H, BLOCK_W, CLASSES)
     else:
@@ -208,12 +242,12 @@ def _finish_tile(
 
 @gluon.jit
 def multiply_tiles(
-    bias_ptr, y, pooled, head_ptr, head_bias_ptr, steps, tiles, N, H, W, O,
+    bias_ptr, y, pooled, head_ptr, head_bias_ptr, moments_ptr, steps, tiles, N, H, W, O,
     x_ring, x_full, x_empty, w_ring, w_full, w_empty, turns, outs, smalls,
     KSIZE: gl.constexpr, SLOPE: gl.constexpr, POOL: gl.constexpr, HALO: gl.constexpr, BLOCK_CO: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr, BLOCK_K: gl.constexpr,
     X_STAGES: gl.constexpr, W_STAGES: gl.constexpr, SPLITS: gl.constexpr, FILTER_ROWS: gl.constexpr,
-    CLASSES: gl.constexpr, CONSUMER: gl.constexpr,
+    CLASSES: gl.constexpr, MOMENTS: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Consumer 0 or 1."""
     TAPS: gl.constexpr = KSIZE if HALO else 1
@@ -274,8 +308,8 @@ def multiply_tiles(
         else:
             step += steps  # the other's tile
         _finish_tile(
-            acc, bias_ptr, y, pooled, head_ptr, head_bias_ptr, part, n0, h0, w0, co0, N, H, W, O,
+            acc, bias_ptr, y, pooled, head_ptr, head_bias_ptr, moments_ptr, part, n0, h0, w0, co0, N, H, W, O,
             outs.index(CONSUMER), smalls.index(CONSUMER),
-            SLOPE, POOL, BLOCK_H, BLOCK_W, SPLITS, FILTER_ROWS, CLASSES,
+            SLOPE, POOL, BLOCK_N, BLOCK_H, BLOCK_W, SPLITS, FILTER_ROWS, CLASSES, MOMENTS,
         )  # fmt: skip
     tma_store_wait(0)

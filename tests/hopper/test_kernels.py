@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fastunet import reference
+from fastunet import UNetConfig, reference
 from fastunet.kernels import hopper
+from fastunet.parity.configs import _check_config
+from fastunet.parity.launches import launches, with_moments
 from fastunet.reference import conv2d_relu
 
 from ..kernels.conftest import check, make
@@ -183,6 +187,61 @@ def test_a_head_takes_no_split_k_loop_nor_half_of_the_channels(make):
         hopper.conv_head_fwd(x, weight, None, head, None, slope=0.0, config=split)
     with pytest.raises(ValueError, match="config: expected a tile of 64 channels, .* for a head, got hopper 128 x"):
         hopper.conv_head_fwd(x, weight, None, head, None, slope=0.0, config=shared)
+
+
+def moments_of(y, per_image):
+    """Mean, rstd and unbiased variance, of eps 1e-3."""
+    axes = (2, 3) if per_image else (0, 2, 3)
+    variance, mean = torch.var_mean(y, axes, correction=0)
+    count = y.numel() // mean.numel()
+    return mean, torch.rsqrt(variance + 1e-3), variance * count / (count - 1)
+
+
+def check_moments(precision, got, plain, tensors, per_image, from_tiles=True):
+    """The map by the rule; its statistics, float32, near those of the truth, or of the map that was stored."""
+    y, *statistics = got
+    check(precision, y, plain, *tensors)
+    true = moments_of(plain(*(t.double() for t in tensors)) if from_tiles else y.double(), per_image)
+    for mine, exact in zip(statistics, true, strict=True):
+        torch.testing.assert_close(mine.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("per_image", [False, True], ids=["batch", "image"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_moments_come_with_a_map(config, precision, per_image, make):
+    """Of parts of tiles too; where a tile has several images, or a share of the K loop, by a pass of their own."""
+    c = 64 if precision == "tf32" else 128
+    x, weight, bias = make(precision, 3, c, 5, 11), make(precision, 72, c, 3, 3, fan_in=9 * c), make(precision, 72)
+    got = hopper.conv_moments_fwd(x, weight, bias + 30, eps=1e-3, per_image=per_image, config=config)
+    from_tiles = config.splits == 1 and (config.block_n == 1 or not per_image)
+    check_moments(precision, got, partial(conv2d_relu, slope=1.0), (x, weight, bias + 30), per_image, from_tiles)
+
+
+@pytest.mark.parametrize("per_image", [False, True], ids=["batch", "image"])
+def test_moments_come_with_a_map_of_two_sources(per_image, make):
+    x, skip = make("fp16", 2, 40, 4, 5), make("fp16", 2, 104, 7, 9)
+    weight, bias = make("fp16", 48, 144, 3, 3, fan_in=9 * 144), make("fp16", 48)
+    options = {"mode": "none", "align_corners": False, "config": CONFIGS[0].values[0]}
+    got = hopper.upconcat_conv3x3_moments_fwd(x, skip, weight, bias, eps=1e-3, per_image=per_image, **options)
+    plain = partial(reference.upsample_concat_conv2d_relu, mode="none", align_corners=False, slope=1.0)
+    check_moments("fp16", got, plain, (x, skip, weight, bias), per_image)
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_moments_are_among_the_configurations_that_are_checked(norm, seed):
+    """``fastunet verify --all-configs`` on a Hopper GPU, of a layer of a normed network in training."""
+    config = UNetConfig(1, 2, (64, 64), norm=norm)
+    make = lambda *shape, fan_in=1: (torch.randn(shape) / fan_in**0.5).bfloat16()
+    checked = []
+    for layer in launches(config, (1, 8, 16), make, training=True):
+        for launch in with_moments(layer):
+            choice = next(c for c in launch.hopper if c.splits == 1)
+            found = _check_config(launch, choice, str(choice), True, False)
+            assert found.parity.ok, str(found.parity)
+            checked.append((launch.name, launch.options["per_image"]))
+    first, last = "downs.0.conv.net.3, in training", "ups.0.conv.net.3, in training"
+    assert checked[:2] == [(first, False), (first, True)] and checked[-1] == (last, True) and len(checked) == 10
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "minus-inf"])

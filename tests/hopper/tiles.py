@@ -52,7 +52,7 @@ def _binary(function: Callable[[Any, Any], Any], swapped: bool = False) -> Calla
     return method
 
 
-for _name in ("add", "sub", "mul", "floordiv", "mod", "lt", "le", "gt", "ge", "eq", "ne", "and_", "or_"):
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "lt", "le", "gt", "ge", "eq", "ne", "and_", "or_"):
     setattr(Tile, f"__{_name.strip('_')}__", _binary(getattr(operator, _name)))
 for _name in ("add", "sub", "mul"):
     setattr(Tile, f"__r{_name}__", _binary(getattr(operator, _name), swapped=True))
@@ -100,6 +100,8 @@ class Gluon:
     def warp_specialize(self, functions: Any, warps: list[int], registers: list[int]) -> None:
         assert len(functions) == len(warps) + 1 == len(registers) + 1
         self.block.specialize(functions)
+
+    minimum = staticmethod(min)
 
     @staticmethod
     def cdiv(a: int, b: int) -> int:

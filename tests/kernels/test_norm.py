@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from fastunet import kernels
 from fastunet.kernels import tuning
+from fastunet.kernels.norm import merged_statistics
 
 from .conftest import check
 
@@ -171,3 +172,24 @@ def test_an_empty_batch(per_image, make):
     assert y.shape == x.shape and pooled is not None and pooled.shape == (0, 3, 2, 2) and mean.isnan().all()
     grad_x, sums = kernels.norm_bwd(x, None, x, y, None, mean, rstd, slope=0.0)
     assert grad_x.shape == x.shape and sums.shape == (2, 3) and not sums.any()
+
+
+@pytest.mark.parametrize("slabs", [1, 63, 600, 1300], ids=lambda slabs: f"{slabs}-slabs")
+@pytest.mark.parametrize("per_image", [False, True], ids=["batch", "image"])
+def test_slabs_of_tiles_are_merged(slabs, per_image, seed, device):
+    """Many of them in steps; of unequal counts, none of them among these, and far from 0."""
+    groups, c, sizes = 3 if per_image else 1, 5, torch.randint(0, 5, (slabs,))
+    sizes[0] = 2
+    pixels = [torch.randn(n, groups, c, dtype=torch.float64) * 2 + 500 for n in sizes.tolist()]
+    partial = torch.zeros(slabs, 3, groups, c, dtype=torch.float64)
+    for slab, x in enumerate(pixels):
+        partial[slab, 0] = len(x)
+        if len(x):
+            partial[slab, 1], partial[slab, 2] = x.mean(0), (x - x.mean(0)).square().sum(0)
+    found = merged_statistics(partial.float().to(device), 1e-5, per_image)
+    whole = torch.cat(pixels)
+    biased, mean = torch.var_mean(whole, 0, correction=0)
+    expected = mean, torch.rsqrt(biased + 1e-5), biased * len(whole) / (len(whole) - 1)
+    for mine, exact in zip(found, expected, strict=True):
+        exact = exact if per_image else exact[0]
+        torch.testing.assert_close(mine.double().cpu(), exact, rtol=1e-4, atol=0)

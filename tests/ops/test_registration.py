@@ -9,6 +9,13 @@ from fastunet import dispatch
 
 OPS = torch.ops.fastunet
 SAME = (1, 1), "same"
+
+
+def _taken(t):
+    """Mean and variance."""
+    return t(3).detach(), t(3).detach().abs()
+
+
 OP_ARGUMENTS = {
     "conv2d_relu": lambda t: (OPS.conv2d_relu.default, (t(2, 3, 5, 6), t(4, 3, 3, 3), t(4), 0.1, *SAME)),
     "conv2d_relu no bias": lambda t: (OPS.conv2d_relu.default, (t(2, 3, 1, 1), t(1, 3, 1, 1), None, 1.0, *SAME)),
@@ -25,21 +32,33 @@ OP_ARGUMENTS = {
         OPS.conv2d_relu_head.default,
         tuple(x.detach() for x in (t(2, 3, 5, 6), t(4, 3, 3, 3), t(4), t(2, 4, 1, 1), t(2))) + (0.1,),
     ),
+    "conv2d_moments": lambda t: (
+        OPS.conv2d_moments.default,
+        (t(2, 3, 5, 6), t(4, 3, 3, 3), t(4), (1, 1), "same", 1e-3, True),
+    ),
+    "upsample_concat_conv2d_moments": lambda t: (
+        OPS.upsample_concat_conv2d_moments.default,
+        (t(1, 3, 2, 3), t(1, 2, 4, 7), t(4, 5, 3, 3), t(4), "nearest", False, "zero_pad", "same", 1e-3, False),
+    ),
     "batch_norm_relu": lambda t: (
         OPS.norm_relu.default,
-        (t(2, 3, 5, 4), t(3), t(3), None, None, 1e-5, 0.0, True, False),
+        (t(2, 3, 5, 4), t(3), t(3), None, None, 1e-5, 0.0, True, False, None),
+    ),
+    "batch_norm_relu of statistics taken": lambda t: (
+        OPS.norm_relu.default,
+        (t(2, 3, 5, 4), t(3), t(3), *_taken(t), 1e-5, 0.0, True, False, t(3).detach().abs()),
     ),
     "batch_norm_relu alone": lambda t: (
         OPS.norm_relu.default,
-        (t(2, 3, 5, 1), None, t(3), None, None, 1e-3, 1.0, False, False),
+        (t(2, 3, 5, 1), None, t(3), None, None, 1e-3, 1.0, False, False, None),
     ),
     "batch_norm_relu fixed": lambda t: (
         OPS.norm_relu.default,
-        (t(2, 3, 5, 4), t(3), None, t(3).detach(), t(3).detach().abs(), 1e-3, 0.1, True, False),
+        (t(2, 3, 5, 4), t(3), None, *_taken(t), 1e-3, 0.1, True, False, None),
     ),
     "instance_norm_relu": lambda t: (
         OPS.norm_relu.default,
-        (t(2, 3, 5, 4), t(3), None, None, None, 1e-5, 0.0, True, True),
+        (t(2, 3, 5, 4), t(3), None, None, None, 1e-5, 0.0, True, True, None),
     ),
     "upsample_concat": lambda t: (OPS.upsample_concat.default, (t(1, 3, 2, 3), t(1, 2, 5, 6), "bilinear", True)),
     "upsample_concat_conv2d_relu": lambda t: (
