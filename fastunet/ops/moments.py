@@ -5,19 +5,15 @@ the norm's own formula takes in that they depend on the map.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import dispatch
 from . import backward, forward
 from .common import on_device, tf32
 from .launchers import launcher
 from .upsampling import fitted, is_replicated
-
-if TYPE_CHECKING or dispatch.has_triton():
-    from .. import kernels  # noqa: F401
 
 Moments = tuple[Tensor, Tensor, Tensor, Tensor]  # y, mean, rstd, unbiased variance
 
