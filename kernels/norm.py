@@ -245,11 +245,11 @@ def merged_statistics(partial: Tensor, eps: float, per_image: bool) -> Statistic
     # Of 2,048 elements and odd channels the compiler of Triton 3.9.0 crashes.
     tile, merged = {"BLOCK_C": 16, "num_warps": 4}, groups * c
     while count > REDUCTION_PROGRAMS:  # tiles of a large map: one program would read them one after another
-        slabs = triton.cdiv(count, 64)
-        condensed = partial.new_empty((slabs, *partial.shape[1:]))
-        grid = slabs, triton.cdiv(merged, 16)
+        fewer = triton.cdiv(count, 64)
+        condensed = partial.new_empty((fewer, *partial.shape[1:]))
+        grid = fewer, triton.cdiv(merged, 16)
         _condense_moments_kernel[grid](partial, condensed, count, merged, BLOCK_S=64, **tile)
-        partial, count = condensed, slabs
+        partial, count = condensed, fewer
     of_what = (groups, c) if per_image else (c,)
     mean, rstd, variance = (partial.new_empty(of_what) for _ in range(3))
     grid, block_s = (triton.cdiv(merged, 16),), power_of_2(count, 1, 64)

@@ -243,7 +243,7 @@ def conv2d_moments(
 def _come_free(op: str, maps: Any, weight: Tensor, mode: str = "none", geometry: str = "") -> bool:
     """Whether the kernel that makes a map gives its moments too: one of Hopper's.
 
-    Not asked in code that is compiled, whose shapes may be symbols.
+    No in code that is compiled, whose shapes may be symbols.
     """
     if torch.compiler.is_compiling():
         return False
@@ -325,14 +325,11 @@ def instance_norm_relu(
 def _norm_of_taken(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, taken: Statistics, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    mean, rstd, variance = taken
-    shape = x.shape[:2] if options[-1] else x.shape[1:2]
-    _check(all(t.shape == shape for t in taken), "taken", f"three of shape {tuple(shape)}", [*map(_shape, taken)])
+    shape, dtype = tuple(x.shape[:2] if options[-1] else x.shape[1:2]), torch.promote_types(x.dtype, torch.float32)
+    got = [(tuple(t.shape), t.dtype, t.device) if isinstance(t, Tensor) else t for t in taken]
+    _check(got == [(shape, dtype, x.device)] * 3, "taken", f"three tensors {shape}, {dtype} on {x.device}", got)
+    mean, rstd, variance = (t.contiguous() for t in taken)
     return forward.norm_relu(x, weight, bias, mean, variance, *options, rstd)[:2]
-
-
-def _shape(t: Tensor) -> tuple[int, ...]:
-    return tuple(t.shape)
 
 
 def _check_norm(x: Tensor, summed: tuple[int, ...], pool: bool, **of_channels: Tensor | None) -> None:

@@ -95,12 +95,17 @@ def _check_config(launch: Launch, choice: Config | Commuted | None, text: str, t
             baseline = _flat(launch.function(*launch.tensors))
         truth = _flat(launch.function(*(t.double() for t in launch.tensors)))
         with poisoned_memory():
-            result, again = _flat(launch.run(choice)), _flat(launch.run(choice))
+            first, second = launch.run(choice), launch.run(choice)
+            result, again = _flat(first), _flat(second)
     except Exception as error:  # too much shared memory, say: the other configurations go on
         return broken(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
     repeated = same("", {"result": result}, {"result": again})
     if not repeated.ok:
         return broken(f"a second run is another: {repeated.detail}")
+    compared, problem = launch.split(first)
+    if problem:
+        return broken(problem)
+    result = _flat(compared)
     interpreted = not result.is_cuda
     terms = 0.0
     if launch.summed is not None:
@@ -112,5 +117,4 @@ def _check_config(launch: Launch, choice: Config | Commuted | None, text: str, t
 
 
 def _flat(result: Tensor | tuple[Tensor, ...]) -> Tensor:
-    tensors = result if isinstance(result, tuple) else (result,)
-    return torch.cat([t.flatten().to(tensors[0].dtype) for t in tensors])  # statistics are in float32
+    return torch.cat([t.flatten() for t in (result if isinstance(result, tuple) else (result,))])

@@ -38,6 +38,7 @@ class Launch:
         gradient: of what, in a backward pass; empty in a forward pass.
         summed: of a result that is a sum over pixels, the map that is summed, from the same tensors.
         step: of :data:`fastunet.dispatch.STEPS`, whose implementation is chosen layer by layer; else empty.
+        split: what of a result is compared, and what is wrong with the rest of it, if anything.
     """
 
     layer: Layer
@@ -51,6 +52,7 @@ class Launch:
     gradient: str = ""
     summed: Callable[..., Tensor] | None = None
     step: str = ""
+    split: Callable[[Any], tuple[Any, str]] = lambda result: (result, "")
 
     @property
     def name(self) -> str:
@@ -174,17 +176,22 @@ def with_moments(launch: Launch) -> Iterator[Launch]:
         yield dataclasses.replace(
             launch,
             launcher=getattr(kernels, name[launch.launcher]),
-            function=partial(_with_statistics, launch.function, **of_norm),
+            split=partial(_without_statistics, **of_norm),
             options=options | of_norm,
             configs=lambda capability: (),
         )
 
 
-def _with_statistics(function: Callable[..., Any], *tensors: Tensor, eps: float, per_image: bool) -> Any:
-    y = function(*tensors)
-    variance, mean = torch.var_mean(y, (2, 3) if per_image else (0, 2, 3), correction=0)
+def _without_statistics(result: tuple[Tensor, ...], eps: float, per_image: bool) -> tuple[Tensor, str]:
+    """The map; its statistics are held against it, as it is."""
+    y, *found = result
+    variance, mean = torch.var_mean(y.double(), (2, 3) if per_image else (0, 2, 3), correction=0)
     count = y.numel() / mean.numel()
-    return y, mean, torch.rsqrt(variance + eps), variance * count / (count - 1)
+    exact = {"mean": mean, "rstd": torch.rsqrt(variance + eps), "variance": variance * count / (count - 1)}
+    for mine, (name, true) in zip(found, exact.items(), strict=True):
+        if not torch.allclose(mine.double(), true, rtol=1e-4, atol=1e-4):
+            return y, f"{name} is off by {(mine - true).abs().max():.1e}"
+    return y, ""
 
 
 def _stem_configs(

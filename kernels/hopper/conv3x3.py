@@ -32,7 +32,7 @@ from ..norm import Moments, merged_statistics, statistics
 from ..tensors import bias_or_zeros, empty_channels_last, head_operands, packed_weight, without_graph
 from ..tuning import pointwise_config
 from ..upsample_concat import upsample_concat_fwd
-from .compat import TensorDescriptor, gdc_launch_dependents, gdc_wait, gl, gluon, mbarrier
+from .compat import OVERLAPPING_WINDOWS, TensorDescriptor, gdc_launch_dependents, gdc_wait, gl, gluon, mbarrier
 from .implicit_gemm import load_tiles, multiply_tiles
 from .split_k import sum_splits
 from .tuning import HopperConfig, block_k, hopper_configs, multiprocessors, tma_ready, transpose_configs, why_not
@@ -136,8 +136,8 @@ def _launch(
         moments_of: ``"batch"`` or ``"image"``, of which slabs of moments are wanted.
 
     Returns:
-        What ``merged_statistics`` (../norm.py) takes; None where tiles do not give it: of shares of a K loop, or of
-        several images in one.
+        What ``merged_statistics`` (../norm.py) takes; None where tiles do not give it: of shares of a K loop, of
+        several images in one, and since Triton 3.8 of 256 pixels.
     """
     ksize, dtype = weight.shape[-1], sources[0].dtype
     transposed = ksize == 2
@@ -184,7 +184,9 @@ def _launch(
     if pooled is not None and shares is None:
         small = _descriptor(pooled.permute(0, 2, 3, 1), [tile[0], tile[1] // 2, tile[2] // 2, 64])
     moments = None
-    if moments_of and config.splits == 1 and (moments_of == "batch" or config.block_n == 1):
+    # Of 256 pixels they want more registers than there are, by the compiler of Triton 3.9.0.
+    fits = OVERLAPPING_WINDOWS or config.block_n * config.block_h * config.block_w <= 128
+    if moments_of and fits and config.splits == 1 and (moments_of == "batch" or config.block_n == 1):
         slabs, groups = config.tiles(n, h, w, 1), 1
         if moments_of == "image":
             slabs, groups = slabs // n, n

@@ -157,13 +157,12 @@ def _store_head(
 
 @gluon.jit
 def _store_tile(
-    acc, y, pooled, part, n0, h0, w0, co0, out, small,
+    result, y, pooled, part, n0, h0, w0, co0, out, small,
     POOL: gl.constexpr, SPLITS: gl.constexpr, FILTER_ROWS: gl.constexpr,
 ):  # fmt: skip
-    """acc [64, pixels] through shared memory to y; of its 2x2 max-pool the same."""
-    BLOCK_P: gl.constexpr = acc.shape[1]
+    """[64, pixels], rounded, through shared memory to y; of its 2x2 max-pool the same."""
+    BLOCK_P: gl.constexpr = result.shape[1]
     tma_store_wait(0)  # the last tile's, of which ``out`` is still being read
-    result = acc.to(out.dtype)
     out.reshape([BLOCK_P, 64]).permute([1, 0]).store(result)
     if POOL:
         rows: gl.constexpr = out.shape[0] * out.shape[1] // 2
@@ -184,21 +183,21 @@ def _store_tile(
 
 @gluon.jit
 def _store_moments(
-    acc, moments_ptr, n0, h0, w0, co0, N, H, W, O,
+    result, moments_ptr, n0, h0, w0, co0, N, H, W, O,
     BLOCK_N: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr, PER_IMAGE: gl.constexpr,
 ):  # fmt: skip
-    """Of acc [64, pixels]: how many pixels lie in the map, their mean and squared deviations, to [slab, 3, group, O].
+    """Of a tile [64, pixels]: how many pixels lie in the map, their mean and squared deviations; [slab, 3, group, O].
 
     The group is the tile's image where PER_IMAGE, else there is one; a slab is a tile of the group.
     """
-    mma: gl.constexpr = acc.type.layout
+    mma: gl.constexpr = result.type.layout
     co = co0 + gl.arange(0, 64, gl.SliceLayout(1, mma))
-    p = gl.arange(0, acc.shape[1], gl.SliceLayout(0, mma))
+    p = gl.arange(0, result.shape[1], gl.SliceLayout(0, mma))
     here = (n0 + p // (BLOCK_H * BLOCK_W) < N) & (h0 + p // BLOCK_W % BLOCK_H < H) & (w0 + p % BLOCK_W < W)
     inside = gl.expand_dims(here, 0)
     count = gl.minimum(N - n0, BLOCK_N) * gl.minimum(H - h0, BLOCK_H) * gl.minimum(W - w0, BLOCK_W)
-    mean = gl.sum(gl.where(inside, acc, 0.0), 1) / count
-    apart = gl.where(inside, acc - gl.expand_dims(mean, 1), 0.0)
+    mean = gl.sum(gl.where(inside, result.to(gl.float32), 0.0), 1) / count
+    apart = gl.where(inside, result.to(gl.float32) - gl.expand_dims(mean, 1), 0.0)
     squares = gl.sum(apart * apart, 1)
     slab = h0 // BLOCK_H * gl.cdiv(W, BLOCK_W) + w0 // BLOCK_W
     groups = 1
@@ -232,12 +231,13 @@ def _finish_tile(
             acc = gl.where(acc <= 0, 0.0, acc)  # not maximum(): NaN must stay NaN, as in torch
         elif SLOPE != 1.0:
             acc = gl.where(acc <= 0, acc * SLOPE, acc)
-    if MOMENTS:
-        _store_moments(acc, moments_ptr, n0, h0, w0, co0, N, H, W, O, BLOCK_N, BLOCK_H, BLOCK_W, MOMENTS == 2)
     if CLASSES:
         _store_head(acc, y, head_ptr, head_bias_ptr, n0, h0, w0, N, H, W, O, BLOCK_H, BLOCK_W, CLASSES)
     else:
-        _store_tile(acc, y, pooled, part, n0, h0, w0, co0, out, small, POOL, SPLITS, FILTER_ROWS)
+        result = acc.to(out.dtype)
+        if MOMENTS:  # of what the norm will read, which makes roundings large where a channel hardly varies
+            _store_moments(result, moments_ptr, n0, h0, w0, co0, N, H, W, O, BLOCK_N, BLOCK_H, BLOCK_W, MOMENTS == 2)
+        _store_tile(result, y, pooled, part, n0, h0, w0, co0, out, small, POOL, SPLITS, FILTER_ROWS)
 
 
 @gluon.jit

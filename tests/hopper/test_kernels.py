@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from fastunet import UNetConfig, reference
 from fastunet.kernels import hopper
+from fastunet.kernels.hopper import conv3x3
 from fastunet.parity.configs import _check_config
 from fastunet.parity.launches import launches, with_moments
 from fastunet.reference import conv2d_relu
@@ -197,12 +198,11 @@ def moments_of(y, per_image):
     return mean, torch.rsqrt(variance + 1e-3), variance * count / (count - 1)
 
 
-def check_moments(precision, got, plain, tensors, per_image, from_tiles=True):
-    """The map by the rule; its statistics, float32, near those of the truth, or of the map that was stored."""
+def check_moments(precision, got, plain, tensors, per_image):
+    """The map by the rule; its statistics, float32, are those of the map as it was stored."""
     y, *statistics = got
     check(precision, y, plain, *tensors)
-    true = moments_of(plain(*(t.double() for t in tensors)) if from_tiles else y.double(), per_image)
-    for mine, exact in zip(statistics, true, strict=True):
+    for mine, exact in zip(statistics, moments_of(y.double(), per_image), strict=True):
         torch.testing.assert_close(mine.double(), exact, rtol=1e-5, atol=1e-5)
 
 
@@ -214,8 +214,7 @@ def test_moments_come_with_a_map(config, precision, per_image, make):
     c = 64 if precision == "tf32" else 128
     x, weight, bias = make(precision, 3, c, 5, 11), make(precision, 72, c, 3, 3, fan_in=9 * c), make(precision, 72)
     got = hopper.conv_moments_fwd(x, weight, bias + 30, eps=1e-3, per_image=per_image, config=config)
-    from_tiles = config.splits == 1 and (config.block_n == 1 or not per_image)
-    check_moments(precision, got, partial(conv2d_relu, slope=1.0), (x, weight, bias + 30), per_image, from_tiles)
+    check_moments(precision, got, partial(conv2d_relu, slope=1.0), (x, weight, bias + 30), per_image)
 
 
 @pytest.mark.parametrize("per_image", [False, True], ids=["batch", "image"])
@@ -242,6 +241,22 @@ def test_moments_are_among_the_configurations_that_are_checked(norm, seed):
             checked.append((launch.name, launch.options["per_image"]))
     first, last = "downs.0.conv.net.3, in training", "ups.0.conv.net.3, in training"
     assert checked[:2] == [(first, False), (first, True)] and checked[-1] == (last, True) and len(checked) == 10
+
+
+def test_moments_that_are_not_the_maps_are_named(seed, monkeypatch):
+    make = lambda *shape, fan_in=1: (torch.randn(shape) / fan_in**0.5).bfloat16()
+    layers = launches(UNetConfig(1, 2, (64, 64), norm="batch"), (1, 8, 16), make, training=True)
+    (launch, _) = next(found for found in map(list, map(with_moments, layers)) if found)
+    right = conv3x3._with_statistics
+
+    def biased(*arguments):
+        y, mean, rstd, variance = right(*arguments)
+        return y, mean, rstd, variance * (1 - 1 / 128)
+
+    monkeypatch.setattr(conv3x3, "_with_statistics", biased)
+    choice = next(c for c in launch.hopper if c.splits == 1)
+    found = _check_config(launch, choice, str(choice), True, False)
+    assert not found.parity.ok and found.parity.reason.startswith("variance is off by")
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "minus-inf"])
