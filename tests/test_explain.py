@@ -45,11 +45,11 @@ def test_a_forced_choice_shows(model: FastUNet) -> None:
         assert explain(model, SIZE).rows[0].choice == dispatch.Choice("reference", "asked for")
 
 
-def test_a_replaced_layer_joins_no_head(model: FastUNet) -> None:
+def test_a_replaced_layer_joins_no_head(model: FastUNet, device: str) -> None:
     model.head = nn.Conv2d(4, 2, 1, padding_mode="reflect")
     with dispatch.forced("triton"):
-        explanation = explain(model, SIZE)
-        joined = explain_config(model.config, SIZE, torch.device("cpu"), torch.float32)
+        explanation = explain(model, SIZE, device=device)
+        joined = explain_config(model.config, SIZE, torch.device(device), torch.float32)
     assert [row.layer for row in explanation.rows] == trace(model.config, 20, 33, 2)
     assert explanation.bytes > joined.bytes
 

@@ -77,11 +77,11 @@ def test_a_network_trains_by_them(norm, implementation, seed, device):
 
 
 @pytest.mark.usefixtures("come_free")
-def test_a_norm_takes_what_it_is_given(seed):
+def test_a_norm_takes_what_it_is_given(seed, device):
     """And does not look for itself: of other statistics the result is another."""
-    x, options = torch.randn(2, 3, 4, 4), dict[str, Any](eps=EPS, relu=False)
+    x, options = torch.randn(2, 3, 4, 4, device=device), dict[str, Any](eps=EPS, relu=False)
     with dispatch.forced("triton"):
-        taken = torch.zeros(3), torch.full((3,), 2.0), torch.ones(3)
+        taken = torch.zeros(3, device=device), torch.full((3,), 2.0, device=device), torch.ones(3, device=device)
         y, _, mean, variance = ops.batch_norm_relu(x, taken=taken, **options)
         assert torch.equal(y, 2 * x) and mean is taken[0] and variance is taken[2]
         of_images: Any = tuple(t.expand(2, 3) for t in taken)
