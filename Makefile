@@ -12,12 +12,13 @@ PIP := $(RUN) -m pip --quiet --disable-pip-version-check
 OTHER_TRITONS := 3.6.0 3.9.0
 # The interpreter of Triton 3.6 makes integers of one-element arrays, which NumPy 2.4 refuses.
 BESIDE_3.6.0 := numpy==2.3.5
-# Compiled by each, so that every kind is by two and the Hopper kernels are by the oldest and the newest; `make sass`
-# compiles all. Interpreted: one dtype.
+# Compiled by each, so that every Triton compiles the portable kernels, and the oldest and the newest Hopper's; `make
+# sass` compiles all.
 COMPILED_BY_SHIPPED := --arch 80 --portable fp16 --portable ieee
-COMPILED_BY_3.6.0 := --arch 90 --portable fp16 --portable tf32 --hopper fp16 --hopper tf32
+COMPILED_BY_3.6.0 := --arch 90 --portable fp16 --hopper fp16 --hopper tf32
 COMPILED_BY_3.9.0 := --arch 90 --portable tf32 --hopper fp16
-TESTED_THERE := fp16
+# What is tested in the others' interpreters: both kinds of forward kernel, in one dtype.
+TESTED_THERE := -k fp16 tests/kernels/test_conv.py tests/kernels/test_upsample_concat.py
 
 .DEFAULT_GOAL := help
 # What runs on one core, two and two.
@@ -53,7 +54,7 @@ sass: $(VENV)/installed ## compile every kernel for every alignment of its argum
 
 $(OTHER_TRITONS:%=triton-%): triton-%: $(VENV)/triton-%/installed
 	@PYTHONPATH=$(<D) $(RUN) -c "import triton; print('Triton', triton.__version__); assert triton.__version__ == '$*'"
-	PYTHONPATH=$(<D) OMP_NUM_THREADS=1 $(RUN) -m pytest -q -rs -k "$(TESTED_THERE)" tests/kernels
+	PYTHONPATH=$(<D) OMP_NUM_THREADS=1 $(RUN) -m pytest -q -rs $(TESTED_THERE)
 	PYTHONPATH=$(<D) $(RUN) benchmarks/sass.py --once $(COMPILED_BY_$*)
 
 bench: $(VENV)/installed ## timings against plain PyTorch, every output checked first; rows and page

@@ -207,10 +207,18 @@ class UNetConfig:
     @property
     def minimum_size(self) -> int:
         """The smallest height or width, in pixels, that survives every step down."""
-        size = self.reduction
-        while self.padding == "valid" and min(min(*down, *up) for down, up in map(self.sides, [size] * 2, (0, 1))) < 1:
-            size += 1
-        return size
+        if self.padding == "same":
+            return self.reduction
+        return max(self._minimum_unpadded(axis) for axis in (0, 1))
+
+    def _minimum_unpadded(self, axis: int) -> int:
+        """From the output back to the input: the least that each map must be, as a convolution takes two pixels."""
+        need = 1
+        for level in range(self.depth):
+            need = max(1, -(-(need + 2 * self.convs_up(level)) // self.stride(level + 1)[axis]))
+        for level in range(self.depth, 0, -1):
+            need = (need + 2 * self.convs_down(level)) * self.stride(level)[axis]
+        return need + 2 * self.convs_down(0)
 
     @property
     def keeps_size(self) -> bool:

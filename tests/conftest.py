@@ -39,16 +39,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def quick_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def quick_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """It looks for overflow only where a test asks for that; and it sums in a tree, as GPUs do."""
-    if not CUDA:
-        from . import interpreter
+    if CUDA:
+        yield
+        return
+    from . import interpreter
 
-        interpreter.patching_once_a_launch(monkeypatch)
-        interpreter.remembering_types(monkeypatch)
-        interpreter.summing_in_a_tree(monkeypatch)
-        if request.node.get_closest_marker("overflow") is None:
-            interpreter.without_search_for_overflow(monkeypatch)
+    interpreter.remembering_types(monkeypatch)
+    interpreter.summing_in_a_tree(monkeypatch)
+    if request.node.get_closest_marker("overflow") is None:
+        interpreter.without_search_for_overflow(monkeypatch)
+    with interpreter.patching_once(monkeypatch):
+        yield
 
 
 @pytest.fixture

@@ -5,10 +5,11 @@ It is told by its private names; what else it computes stays as it is.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -36,10 +37,11 @@ def summing_in_a_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.ReduceOps, "sum", sum_of)
 
 
-def patching_once_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It patches ``triton.language`` in each call of a device function, though the launch has it patched already."""
+@contextlib.contextmanager
+def patching_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """It patches ``triton.language`` in each launch and each call of a device function: here once within the block."""
     patch: Callable[[Any], Any] = interpreter._patch_lang
-    done: set[frozenset[Any]] = set()  # of the launch under way: which of its modules
+    scopes: dict[frozenset[Any], Any] = {}  # by the modules that each patches
 
     @functools.cache
     def modules_of(fn: Any) -> frozenset[Any]:
@@ -47,21 +49,16 @@ def patching_once_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def once(fn: Any) -> Any:
         modules = modules_of(fn)
-        if modules in done:
-            return interpreter._LangPatchScope()
-        scope, first = patch(fn), not done
-        done.add(modules)
-        if first:
-            restore = scope.restore
-
-            def restore_and_forget() -> None:
-                done.clear()
-                restore()
-
-            scope.restore = restore_and_forget
-        return scope
+        if modules not in scopes:
+            scopes[modules] = patch(fn)
+        return interpreter._LangPatchScope()  # nothing to restore after the launch
 
     monkeypatch.setattr(interpreter, "_patch_lang", once)
+    try:
+        yield
+    finally:
+        for scope in reversed(scopes.values()):
+            scope.restore()
 
 
 def remembering_types(monkeypatch: pytest.MonkeyPatch) -> None:

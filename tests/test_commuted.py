@@ -75,5 +75,5 @@ def test_wide_levels_take_it(channels, calls, monkeypatch, seed):
 def test_random_networks_hold(monkeypatch):
     """Whose levels are narrow, as if they were wide."""
     monkeypatch.setattr(commuted, "_WIDE", 1)
-    found = fuzz(40, 11)
+    found = fuzz(20, 11)
     assert found.case is None, f"{found.case}\n{found.finding}"

@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from fastunet import FastUNet, UNetConfig
@@ -180,6 +182,23 @@ def test_bad_inputs_are_named():
         net(torch.zeros(1, 1, 32, 32).numpy())
     with pytest.raises(ValueError, match="instance norm needs more than one pixel at the bottleneck"):
         UNet(features=(2, 2, 2), norm="instance")(torch.zeros(1, 1, 4, 7))
+
+
+@given(st.data())
+def test_the_smallest_size_leaves_every_map_a_pixel(data):
+    depth = data.draw(st.integers(1, 4))
+    convs, steps = st.integers(1, 3), st.integers(1, 3)
+    config = UNetConfig(
+        1, 1, (1,) * (depth + 1), "transpose", match="center_crop", padding="valid",
+        encoder_convs=data.draw(st.tuples(*[convs] * (depth + 1))),
+        decoder_convs=data.draw(st.tuples(*[convs] * depth)),
+        strides=data.draw(st.tuples(*[st.tuples(steps, steps)] * depth)),
+    )  # fmt: skip
+
+    def least_side(size: int) -> int:
+        return min(min(*down, *up) for down, up in (config.sides(size, axis) for axis in (0, 1)))
+
+    assert least_side(config.minimum_size) >= 1 > least_side(config.minimum_size - 1)
 
 
 def test_the_smallest_size_counts_rows_and_columns(monkeypatch):

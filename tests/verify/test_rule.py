@@ -58,6 +58,18 @@ def test_zeros_average_nothing():
     assert not compare((truth * (1 + 5 * eps)).float(), baseline, truth).ok
 
 
+def test_small_elements_average_nothing_either(seed):
+    """Four large ones among many small: an error of each alike is theirs alone, and of 10,000 large ones a fault."""
+    eps = torch.finfo(torch.float32).eps
+    truth = torch.full((10_000,), 1e-3, dtype=torch.float64)
+    truth[:4] = 1
+    off = 1 + 2 * eps
+    assert compare((truth * off).float(), truth.float(), truth).ok
+    assert not compare((truth * (1 + 5 * eps)).float(), truth.float(), truth).ok
+    flat = torch.rand(10_000, dtype=torch.float64) / 16 + 1
+    assert not compare((flat * off).float(), flat.float(), flat).ok
+
+
 def test_tf32_has_its_own_floor(truth):
     baseline = truth.float()
     off = baseline + TF32_EPS / 2 * truth.abs().max().float()
