@@ -17,8 +17,10 @@ BESIDE_3.6.0 := numpy==2.3.5
 COMPILED_BY_SHIPPED := --arch 80 --portable fp16 --portable ieee
 COMPILED_BY_3.6.0 := --arch 90 --portable fp16 --hopper fp16 --hopper tf32
 COMPILED_BY_3.9.0 := --arch 90 --portable tf32 --hopper fp16
-# What is tested in the others' interpreters: both kinds of forward kernel, in one dtype.
-TESTED_THERE := -k fp16 tests/kernels/test_conv.py tests/kernels/test_upsample_concat.py
+# What is tested in the others' interpreters: each kind of kernel, in one dtype.
+TESTED_THERE := -k fp16 $(addprefix tests/kernels/,test_conv.py test_upsample_concat.py test_head.py test_norm.py \
+	test_backward.py::test_more_slabs_than_one test_backward.py::test_upsample \
+	test_backward.py::test_activation_pool_and_bias)
 
 .DEFAULT_GOAL := help
 # What runs on one core, two and two.

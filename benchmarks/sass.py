@@ -9,8 +9,8 @@ The launchers run as they are, on meta tensors of the shapes that ``fastunet.tra
 seed's network and the shipped model, and of layers that between them take every tile of the Hopper
 kernels, with a driver that stands in for the GPU: what is compiled is what would be launched. Exits 1
 if a kernel spills registers, if ptxas serialises a WGMMA, if a WGMMA takes its left operand from
-registers, if a Hopper kernel has no WGMMA, if the shared memory does not fit, or if anything is added by atomics,
-whose order is another each time.
+registers, if a Hopper kernel has no WGMMA, if the shared memory does not fit, if anything is added by atomics, whose
+order is another each time, or if a launch does not say whether products and sums are fused, which differs by version.
 """
 
 from __future__ import annotations
@@ -290,6 +290,8 @@ def examine(compiled: Compiled, arch: int, dtype: str) -> Row:
         faults.append(f"{from_registers} WGMMA read their left operand from registers")
     if re.search(r"\b(?:atom|red)\.|\bcp\.reduce\b", ptx):
         faults.append("adds by atomics, in any order")
+    if "enable_fp_fusion" not in options:
+        faults.append("leaves it to Triton's version whether products and sums are fused")
     if shared > SHARED_LIMIT[arch]:
         faults.append(f"shared memory {shared} of {SHARED_LIMIT[arch]} bytes")
     names = ("BLOCK_CO", "BLOCK_N", "BLOCK_H", "BLOCK_W", "BLOCK_K", "BLOCK_P", "BLOCK_C")

@@ -153,7 +153,6 @@ def _launch(
     _activation_bwd_kernel[(count * groups * blocks,)](
         grad, grad_pooled, y, x, mean, rstd, g, sums, groups, images, h, w, o, steps,
         *grad.stride(), *(grad if grad_pooled is None else grad_pooled).stride(),
-        SLOPE=slope, POOL=grad_pooled is not None, SUMS=wanted,
-        BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.num_warps,
+        SLOPE=slope, POOL=grad_pooled is not None, SUMS=wanted, **config.options(),
     )  # fmt: skip
     return g, sums

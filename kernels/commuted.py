@@ -84,7 +84,6 @@ def upconcat_conv3x3_commuted_fwd(
     config, pixels = gather_config(o), n * height * width
     _gather_taps_kernel[(triton.cdiv(pixels, config.block_p) * triton.cdiv(o, config.block_c),)](
         z, t, y, pixels, o, h, w, height, width, (height - 2 * h) // 2, (width - 2 * w) // 2,
-        MODE=mode, ALIGN_CORNERS=align_corners, SLOPE=slope, BLOCK_P=config.block_p, BLOCK_C=config.block_c,
-        num_warps=config.num_warps,
+        MODE=mode, ALIGN_CORNERS=align_corners, SLOPE=slope, **config.options(),
     )  # fmt: skip
     return y

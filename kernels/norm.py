@@ -30,7 +30,7 @@ from torch import Tensor
 from .activation_bwd import activation_norm_bwd
 from .implicit_gemm import activate
 from .tensors import bias_or_zeros, empty_channels_last, without_graph
-from .tuning import REDUCTION_PROGRAMS, cell_config, power_of_2, slabs
+from .tuning import FUSION, REDUCTION_PROGRAMS, cell_config, power_of_2, slabs
 
 Statistics = tuple[Tensor, Tensor, Tensor]  # mean, rstd, unbiased variance
 Moments = tuple[Tensor, Tensor, Tensor, Tensor]  # a map and its statistics
@@ -216,8 +216,8 @@ def norm_fwd(
         cells = images * triton.cdiv(h, 2) * triton.cdiv(w, 2)
         gamma, beta = x.new_ones(c) if weight is None else weight.contiguous(), bias_or_zeros(bias, c, x)
         _norm_fwd_kernel[(triton.cdiv(cells, config.block_p) * groups * blocks,)](
-            x, mean, rstd, gamma, beta, y, pooled, groups, images, h, w, c, SLOPE=slope, POOL=pool,
-            BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.num_warps,
+            x, mean, rstd, gamma, beta, y, pooled, groups, images, h, w, c,
+            SLOPE=slope, POOL=pool, **config.options(),
         )  # fmt: skip
     return y, pooled, mean, rstd, variance
 
@@ -231,11 +231,10 @@ def statistics(x: Tensor, eps: float, per_image: bool) -> Statistics:
         return mean, rstd, variance
     config, groups = cell_config(c), n if per_image else 1
     pixels, blocks = n // groups * h * w, triton.cdiv(c, config.block_c)
-    tile = {"BLOCK_P": config.block_p, "BLOCK_C": config.block_c, "num_warps": config.num_warps}
     # Of a group, however many there are: an image's statistics do not depend on who is in its batch.
     count, steps = slabs(triton.cdiv(pixels, config.block_p), blocks)
     partial = torch.empty((count, 3, groups, c), dtype=torch.float32, device=x.device)
-    _moments_kernel[(count * groups * blocks,)](x, partial, groups, pixels, c, steps, **tile)
+    _moments_kernel[(count * groups * blocks,)](x, partial, groups, pixels, c, steps, **config.options())
     return merged_statistics(partial, eps, per_image)
 
 
@@ -243,7 +242,7 @@ def merged_statistics(partial: Tensor, eps: float, per_image: bool) -> Statistic
     """As :func:`statistics`, from count, mean and squared deviations of slabs: (S, 3, groups, C), float32."""
     count, _, groups, c = partial.shape
     # Of 2,048 elements and odd channels the compiler of Triton 3.9.0 crashes.
-    tile, merged = {"BLOCK_C": 16, "num_warps": 4}, groups * c
+    tile, merged = {"BLOCK_C": 16, "num_warps": 4, **FUSION}, groups * c
     while count > REDUCTION_PROGRAMS:  # tiles of a large map: one program would read them one after another
         fewer = triton.cdiv(count, 64)
         condensed = partial.new_empty((fewer, *partial.shape[1:]))
@@ -288,6 +287,6 @@ def norm_bwd(
         grid = (triton.cdiv(pixels, config.block_p) * groups * triton.cdiv(c, config.block_c),)
         _norm_bwd_kernel[grid](
             g, x, mean, rstd, x.new_ones(c) if weight is None else weight.contiguous(), sums, groups, pixels, c,
-            FIXED=fixed, BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.num_warps,
+            FIXED=fixed, **config.options(),
         )  # fmt: skip
     return g, sums if mean.dim() == 1 else sums.sum(1)

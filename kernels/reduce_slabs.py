@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tuning import reduce_blocks
+from .tuning import FUSION, reduce_blocks
 
 
 @triton.jit
@@ -34,6 +34,6 @@ def reduce_slabs(partial: Tensor, dtype: torch.dtype) -> Tensor:
     if m:
         block_s, block_m = reduce_blocks(slabs)
         _reduce_slabs_kernel[(triton.cdiv(m, block_m),)](
-            partial, y, slabs, m, BLOCK_S=block_s, BLOCK_M=block_m, num_warps=4
+            partial, y, slabs, m, BLOCK_S=block_s, BLOCK_M=block_m, num_warps=4, **FUSION
         )
     return y

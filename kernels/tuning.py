@@ -14,6 +14,8 @@ import torch
 
 HOPPER = (9, 0)
 HEAD_CLASSES, HEAD_CHANNELS = 16, 64  # at most, of a 1x1 head behind a convolution whose tiles hold all its channels
+# Of every launch: products and sums as one instruction. Left out, Triton does that up to 3.9, which warns, but no more.
+FUSION = {"enable_fp_fusion": True}
 LARGE_SHARED_MEMORY = (9, 10)  # majors of the data-centre GPUs with TMA and 227 KB; 12.x has 99 KB
 
 
@@ -49,6 +51,7 @@ class ConvConfig:
             "BLOCK_K": self.block_k,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
+            **FUSION,
         }
 
 
@@ -59,6 +62,10 @@ class PointwiseConfig:
     block_p: int
     block_c: int
     num_warps: int
+
+    def options(self) -> dict[str, int]:
+        """The keyword arguments of a launch."""
+        return {"BLOCK_P": self.block_p, "BLOCK_C": self.block_c, "num_warps": self.num_warps, **FUSION}
 
 
 def capability(device: torch.device) -> tuple[int, int]:
@@ -203,6 +210,7 @@ class WgradConfig:
             "BLOCK_W": self.block_w,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
+            **FUSION,
         }
 
 

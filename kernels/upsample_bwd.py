@@ -87,7 +87,6 @@ def upsample_bwd(
     pixels = n * height * width
     _upsample_bwd_kernel[(triton.cdiv(pixels, config.block_p) * triton.cdiv(c, config.block_c),)](
         grad, grad_x, pixels, c, height, width, h, w, (h - 2 * height) // 2, (w - 2 * width) // 2, *grad.stride(),
-        MODE=mode, ALIGN_CORNERS=align_corners, BLOCK_P=config.block_p, BLOCK_C=config.block_c,
-        num_warps=config.num_warps,
+        MODE=mode, ALIGN_CORNERS=align_corners, **config.options(),
     )  # fmt: skip
     return grad_x

@@ -128,8 +128,7 @@ def upsample_concat_fwd(
     _upsample_concat_fwd_kernel[(triton.cdiv(pixels, config.block_p) * blocks,)](
         x, skip, y, pixels, c1, c2, h, w, height, width, (height - 2 * h) // 2, (width - 2 * w) // 2,
         *x.stride(), *skip.stride(),
-        MODE=mode, ALIGN_CORNERS=align_corners, BLOCK_P=config.block_p, BLOCK_C=config.block_c,
-        num_warps=config.num_warps,
+        MODE=mode, ALIGN_CORNERS=align_corners, **config.options(),
     )  # fmt: skip
     return y
 

@@ -39,7 +39,10 @@ def summing_in_a_tree(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.contextmanager
 def patching_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """It patches ``triton.language`` in each launch and each call of a device function: here once within the block."""
+    """It patches ``triton.language`` in each launch and each call of a device function: here once within the block.
+
+    A test's own patches of ``triton.language`` have to come before its first launch.
+    """
     patch: Callable[[Any], Any] = interpreter._patch_lang
     scopes: dict[frozenset[Any], Any] = {}  # by the modules that each patches
 

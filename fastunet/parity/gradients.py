@@ -58,6 +58,11 @@ def repeats(network: nn.Module, x: Tensor, cotangent: Tensor) -> bool:
     return same("", kept, {name: again[name] for name in kept}).ok  # pyright: ignore[reportArgumentType]
 
 
+def _alike(decisions: list[Tensor], others: list[Tensor]) -> bool:
+    pairs = zip(decisions, others, strict=False)
+    return len(decisions) == len(others) and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
 def compare_gradients(
     ours: dict[str, Tensor | None],
     decisions: list[Tensor],
@@ -85,8 +90,9 @@ def compare_gradients(
     wide = x.double(), cotangent.double()
     try:
         exact, terms = gradients_and_terms(truth, *wide, decisions, forward)
-        alike = len(decisions) == len(their_sides.decisions) and all(map(torch.equal, decisions, their_sides.decisions))
-        their_exact = exact if alike else gradients(truth, *wide, Replay(their_sides.decisions))[1]
+        their_exact = exact
+        if not _alike(decisions, their_sides.decisions):
+            their_exact = gradients(truth, *wide, Replay(their_sides.decisions))[1]
     except OtherDecisions as error:
         raise ValueError(f"gradients: cannot be compared, {error}; gradients=False leaves them out") from None
     for name, truth_of_it in exact.items():

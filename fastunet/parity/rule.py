@@ -67,10 +67,11 @@ def compare(
     A maximum is one element; an error in all of them shows in the root mean square. A candidate
     that rounds once where the baseline rounds twice, or the reverse, differs by ``sqrt(2)``; twice
     is the limit. Luck averages out over n elements: as ``1 / sqrt(n)`` where they are independent,
-    but neighbours share their inputs, hence ``n ** (1/4)``. Only the large ones count, as errors grow
+    but neighbours share their inputs, hence ``n ** (1/4)``. Of a map the large ones count, as errors grow
     with values: a ReLU leaves zeros without any error, and where one channel of a few is alive in a few
     pixels, their luck is the map's. So n is ``sum(t**2)**2 / sum(t**4)`` over the truth, its
-    participation ratio: that of n equal elements among zeros is n.
+    participation ratio: n for n equal elements among zeros, a third of the elements for normally
+    distributed ones. Of a gradient, whose elements share errors, all count that are not 0.
 
     Args:
         candidate, baseline: of one shape and dtype. truth: float64, of the same shape.
@@ -136,8 +137,10 @@ def compare(
     # At the typical value, not the largest. The elements of a gradient share the errors of what was summed before.
     share = typical / largest if largest and baseline_truth is None else 1.0
     rms_floor = share * floor + roundings * smallest
-    energies = (inside / (largest or 1.0)).square()
-    matter = energies.sum().item() ** 2 / energies.square().sum().item() if largest else 1.0
+    matter = max(1, int(inside.count_nonzero()))
+    if baseline_truth is None and largest:
+        energies = (inside / largest).square()
+        matter = energies.sum().item() ** 2 / energies.square().sum().item()
     rms_limit = _RMS_RATIO * their_rms + rms_floor / matter**0.25
     if ours <= limit and rms > rms_limit:
         return Parity(False, ours, theirs, limit, f"root-mean-square error {rms:.1e}, limit {rms_limit:.1e}")

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tuning import power_of_2
+from ..tuning import PointwiseConfig, power_of_2
 
 
 @triton.jit
@@ -61,5 +61,6 @@ def sum_splits(shares: Tensor, bias: Tensor, y: Tensor, pooled: Tensor | None, s
     grid = (triton.cdiv(n * triton.cdiv(h, 2) * triton.cdiv(w, 2), 1024 // block_c), triton.cdiv(o, block_c))
     _sum_splits_kernel[grid](
         shares, bias, y, pooled, n, h, w, o, y.stride(0), y.stride(2), y.stride(3),
-        SPLITS=splits, SLOPE=slope, POOL=pooled is not None, BLOCK_P=1024 // block_c, BLOCK_C=block_c, num_warps=4,
+        SPLITS=splits, SLOPE=slope, POOL=pooled is not None,
+        **PointwiseConfig(block_p=1024 // block_c, block_c=block_c, num_warps=4).options(),
     )  # fmt: skip

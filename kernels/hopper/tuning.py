@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..tuning import power_of_2
+from ..tuning import FUSION, power_of_2
 from .compat import OVERLAPPING_WINDOWS
 
 SHARED_MEMORY = 227 * 1024  # bytes a block can have on sm_90
@@ -62,6 +62,7 @@ class HopperConfig:
             "X_STAGES": self.x_stages,
             "W_STAGES": self.w_stages,
             "SPLITS": self.splits,
+            **FUSION,
         }
 
 

@@ -198,8 +198,8 @@ class Emulated:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         (programs,) = grid
 
-        def launch(*arguments: Any, num_warps: int, launch_pdl: bool, **options: Any) -> None:
-            assert num_warps == 4 and launch_pdl
+        def launch(*arguments: Any, num_warps: int, launch_pdl: bool, enable_fp_fusion: bool, **options: Any) -> None:
+            assert num_warps == 4 and launch_pdl and enable_fp_fusion
             rng = random.Random(self.seed)
             values = [_argument(a) for a in arguments]
             applied: set[str] = set()

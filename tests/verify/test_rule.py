@@ -70,6 +70,17 @@ def test_small_elements_average_nothing_either(seed):
     assert not compare((flat * off).float(), flat.float(), flat).ok
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_of_a_gradient_small_elements_count(dtype, seed):
+    """Whose errors do not grow with its values: off by half the floor in every element is a fault."""
+    eps = torch.finfo(dtype).eps
+    truth = torch.full((10_000,), 1e-2, dtype=torch.float64)
+    truth[0] = 1
+    off = (truth + {torch.float32: 2.0}.get(dtype, 0.5) * eps).to(dtype)
+    parity = compare(off, truth.to(dtype), truth, baseline_truth=truth)
+    assert not parity.ok and parity.candidate_error <= parity.limit
+
+
 def test_tf32_has_its_own_floor(truth):
     baseline = truth.float()
     off = baseline + TF32_EPS / 2 * truth.abs().max().float()
