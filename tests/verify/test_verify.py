@@ -100,7 +100,8 @@ def test_the_kernels_with_some_norms_frozen(frozen, x, device):
     with dispatch.forced("triton"):
         # float16: in float32 torch's own batch norm of a CPU loses more in channels_last than the rule allows.
         options = {"dtype": torch.float16, "deterministic": False, "gradients": False}
-        report = fastunet.verify(model, plain, x[..., :8, :10].to(device), **options)
+        # Of a smaller image the bottleneck has 8 pixels, whose variance may be so small that it blows up roundings.
+        report = fastunet.verify(model, plain, x[..., :16, :18].to(device), **options)
     assert report.ok, str(report)
 
 
