@@ -54,7 +54,7 @@ def compare(
     exceed the baseline's plus a floor, ``eps * max |truth|`` for 16-bit dtypes and four times that
     for float32, and never less than one step of the dtype's smallest numbers. Nor may its
     root-mean-square error exceed twice the baseline's plus that floor over ``n ** (1/4)``, for n
-    elements that matter; taken at the truth's own root mean square, but for gradients. NaN and infinities must
+    elements that are not 0; taken at the truth's own root mean square, but for gradients. NaN and infinities must
     stand where the baseline has them, but for elements so near the dtype's largest number that an
     error within the limit overflows.
 
@@ -67,11 +67,8 @@ def compare(
     A maximum is one element; an error in all of them shows in the root mean square. A candidate
     that rounds once where the baseline rounds twice, or the reverse, differs by ``sqrt(2)``; twice
     is the limit. Luck averages out over n elements: as ``1 / sqrt(n)`` where they are independent,
-    but neighbours share their inputs, hence ``n ** (1/4)``. Of a map the large ones count, as errors grow
-    with values: a ReLU leaves zeros without any error, and where one channel of a few is alive in a few
-    pixels, their luck is the map's. So n is ``sum(t**2)**2 / sum(t**4)`` over the truth, its
-    participation ratio: n for n equal elements among zeros, a third of the elements for normally
-    distributed ones. Of a gradient, whose elements share errors, all count that are not 0.
+    but neighbours share their inputs, hence ``n ** (1/4)``. Zeros, which a ReLU leaves without any
+    error, average nothing: of a map with a single element alive, that one's luck is the map's.
 
     Args:
         candidate, baseline: of one shape and dtype. truth: float64, of the same shape.
@@ -137,11 +134,8 @@ def compare(
     # At the typical value, not the largest. The elements of a gradient share the errors of what was summed before.
     share = typical / largest if largest and baseline_truth is None else 1.0
     rms_floor = share * floor + roundings * smallest
-    matter = max(1, int(inside.count_nonzero()))
-    if baseline_truth is None and largest:
-        energies = (inside / largest).square()
-        matter = energies.sum().item() ** 2 / energies.square().sum().item()
-    rms_limit = _RMS_RATIO * their_rms + rms_floor / matter**0.25
+    alive = max(1, int(inside.count_nonzero()))
+    rms_limit = _RMS_RATIO * their_rms + rms_floor / alive**0.25
     if ours <= limit and rms > rms_limit:
         return Parity(False, ours, theirs, limit, f"root-mean-square error {rms:.1e}, limit {rms_limit:.1e}")
     return Parity(ours <= limit, ours, theirs, limit, f"baseline's error plus a floor of {floor:.1e}")
