@@ -233,9 +233,9 @@ def hopper_launches(dtype: torch.dtype, full: bool) -> Iterator[Callable[[], Any
         ksize = 1 if op == "head" else 3
         configs = hopper.hopper_configs((c,), o, n, h, h, dtype, ksize=ksize, pool=op == "pool")
         launcher = hopper.conv_pool_fwd if op == "pool" else hopper.conv_fwd
-        yield lambda n=n, c=c, h=h, o=o, k=ksize, s=slope, config=configs[0], launcher=launcher: launcher(
-            t(n, c, h, h), t(o, c, k, k), t(o), slope=s, config=config
-        )
+        for bias in (t(o), torch.empty(2, o, device="meta")):  # and with factors of the sums
+            given = t(n, c, h, h), t(o, c, ksize, ksize), bias
+            yield partial(launcher, *given, slope=slope, config=configs[0])
     for c, o, config in ((64, 64, 0), (128, 128, 0), (128, 128, 1)):  # 256 pixels, in turns and shared, and 128
         configs = hopper.hopper_configs((c,), o, 16, 256, 256, dtype, ksize=3, pool=False)
         given: Any = {"eps": 1e-5, "per_image": bool(config), "config": configs[config]}

@@ -142,10 +142,11 @@ class FastUNet(UNet):
         for up in self.ups:
             x = self._up(up, x, skips.pop(), joined)
         if joined is None:
-            return self.finish(ops.conv2d_relu(x, *self._weights(self.head), relu=False))
+            return self.finish(ops.conv2d_relu(x, *self._weights(x, self.head), relu=False))
         conv, norm = joined
         act: Any = {"relu": True, "negative_slope": self.config.slope}
-        return self.finish(ops.conv2d_relu_head(x, *self._weights(conv, norm), *self._weights(self.head), **act))
+        weights = *self._weights(x, conv, norm), *self._weights(x, self.head)
+        return self.finish(ops.conv2d_relu_head(x, *weights, **act))
 
     def _is_left_to_plain_torch(self, x: Tensor) -> bool:
         """Whether a CPU does better without the operators, and nobody asked for them.
@@ -192,14 +193,14 @@ class FastUNet(UNet):
         summed = apart and norm_first and _takes_statistics(norm)
         of_norm = _statistics_of(norm) if summed else {}
         if skip is None and summed:
-            y, taken = ops.conv2d_moments(x, *self._weights(conv), stride=conv.stride, **of_norm, **options)
+            y, taken = ops.conv2d_moments(x, *self._weights(x, conv), stride=conv.stride, **of_norm, **options)
         elif skip is None:
             options |= {"pool": pool and not apart, "stride": conv.stride}
-            y = ops.conv2d_relu(x, *self._weights(conv, folded), **act, **options)
+            y = ops.conv2d_relu(x, *self._weights(x, conv, folded), **act, **options)
         else:
             # The operator concatenates the upsampled map first; to it, the other order is a matter of weights.
             roll = x.shape[1] if self.config.concat == "skip_first" and skip.shape[1] else 0
-            weights = self._weights(conv, folded, roll)
+            weights = self._weights(x, conv, folded, roll)
             if summed:
                 y, taken = ops.upsample_concat_conv2d_moments(x, skip, *weights, **of_norm, **options)
             else:
@@ -213,10 +214,10 @@ class FastUNet(UNet):
         """A decoder's level, but for the unit ``spared``."""
         corners, mode = self.config.align_corners, up.kind
         if mode == "transpose":
-            x, mode = ops.conv_transpose2x2(x, *self._weights(up.up)), "none"
+            x, mode = ops.conv_transpose2x2(x, *self._weights(x, up.up)), "none"
         elif mode == "bilinear_conv":
             # Interpolation weights sum to 1, so a 1x1 convolution commutes with it: a quarter of the work.
-            x = ops.conv2d_relu(x, *self._weights(up.up[1]), relu=False)
+            x = ops.conv2d_relu(x, *self._weights(x, up.up[1]), relu=False)
             mode = "bilinear"
         elif mode == "nearest_conv":
             ((conv, norm),) = _units(up.up[1:])
@@ -235,26 +236,28 @@ class FastUNet(UNet):
                 x = self._unit(*unit, x)
         return x
 
-    def _weights(self, conv: Any, norm: Any = None, roll: int = 0) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias for an operator, ``norm`` folded in, the last ``roll`` input channels first."""
+    def _weights(self, x: Tensor, conv: Any, norm: Any = None, roll: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias for an operator on ``x``, ``norm`` folded in, the last ``roll`` input channels first."""
         sources = [conv.weight, conv.bias]
         if norm is not None:
             # Training updates the running statistics without counting a version; the batch counter tells.
             sources += [norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked]
         tensors = [t for t in sources if t is not None]
-        if torch.compiler.is_compiling() or not _cacheable(tensors) or in_a_users_capture(conv.weight):
-            return _fold(_rolled(conv.weight, roll), conv.bias, norm)
         device = conv.weight.device.type
         dtype = conv.weight.dtype
         if torch.is_autocast_enabled(device) and dtype != torch.float64:  # as the operators do
             dtype = torch.get_autocast_dtype(device)
+        # Products of weights and factors would be rounded to 16 bits; the gradient of x wants them all the same.
+        apart = norm is not None and dtype in (torch.float16, torch.bfloat16) and not _wants_gradient([x])
+        if torch.compiler.is_compiling() or not _cacheable(tensors) or in_a_users_capture(conv.weight):
+            return _fold(_rolled(conv.weight, roll), conv.bias, norm, apart)
         found = self._prepared.get(conv)
         if found is None or not found.sources.are(tensors):
             found = _Prepared(tensors)
-        if dtype not in found.weights:
-            found.add(dtype, conv, norm, roll)
+        if (dtype, apart) not in found.weights:
+            found.add(dtype, apart, conv, norm, roll)
             self._prepared[conv] = found
-        return found.weights[dtype]
+        return found.weights[dtype, apart]
 
 
 def joins_head(network: FastUNet) -> tuple[Any, Any] | None:
@@ -353,8 +356,11 @@ def _rolled(weight: Tensor, roll: int) -> Tensor:
     return weight.roll(roll, 1) if roll else weight
 
 
-def _fold(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor | None]:
-    """norm(conv(x)) as one convolution: scale = gamma / sqrt(var + eps), in float32 or wider."""
+def _fold(weight: Tensor, bias: Tensor | None, norm: Any, apart: bool) -> tuple[Tensor, Tensor | None]:
+    """norm(conv(x)) as one convolution: scale = gamma / sqrt(var + eps), in float32 or wider.
+
+    ``apart``: the weight as it is, and scale and shift, (2, O), as the operators' bias.
+    """
     if norm is None:
         return weight, bias
     wide = torch.promote_types(weight.dtype, torch.float32)
@@ -365,27 +371,30 @@ def _fold(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tenso
     shift = shift * scale
     if norm.bias is not None:
         shift = shift + norm.bias.to(wide)
+    if apart:
+        return weight, torch.stack([scale, shift])
     folded = weight.to(wide) * scale[:, None, None, None]
     return folded.to(weight.dtype), shift.to(weight.dtype)
 
 
 class _Prepared:
-    """A convolution's weight and bias, folded and in the kernels' layout, by dtype, and what they were made from."""
+    """A convolution's weight and bias, folded and in the kernels' layout, and what they were made from."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.sources = Sources(tensors)
-        self.weights: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
+        # By dtype, and whether the norm's factors are apart.
+        self.weights: dict[tuple[torch.dtype, bool], tuple[Tensor, Tensor | None]] = {}
 
-    def add(self, dtype: torch.dtype, conv: Any, norm: Any, roll: int) -> None:
+    def add(self, dtype: torch.dtype, apart: bool, conv: Any, norm: Any, roll: int) -> None:
         """Make those of ``dtype``, finished on return."""
         # Not inference tensors, even when made in inference mode: autograd may save them later.
         with torch.inference_mode(False), torch.no_grad():
-            weight, bias = _fold(_rolled(conv.weight, roll), conv.bias, norm)
+            weight, bias = _fold(_rolled(conv.weight, roll), conv.bias, norm, apart)
             if isinstance(conv, nn.ConvTranspose2d):
                 weight = weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
             else:
                 weight = weight.contiguous(memory_format=torch.channels_last)
-            self.weights[dtype] = weight.to(dtype), None if bias is None else bias.to(dtype)
+            self.weights[dtype, apart] = weight.to(dtype), bias if bias is None or apart else bias.to(dtype)
         if weight.is_cuda and not torch.cuda.is_current_stream_capturing():
             # Other streams may be about to read these, or still read those before them, whose memory is let go.
             torch.cuda.synchronize(weight.device)

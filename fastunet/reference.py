@@ -41,9 +41,14 @@ def conv2d_relu(
 ) -> Tensor:
     """Convolution, then the activation. ``padding``: ``"same"``, K // 2 zeros on each side, or ``"valid"``, none.
 
-    Shapes: x (N, C, H, W), weight (O, C, K, K) with K odd, bias (O,) -> (N, O, H, W), by default.
+    Shapes: x (N, C, H, W), weight (O, C, K, K) with K odd, bias (O,) -> (N, O, H, W), by default. Of a bias (2, O) the
+    first row are factors of the channels' sums: a batch norm of fixed statistics.
     """
     zeros = weight.shape[-1] // 2 if padding == "same" else 0
+    if bias is not None and bias.dim() == 2:
+        y, (factor, added) = F.conv2d(x, weight, None, tuple(stride), zeros), bias
+        nothing, one = torch.zeros_like(factor), torch.ones_like(factor)
+        return batch_norm_relu(y, factor, added, 0.0, slope, nothing, one)
     return activate_(F.conv2d(x, weight, bias, tuple(stride), zeros), slope)
 
 

@@ -8,8 +8,8 @@ conv3x3.py or hopper/conv3x3.py, kept in float32 so that nothing is rounded twic
 
 Tiling: one program makes BLOCK_P pixels x BLOCK_C channels, of 36 reads each (9 for nearest).
 
-Shapes: x (N, C1, h, w), skip (N, C2, H, W), weight (O, C1 + C2, 3, 3), bias (O,) -> y (N, O, H, W);
-float16, bfloat16 or float32.
+Shapes: x (N, C1, h, w), skip (N, C2, H, W), weight (O, C1 + C2, 3, 3), bias (O,), or (2, O) as in conv3x3.py ->
+y (N, O, H, W); float16, bfloat16 or float32.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .conv3x3 import conv_fwd
 from .implicit_gemm import activate
-from .tensors import bias_or_zeros, empty_channels_last, without_graph
+from .tensors import bias_or_zeros, empty_channels_last, scaled, without_graph
 from .tuning import gather_config
 from .upsample_concat import load_upsampled
 
@@ -76,11 +76,16 @@ def upconcat_conv3x3_commuted_fwd(
     if y.numel() == 0:
         return y
     taps = weight[:, :c1].permute(2, 3, 0, 1).reshape(9 * o, c1, 1, 1)
-    z = conv(x, taps, None, slope=1.0, tf32=tf32, out_dtype=torch.float32)
+    factors = None
+    if bias is not None and scaled(bias):  # of the sums of both
+        factors = torch.stack([bias[0], torch.zeros_like(bias[0])]).repeat(1, 9)
+    z = conv(x, taps, factors, slope=1.0, tf32=tf32, out_dtype=torch.float32)
     if c2:
         t = conv(skip, weight[:, c1:], bias, slope=1.0, tf32=tf32, out_dtype=torch.float32)
     else:  # no skip comes in
-        t = empty_channels_last(y, o, height, width, torch.float32).copy_(bias_or_zeros(bias, o, y)[:, None, None])
+        added = bias_or_zeros(bias, o, y)
+        added = added[1] if scaled(bias) else added
+        t = empty_channels_last(y, o, height, width, torch.float32).copy_(added[:, None, None])
     config, pixels = gather_config(o), n * height * width
     _gather_taps_kernel[(triton.cdiv(pixels, config.block_p) * triton.cdiv(o, config.block_c),)](
         z, t, y, pixels, o, h, w, height, width, (height - 2 * h) // 2, (width - 2 * w) // 2,

@@ -11,7 +11,8 @@ loop runs over taps and BLOCK_K channels (implicit_gemm.py). Tiles start on even
 so that the pool comes from the same registers. TMA boxes are of neighbours, so a stride takes pointers.
 A head is of a tile that holds all output channels; y is then never written.
 
-Shapes: x (N, C, H, W), weight (O, C, K, K), bias (O,); float16, bfloat16 or float32.
+Shapes: x (N, C, H, W), weight (O, C, K, K), bias (O,); float16, bfloat16 or float32. Or bias (2, O), float32 beside
+16-bit maps: the first row are factors of the sums, a batch norm's, which multiplied into the weights would be rounded.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from .tensors import (
     head_operands,
     packed_weight,
     pixel_descriptor,
+    scaled,
     tma_serves,
     unit_channel_stride,
     weight_descriptor,
@@ -51,7 +53,7 @@ def _conv_fwd_kernel(
     x, w, bias_ptr, y_ptr, pooled_ptr, head_ptr, head_bias_ptr,
     N, C, H, W, O, stride_xn, stride_xh, stride_xw,
     KSIZE: tl.constexpr, PAD: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    SLOPE: tl.constexpr, POOL: tl.constexpr, CLASSES: tl.constexpr,
+    SCALED: tl.constexpr, SLOPE: tl.constexpr, POOL: tl.constexpr, CLASSES: tl.constexpr,
     BLOCK_CO: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_K: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +65,7 @@ def _conv_fwd_kernel(
         n0, h0, w0, N, C, H, W, 0, 0, stride_xn, stride_xh, stride_xw,
         KSIZE, PAD, STRIDE_H, STRIDE_W, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K, USE_TMA, PRECISION,
     )  # fmt: skip
-    acc = add_bias_activate(acc, bias_ptr, co0, O, SLOPE, BLOCK_CO)
+    acc = add_bias_activate(acc, bias_ptr, co0, O, SCALED, SLOPE, BLOCK_CO)
     n, h, col = tile_pixels(n0, h0, w0, BLOCK_N, BLOCK_H, BLOCK_W)
     if CLASSES:
         store_head(
@@ -186,7 +188,7 @@ def _launch(
         weight_descriptor(rows, config) if config.tma else rows,
         bias_or_zeros(bias, o, y), y, pooled, *(head or (None, None)),
         n, c, h, w, o, x.stride(0), x.stride(2), x.stride(3),
-        KSIZE=weight.shape[-1], PAD=pad, STRIDE_H=stride[0], STRIDE_W=stride[1], SLOPE=slope, POOL=pooled is not None,
-        CLASSES=0 if head is None else len(head[0]), USE_TMA=config.tma, PRECISION="tf32" if tf32 else "ieee",
-        **config.options(),
+        KSIZE=weight.shape[-1], PAD=pad, STRIDE_H=stride[0], STRIDE_W=stride[1],
+        SCALED=scaled(bias), SLOPE=slope, POOL=pooled is not None, CLASSES=0 if head is None else len(head[0]),
+        USE_TMA=config.tma, PRECISION="tf32" if tf32 else "ieee", **config.options(),
     )  # fmt: skip

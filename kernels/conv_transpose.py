@@ -71,7 +71,7 @@ def _conv_transpose_fwd_kernel(
         w_row = ((i0 + di * STRIDE_H) * COLUMNS + j0 + dj * STRIDE_W) * O + co0
         w_tile = load_weights(w, w_row, O - co0, c0, C, C - c0, USE_TMA, BLOCK_CO, BLOCK_K)
         acc = dot(w_tile, x_tile, acc, PRECISION)
-    acc = add_bias_activate(acc, bias_ptr, co0, O, 1.0, BLOCK_CO)
+    acc = add_bias_activate(acc, bias_ptr, co0, O, False, 1.0, BLOCK_CO)
     store_tile(
         y_ptr, acc, n, STRIDE_H * h + row_of_y, STRIDE_W * col + column_of_y, co0, N, y_height, y_width, O, BLOCK_CO
     )

@@ -122,9 +122,12 @@ def accumulate(
 
 
 @triton.jit
-def add_bias_activate(acc, bias_ptr, co0, O, SLOPE: tl.constexpr, BLOCK_CO: tl.constexpr):
-    """acc [BLOCK_CO, BLOCK_P] -> activation(acc + bias)."""
+def add_bias_activate(acc, bias_ptr, co0, O, SCALED: tl.constexpr, SLOPE: tl.constexpr, BLOCK_CO: tl.constexpr):
+    """acc [BLOCK_CO, BLOCK_P] -> activation(acc + bias); SCALED: activation(acc * bias[0] + bias[1])."""
     co = co0 + tl.arange(0, BLOCK_CO)
+    if SCALED:
+        acc *= tl.load(bias_ptr + co, mask=co < O, other=0.0).to(tl.float32)[:, None]
+        bias_ptr += O
     acc += tl.load(bias_ptr + co, mask=co < O, other=0.0).to(tl.float32)[:, None]
     return activate(acc, SLOPE)
 

@@ -9,7 +9,7 @@ Tiling: one program computes BLOCK_CO output channels of BLOCK_N x BLOCK_H x BLO
 channels are not padded to a whole block of them, nine times over. Writing y is the cost.
 
 Shapes: x (N, C, H, W) of any strides, so images are read as they come; weight (O, C, 3, 3),
-bias (O,); float16, bfloat16 or float32.
+bias (O,) or (2, O), as in conv3x3.py; float16, bfloat16 or float32.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .implicit_gemm import add_bias_activate, convolved, dot, store_tile, tile_origin, tile_pixels
-from .tensors import bias_or_zeros, convolved_size, empty_channels_last, packed_weight, without_graph
+from .tensors import bias_or_zeros, convolved_size, empty_channels_last, packed_weight, scaled, without_graph
 from .tuning import ConvConfig, stem_config
 
 STEM_CHANNELS = 4
@@ -30,7 +30,8 @@ STEM_CHANNELS = 4
 def _stem_fwd_kernel(
     x_ptr, w_ptr, bias_ptr, y_ptr,
     N, H, W, O, stride_xn, stride_xc, stride_xh, stride_xw,
-    C: tl.constexpr, PAD: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, SLOPE: tl.constexpr,
+    C: tl.constexpr, PAD: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    SCALED: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_CO: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -48,7 +49,7 @@ def _stem_fwd_kernel(
     w_mask = (co < O)[:, None] & (k < 9 * C)[None, :]
     w = tl.load(w_ptr + co[:, None] * (9 * C) + k[None, :], mask=w_mask, other=0.0)
     acc = dot(w, x, tl.zeros([BLOCK_CO, BLOCK_N * BLOCK_H * BLOCK_W], tl.float32), PRECISION)
-    acc = add_bias_activate(acc, bias_ptr, co0, O, SLOPE, BLOCK_CO)
+    acc = add_bias_activate(acc, bias_ptr, co0, O, SCALED, SLOPE, BLOCK_CO)
     store_tile(y_ptr, acc, n, h, col, co0, N, y_height, y_width, O, BLOCK_CO)
 
 
@@ -73,7 +74,7 @@ def stem_fwd(
     config = config or stem_config(c, o, *size, precise=x.dtype == torch.float32 and not tf32)
     _stem_fwd_kernel[(config.tiles(n, *size, o),)](
         x, packed_weight(weight), bias_or_zeros(bias, o, y), y, n, h, w, o, *x.stride(),
-        C=c, PAD=pad, STRIDE_H=stride[0], STRIDE_W=stride[1], SLOPE=slope,
+        C=c, PAD=pad, STRIDE_H=stride[0], STRIDE_W=stride[1], SCALED=scaled(bias), SLOPE=slope,
         PRECISION="tf32" if tf32 else "ieee", **config.options(),
     )  # fmt: skip
     return y

@@ -80,6 +80,11 @@ def bias_or_zeros(bias: Tensor | None, channels: int, like: Tensor) -> Tensor:
     return like.new_zeros(channels) if bias is None else bias.contiguous()
 
 
+def scaled(bias: Tensor | None) -> bool:
+    """Whether it is (2, O): factors of the channels' sums, and what is added to those."""
+    return bias is not None and bias.dim() == 2
+
+
 def head_operands(head: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weight and bias of a 1x1 head behind a convolution, each contiguous; ValueError for what no tile holds."""
     classes, channels = head.shape[:2]

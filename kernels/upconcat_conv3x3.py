@@ -8,8 +8,8 @@ on their way to the product, rounded to the dtype that the reference would have 
 Tiling: as conv3x3.py. ``mode="none"`` takes an x that is upsampled already (a transposed
 convolution) and needs no more than its own two-source loop, TMA included.
 
-Shapes: x (N, C1, h, w), skip (N, C2, H, W), weight (O, C1 + C2, 3, 3), bias (O,) -> y (N, O, H, W), for p = 1;
-without zeros, p = 0, the result is smaller by 2.
+Shapes: x (N, C1, h, w), skip (N, C2, H, W), weight (O, C1 + C2, 3, 3), bias (O,), or (2, O) as in conv3x3.py ->
+y (N, O, H, W), for p = 1; without zeros, p = 0, the result is smaller by 2.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from .tensors import (
     packed_weight,
     pixel_descriptor,
     placed,
+    scaled,
     tma_serves,
     unit_channel_stride,
     weight_descriptor,
@@ -81,7 +82,8 @@ def _upconcat_conv3x3_fwd_kernel(
     x, skip, w, bias_ptr, y_ptr,
     N, C1, C2, H, W, O, x_height, x_width, top, left,
     stride_xn, stride_xh, stride_xw, stride_sn, stride_sh, stride_sw,
-    KSIZE: tl.constexpr, PAD: tl.constexpr, MODE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, SLOPE: tl.constexpr,
+    KSIZE: tl.constexpr, PAD: tl.constexpr, MODE: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
+    SCALED: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_CO: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_K: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -105,7 +107,7 @@ def _upconcat_conv3x3_fwd_kernel(
         n0, h0, w0, N, C2, H, W, 0, 0, stride_sn, stride_sh, stride_sw,
         KSIZE, PAD, 1, 1, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K, USE_TMA, PRECISION,
     )  # fmt: skip
-    acc = add_bias_activate(acc, bias_ptr, co0, O, SLOPE, BLOCK_CO)
+    acc = add_bias_activate(acc, bias_ptr, co0, O, SCALED, SLOPE, BLOCK_CO)
     n, h, col = tile_pixels(n0, h0, w0, BLOCK_N, BLOCK_H, BLOCK_W)
     store_tile(y_ptr, acc, n, h, col, co0, N, y_height, y_width, O, BLOCK_CO)
 
@@ -160,7 +162,7 @@ def upconcat_conv3x3_fwd(
         weight_descriptor(rows, config) if config.tma else rows,
         bias_or_zeros(bias, o, y), y, n, c1, c2, h, w, o, x.shape[2], x.shape[3], top, left,
         x.stride(0), x.stride(2), x.stride(3), skip.stride(0), skip.stride(2), skip.stride(3),
-        KSIZE=ksize, PAD=pad, MODE=mode, ALIGN_CORNERS=align_corners, SLOPE=slope,
+        KSIZE=ksize, PAD=pad, MODE=mode, ALIGN_CORNERS=align_corners, SCALED=scaled(bias), SLOPE=slope,
         USE_TMA=config.tma, PRECISION="tf32" if tf32 else "ieee", **config.options(),
     )  # fmt: skip
     return y

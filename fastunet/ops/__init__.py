@@ -62,7 +62,8 @@ def _check_conv(channels: int, weight: Tensor, bias: Tensor | None, padding: str
     _check(k in (1, 3) and weight.shape[3] == k, "weight", "a 1x1 or 3x3 filter", tuple(weight.shape))
     _check(weight.shape[1] == channels, "weight", f"{channels} input channels", tuple(weight.shape))
     if bias is not None:
-        _check(bias.shape == weight.shape[:1], "bias", f"shape ({weight.shape[0]},)", tuple(bias.shape))
+        o = len(weight)
+        _check(bias.shape in ((o,), (2, o)), "bias", f"shape ({o},) or (2, {o})", tuple(bias.shape))
     _check(padding in _PADDING, "padding", f"one of {_PADDING}", repr(padding))
 
 
@@ -71,7 +72,8 @@ def _check_conv2d(
 ) -> None:
     _check_map(x)
     _check_conv(x.shape[1], weight, bias, padding)
-    _check_alike(x, weight=weight, bias=bias)
+    _check_alike(x, weight=weight)
+    _check_bias(bias, x, weight)
     pair = isinstance(stride, (tuple, list)) and len(stride) == 2 and all(type(s) is int and s > 0 for s in stride)
     _check(pair, "stride", "two positive integers", stride)
     _check(not pool or tuple(stride) == (1, 1), "stride", "1 and 1 to pool", stride)
@@ -87,6 +89,17 @@ def _check_alike(x: Tensor, **others: Tensor | None) -> None:
             _check(other.device == x.device, name, f"x's device {x.device}", other.device)
 
 
+def _check_bias(bias: Tensor | None, x: Tensor, *others: Tensor | None) -> None:
+    """``others``: what gradients may be wanted of, beside x."""
+    if bias is None or bias.dim() == 1:
+        _check_alike(x, bias=bias)
+        return
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, *others))
+    _check(not wanted, "bias", "shape (O,), without factors, where gradients are wanted", tuple(bias.shape))
+    _check(bias.dtype in (torch.float32, x.dtype), "bias", f"float32 or x's dtype {x.dtype}", bias.dtype)
+    _check(bias.device == x.device, "bias", f"x's device {x.device}", bias.device)
+
+
 def _check_sources(x: Tensor, skip: Tensor, mode: str, modes: tuple[str, ...]) -> None:
     _check(mode in modes, "mode", f"one of {modes}", repr(mode))
     _check_map(x)
@@ -96,11 +109,12 @@ def _check_sources(x: Tensor, skip: Tensor, mode: str, modes: tuple[str, ...]) -
 
 
 def _autocast(x: Tensor, *others: Tensor | None) -> tuple:
-    """Cast to the autocast dtype, where autocast is on and the tensor is not float64."""
+    """Cast to the autocast dtype, where autocast is on, what is not float64; factors of channels, (2, O), stay."""
     if not torch.is_autocast_enabled(x.device.type):
         return x, *others
     dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *others))
+    stay = lambda t: t is None or t.dtype == torch.float64 or t.dim() == 2
+    return tuple(t if stay(t) else t.to(dtype) for t in (x, *others))
 
 
 def _slope(relu: bool, negative_slope: float) -> float:
@@ -152,7 +166,8 @@ def conv2d_relu(
     Args:
         x: (N, C, H, W), any strides; float16, bfloat16, float32 (float64 through plain torch).
         weight: (O, C, 3, 3) or (O, C, 1, 1), of x's dtype; channels_last spares a copy.
-        bias: (O,) or None.
+        bias: (O,) or None. Or (2, O), float32 or of x's dtype, without gradients: what the channels' sums are
+            multiplied by and what is added then, as a batch norm does, before the result is rounded.
         relu: apply the activation.
         negative_slope: of a leaky ReLU; 0 is the plain one.
         pool: also return the 2x2 max-pool.
@@ -201,7 +216,8 @@ def conv2d_relu_head(
     _check(filters, "head", f"shape (K, {len(weight)}, 1, 1), K at least 1", tuple(head.shape))
     if head_bias is not None:
         _check(head_bias.shape == head.shape[:1], "head_bias", f"shape ({len(head)},)", tuple(head_bias.shape))
-    _check_alike(x, weight=weight, bias=bias, head=head, head_bias=head_bias)
+    _check_alike(x, weight=weight, head=head, head_bias=head_bias)
+    _check_bias(bias, x, weight, head, head_bias)
     given = x, weight, bias, head, head_bias
     if at_once(x):
         return forward.conv2d_relu_head_torch(*given, _slope(relu, negative_slope))
@@ -379,7 +395,7 @@ def upsample_concat_conv2d_relu(
     """3x3 :func:`conv2d_relu` of :func:`upsample_concat`, with neither map materialised.
 
     Args:
-        x: (N, C1, h, w). skip: (N, C2, H, W); C2 may be 0. weight: (O, C1 + C2, 3, 3). bias: (O,) or None.
+        x: (N, C1, h, w). skip: (N, C2, H, W); C2 may be 0. weight: (O, C1 + C2, 3, 3). bias: as there.
         mode: as there, or ``"none"`` for an x of the skip's scale.
         match: ``"zero_pad"``, or ``"replicate_pad"`` to pad with the upsampled map's own border.
         padding: as there, of the convolution.
@@ -402,7 +418,8 @@ def _check_upsampled(
     _check_conv(x.shape[1] + skip.shape[1], weight, bias, padding)
     _check(weight.shape[2] == 3, "weight", "a 3x3 filter", tuple(weight.shape))
     _check(padding == "same" or min(skip.shape[2:]) > 2, "skip", "H and W of at least 3", tuple(skip.shape))
-    _check_alike(x, skip=skip, weight=weight, bias=bias)
+    _check_alike(x, skip=skip, weight=weight)
+    _check_bias(bias, x, skip, weight)
 
 
 def upsample_concat_conv2d_moments(

@@ -270,7 +270,7 @@ def upsample_concat_conv2d_relu_torch(
         x, mode = fitted(x, skip, mode, align_corners, match), "none"
     x, skip = channels_last(x), channels_last(skip)
     given = x, skip, weight, bias, mode, align_corners, slope
-    if padding == "same" and commuted.pays(x, skip, mode):
+    if padding == "same" and commuted.pays(x, skip, mode) and (bias is None or bias.dim() == 1):
         return result(commuted.upsample_concat_conv2d_relu(*given))
     return result(reference.upsample_concat_conv2d_relu(*given, padding))
 

@@ -138,6 +138,8 @@ def launches(
             hopper = kernels.hopper.layer_configs(
                 layer.op, maps, tuple(weight.shape), weight.dtype, mode=mode, tf32=tf32
             )
+        if layer.norm is not None and folds and config.order == "conv_norm_act" and weight.element_size() == 2:
+            bias = torch.stack([make(out), bias]).float()  # the norm's factors, which weights would round
         tensors = (*inputs, weight, bias)
         found.append(
             Launch(layer, launcher, function, tensors, options, chooser, hopper, training=training, step="forward")

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .. import commuted
 from ..norm import Moments, merged_statistics, statistics
-from ..tensors import bias_or_zeros, empty_channels_last, head_operands, packed_weight, without_graph
+from ..tensors import bias_or_zeros, empty_channels_last, head_operands, packed_weight, scaled, without_graph
 from ..tuning import pointwise_config
 from ..upsample_concat import upsample_concat_fwd
 from .compat import OVERLAPPING_WINDOWS, TensorDescriptor, gdc_launch_dependents, gdc_wait, gl, gluon, mbarrier
@@ -42,8 +42,8 @@ from .tuning import HopperConfig, block_k, hopper_configs, multiprocessors, tma_
 def _conv_fwd_kernel(
     x1, x1_tail, w1, x2, x2_tail, w2, bias_ptr, y, pooled, head_ptr, head_bias_ptr, moments_ptr,
     N, H, W, O, C1, C2, top, left,
-    KSIZE: gl.constexpr, TWO_SOURCES: gl.constexpr, SLOPE: gl.constexpr, POOL: gl.constexpr, HALO: gl.constexpr,
-    BLOCK_CO: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr,
+    KSIZE: gl.constexpr, TWO_SOURCES: gl.constexpr, SCALED: gl.constexpr, SLOPE: gl.constexpr, POOL: gl.constexpr,
+    HALO: gl.constexpr, BLOCK_CO: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr,
     BLOCK_K: gl.constexpr, X_STAGES: gl.constexpr, W_STAGES: gl.constexpr, SPLITS: gl.constexpr,
     FILTER_ROWS: gl.constexpr, CLASSES: gl.constexpr, MOMENTS: gl.constexpr,
 ):  # fmt: skip
@@ -92,13 +92,13 @@ def _conv_fwd_kernel(
         (multiply_tiles, (
             bias_ptr, y, pooled, head_ptr, head_bias_ptr, moments_ptr, steps, tiles, N, H, W, O,
             x_ring, x_full, x_empty, w_ring, w_full, w_empty, turns, outs, smalls,
-            KSIZE, SLOPE, POOL, HALO, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K, X_STAGES, W_STAGES, SPLITS,
+            KSIZE, SCALED, SLOPE, POOL, HALO, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K, X_STAGES, W_STAGES, SPLITS,
             FILTER_ROWS, CLASSES, MOMENTS, 0,
         )),
         (multiply_tiles, (
             bias_ptr, y, pooled, head_ptr, head_bias_ptr, moments_ptr, steps, tiles, N, H, W, O,
             x_ring, x_full, x_empty, w_ring, w_full, w_empty, turns, outs, smalls,
-            KSIZE, SLOPE, POOL, HALO, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K, X_STAGES, W_STAGES, SPLITS,
+            KSIZE, SCALED, SLOPE, POOL, HALO, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K, X_STAGES, W_STAGES, SPLITS,
             FILTER_ROWS, CLASSES, MOMENTS, 1,
         )),
         (load_tiles, (
@@ -197,8 +197,8 @@ def _launch(
         *operands, *(operands if len(maps) == 1 else ()), bias, stored, stored if small is None else small,
         *(head or (bias, bias)), bias if moments is None else moments,
         n, h, w, o, channels[0], sum(channels[1:]), top, left,
-        KSIZE=1 if transposed else ksize, TWO_SOURCES=len(maps) == 2, SLOPE=slope, POOL=small is not None,
-        BLOCK_K=width, FILTER_ROWS=filter_rows, CLASSES=0 if head is None else len(head[0]),
+        KSIZE=1 if transposed else ksize, TWO_SOURCES=len(maps) == 2, SCALED=scaled(bias), SLOPE=slope,
+        POOL=small is not None, BLOCK_K=width, FILTER_ROWS=filter_rows, CLASSES=0 if head is None else len(head[0]),
         MOMENTS=0 if moments is None else 1 if moments_of == "batch" else 2,
         num_warps=4, launch_pdl=True, **config.options(),
     )  # fmt: skip

@@ -216,15 +216,20 @@ def _store_moments(
 @gluon.jit
 def _finish_tile(
     acc, bias_ptr, y, pooled, head_ptr, head_bias_ptr, moments_ptr, part, n0, h0, w0, co0, N, H, W, O, out, small,
-    SLOPE: gl.constexpr, POOL: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr,
-    SPLITS: gl.constexpr, FILTER_ROWS: gl.constexpr, CLASSES: gl.constexpr, MOMENTS: gl.constexpr,
+    SCALED: gl.constexpr, SLOPE: gl.constexpr, POOL: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_H: gl.constexpr,
+    BLOCK_W: gl.constexpr, SPLITS: gl.constexpr, FILTER_ROWS: gl.constexpr, CLASSES: gl.constexpr,
+    MOMENTS: gl.constexpr,
 ):  # fmt: skip
-    """Bias, activation; then store, with the max-pool, or the head's result. A share of a split K loop as it is."""
+    """Factor and bias, activation; then store, with the max-pool, or the head's result. A share of a split K loop as it is."""
     if SPLITS == 1:
         co = co0 + gl.arange(0, 64, gl.SliceLayout(1, acc.type.layout))
         channel = co
         if FILTER_ROWS > 1:
             channel = co % (O // FILTER_ROWS)
+        if SCALED:
+            factor = gl.load(bias_ptr + channel, mask=co < O, other=0.0).to(gl.float32)
+            acc = acc * gl.expand_dims(factor, 1)
+            bias_ptr += O
         bias = gl.load(bias_ptr + channel, mask=co < O, other=0.0).to(gl.float32)
         acc = acc + gl.expand_dims(bias, 1)
         if SLOPE == 0.0:
@@ -244,10 +249,10 @@ def _finish_tile(
 def multiply_tiles(
     bias_ptr, y, pooled, head_ptr, head_bias_ptr, moments_ptr, steps, tiles, N, H, W, O,
     x_ring, x_full, x_empty, w_ring, w_full, w_empty, turns, outs, smalls,
-    KSIZE: gl.constexpr, SLOPE: gl.constexpr, POOL: gl.constexpr, HALO: gl.constexpr, BLOCK_CO: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr, BLOCK_K: gl.constexpr,
-    X_STAGES: gl.constexpr, W_STAGES: gl.constexpr, SPLITS: gl.constexpr, FILTER_ROWS: gl.constexpr,
-    CLASSES: gl.constexpr, MOMENTS: gl.constexpr, CONSUMER: gl.constexpr,
+    KSIZE: gl.constexpr, SCALED: gl.constexpr, SLOPE: gl.constexpr, POOL: gl.constexpr, HALO: gl.constexpr,
+    BLOCK_CO: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr,
+    BLOCK_K: gl.constexpr, X_STAGES: gl.constexpr, W_STAGES: gl.constexpr, SPLITS: gl.constexpr,
+    FILTER_ROWS: gl.constexpr, CLASSES: gl.constexpr, MOMENTS: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Consumer 0 or 1."""
     TAPS: gl.constexpr = KSIZE if HALO else 1
@@ -310,6 +315,6 @@ def multiply_tiles(
         _finish_tile(
             acc, bias_ptr, y, pooled, head_ptr, head_bias_ptr, moments_ptr, part, n0, h0, w0, co0, N, H, W, O,
             outs.index(CONSUMER), smalls.index(CONSUMER),
-            SLOPE, POOL, BLOCK_N, BLOCK_H, BLOCK_W, SPLITS, FILTER_ROWS, CLASSES, MOMENTS,
+            SCALED, SLOPE, POOL, BLOCK_N, BLOCK_H, BLOCK_W, SPLITS, FILTER_ROWS, CLASSES, MOMENTS,
         )  # fmt: skip
     tma_store_wait(0)

@@ -1,11 +1,11 @@
-"""The sum of a split K loop's shares, then bias, activation and 2x2 max-pool.
+"""The sum of a split K loop's shares, then factor and bias, activation and 2x2 max-pool.
 
-    y[n, o, h, w]      = act(b[o] + sum over s of shares[s, n, h, w, o])
+    y[n, o, h, w]      = act(b[o] + f[o] sum over s of shares[s, n, h, w, o])
     pooled[n, o, h, w] = max of the four y[n, o, 2h + {0, 1}, 2w + {0, 1}]
 
 Tiling: one program takes BLOCK_P windows of 2 x 2 pixels and BLOCK_C channels. The shares are added
 in their order, so the result is the same each time. Shapes: shares (S, N, H, W, O) float32,
-contiguous; y (N, O, H, W) of unit channel stride; pooled channels_last.
+contiguous; b (O,), or f and b (2, O); y (N, O, H, W) of unit channel stride; pooled channels_last.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tensors import scaled
 from ..tuning import PointwiseConfig, power_of_2
 
 
@@ -21,7 +22,8 @@ from ..tuning import PointwiseConfig, power_of_2
 def _sum_splits_kernel(
     shares_ptr, bias_ptr, y_ptr, pooled_ptr,
     N, H, W, O, stride_yn, stride_yh, stride_yw,
-    SPLITS: tl.constexpr, SLOPE: tl.constexpr, POOL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    SPLITS: tl.constexpr, SCALED: tl.constexpr, SLOPE: tl.constexpr, POOL: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     window = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -30,6 +32,9 @@ def _sum_splits_kernel(
     n = window // windows_w // windows_h
     h2 = window // windows_w % windows_h
     w2 = window % windows_w
+    if SCALED:
+        factor = tl.load(bias_ptr + c, mask=c < O, other=0.0).to(tl.float32)
+        bias_ptr += O
     bias = tl.load(bias_ptr + c, mask=c < O, other=0.0).to(tl.float32)
     largest = tl.full([BLOCK_P, BLOCK_C], float("-inf"), tl.float32)
     for i in tl.static_range(4):
@@ -40,6 +45,8 @@ def _sum_splits_kernel(
         for s in range(SPLITS):
             pixel = ((s * N + n) * H + h) * W + w
             acc += tl.load(shares_ptr + pixel[:, None] * O + c[None, :], mask=mask, other=0.0)
+        if SCALED:
+            acc *= factor[None, :]
         acc += bias[None, :]
         if SLOPE == 0.0:
             acc = tl.where(acc <= 0, 0.0, acc)
@@ -61,6 +68,6 @@ def sum_splits(shares: Tensor, bias: Tensor, y: Tensor, pooled: Tensor | None, s
     grid = (triton.cdiv(n * triton.cdiv(h, 2) * triton.cdiv(w, 2), 1024 // block_c), triton.cdiv(o, block_c))
     _sum_splits_kernel[grid](
         shares, bias, y, pooled, n, h, w, o, y.stride(0), y.stride(2), y.stride(3),
-        SPLITS=splits, SLOPE=slope, POOL=pooled is not None,
+        SPLITS=splits, SCALED=scaled(bias), SLOPE=slope, POOL=pooled is not None,
         **PointwiseConfig(block_p=1024 // block_c, block_c=block_c, num_warps=4).options(),
     )  # fmt: skip

@@ -55,6 +55,27 @@ def test_more_output_channels_than_a_tile(config, make):
     check_conv_relu_pool(config, (1, 128, 6, 16, 136), "bf16", make)
 
 
+@pytest.mark.parametrize("config", CONFIGS)
+def test_factors(config, make):
+    """A bias of two rows; of a split K loop by who sums the shares."""
+    x, weight, bias = make("fp16", 3, 96, 5, 11), make("fp16", 72, 96, 3, 3, fan_in=9 * 96), torch.randn(2, 72)
+    y, pooled = hopper.conv_pool_fwd(x, weight, bias, slope=0.1, config=config)
+    check("fp16", y, conv2d_relu, x, weight, bias, 0.1)
+    assert torch.equal(pooled, F.max_pool2d(y, 2))
+
+
+def test_factors_of_two_sources_and_before_a_head(make):
+    x, skip, bias = make("bf16", 1, 64, 4, 8), make("bf16", 1, 8, 8, 16), torch.randn(2, 64)
+    weight = make("bf16", 64, 72, 3, 3, fan_in=9 * 72)
+    how = {"mode": "bilinear", "align_corners": True, "slope": 0.0}
+    for launch in (hopper.upconcat_conv3x3_fwd, hopper.upconcat_conv3x3_commuted_fwd):
+        y = launch(x, skip, weight, bias, **how)
+        check("bf16", y, reference.upsample_concat_conv2d_relu, x, skip, weight, bias, "bilinear", True, 0.0)
+    head, of_head = make("bf16", 2, 64, 1, 1, fan_in=64), make("bf16", 2)
+    y = hopper.conv_head_fwd(x, weight[:, :64], bias, head, of_head, slope=0.0)
+    check("bf16", y, with_head, x, weight[:, :64], bias, head, of_head, 0.0)
+
+
 @pytest.mark.parametrize("eagerness", [0.0, 1.0], ids=["at-the-last-moment", "at-once"])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_both_ends_of_the_schedule(config, eagerness, emulate, make):

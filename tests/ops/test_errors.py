@@ -45,7 +45,20 @@ BAD = {
         lambda: ops.conv2d_relu(*zeros(X), *zeros(W, device="meta")),
         "weight: expected x's device cpu, got meta",
     ),
-    "bias": (lambda: ops.conv2d_relu(*zeros(X, W, (3,))), r"bias: expected shape \(2,\), got \(3,\)"),
+    "bias": (lambda: ops.conv2d_relu(*zeros(X, W, (3,))), r"bias: expected shape \(2,\) or \(2, 2\), got \(3,\)"),
+    "factors": (lambda: ops.conv2d_relu(*zeros(X, W, (3, 2))), r"bias: expected shape .* \(2, 2\), got \(3, 2\)"),
+    "factors of another dtype": (
+        lambda: ops.conv2d_relu(*zeros(X, W), *zeros((2, 2), dtype=torch.float16)),
+        "bias: expected float32 or x's dtype torch.float32, got torch.float16",
+    ),
+    "factors elsewhere": (
+        lambda: ops.conv2d_relu(*zeros(X, W), *zeros((2, 2), device="meta")),
+        "bias: expected x's device cpu, got meta",
+    ),
+    "factors and gradients": (
+        lambda: ops.conv2d_relu(zeros(X)[0].requires_grad_(), *zeros(W, (2, 2))),
+        r"bias: expected shape \(O,\), without factors, where gradients are wanted, got \(2, 2\)",
+    ),
     "slope": (
         lambda: ops.conv2d_relu(*zeros(X, W), negative_slope=1.5),
         r"negative_slope: expected a number in \[0, 1\), got 1.5",
