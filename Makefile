@@ -7,7 +7,9 @@ PYTHON ?= python3
 WORKERS ?= 2
 VENV := $(CURDIR)/.venv
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip --quiet --disable-pip-version-check
+# Byte code is written of what is imported, when it first is: pip would write all of it, for half a minute.
+unexport PYTHONDONTWRITEBYTECODE
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 # Beside the Triton that PyTorch brings: the oldest we support and the newest we know.
 OTHER_TRITONS := 3.6.0 3.9.0
 # The interpreter of Triton 3.6 makes integers of one-element arrays, which NumPy 2.4 refuses.
@@ -79,11 +81,11 @@ gpu: ## on this machine's GPU, in this checkout, with its own Python: tests, ver
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --constraint constraints.txt setuptools
-	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[dev]'
-	$(PIP) install --constraint constraints.txt --no-deps dynamic-network-architectures
+	$(PIP) --constraint constraints.txt setuptools
+	$(PIP) --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(PIP) --constraint constraints.txt --no-deps dynamic-network-architectures
 	@touch $@
 
 $(VENV)/triton-%/installed: $(VENV)/installed
-	$(PIP) install --no-deps --upgrade --target $(@D) triton==$* $(BESIDE_$*)
+	$(PIP) --no-deps --upgrade --target $(@D) triton==$* $(BESIDE_$*)
 	@touch $@

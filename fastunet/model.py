@@ -28,10 +28,10 @@ class FastUNet(UNet):
     (N, in_channels, H, W) of any strides -> logits (N, out_channels, H, W), channels_last.
 
     In eval mode without gradients the weights are laid out for the kernels once, with batch norm
-    folded into them, and again whenever a parameter or running statistic changes. Changes are
-    seen through the tensors' version counters: an optimiser step, ``load_state_dict``, ``copy_``
-    under ``no_grad`` all count. Writing in place through ``.data`` bypasses the counter; call
-    :meth:`refresh` after it.
+    folded into them, or in 16 bits into factors beside them, and again whenever a parameter or
+    running statistic changes. Changes are seen through the tensors' version counters: an optimiser
+    step, ``load_state_dict``, ``copy_`` under ``no_grad`` all count. Writing in place through
+    ``.data`` bypasses the counter; call :meth:`refresh` after it.
 
     Forward hooks on inner modules do not run: the operators take their parameters and pass them by.
     So shard the network as a whole, ``fully_shard(model)``, not module by module.

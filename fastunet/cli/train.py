@@ -53,7 +53,7 @@ Exit code: 0 all fine, 1 the loss became NaN or infinite, 2 nothing could be sta
         **examples(
             "fastunet train dsb2018 --out run",
             "fastunet train plates --out run --steps 10000 --batch 16 --size 256 --device cuda --dtype bf16",
-            "fastunet train plates --out tuned --weights run/best.safetensors --lr 5e-4",
+            "fastunet train plates --out tuned --weights run/best.safetensors --lr 4e-4 --plain 1",
             "fastunet train dsb2018 --out run --resume",
         ),
     )
@@ -76,6 +76,7 @@ Exit code: 0 all fine, 1 the loss became NaN or infinite, 2 nothing could be sta
         ("weight_decay", float, "of AdamW"),
         ("warmup", float, "share of the steps over which the rate rises; then it falls along a cosine"),
         ("dice_weight", float, "of the soft Dice loss beside cross-entropy"),
+        ("plain", float, "share of the steps, the last, with windows neither zoomed nor exposed otherwise"),
         ("ema", float, "decay of the averaged weights, which are validated and saved; 0: the latest"),
         ("every", a_count, "steps between two validations, each with a checkpoint"),
         ("seed", a_seed, "of weights and windows"),

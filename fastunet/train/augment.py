@@ -26,21 +26,23 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
     """Batches of windows; item ``(step, first, last)`` holds places ``first`` to ``last - 1`` of a step's batch.
 
     Images are drawn in proportion to the square roots of their areas: a window sees less of a large one.
+    From step ``plain_from`` on, if it is given, windows are turned and flipped alone.
     """
 
-    def __init__(self, data: Data, size: int, seed: int) -> None:
-        self.data, self.size, self.seed = data, size, seed
+    def __init__(self, data: Data, size: int, seed: int, plain_from: int | None = None) -> None:
+        self.data, self.size, self.seed, self.plain_from = data, size, seed, plain_from
         roots = np.sqrt([math.prod(pair.shape) for pair in data.train])
         self.odds = roots / roots.sum()
 
     def __getitem__(self, index: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         """Images (N, channels, size, size) float32 and classes (N, size, size) int64."""
         step, first, last = index
+        plain = self.plain_from is not None and step >= self.plain_from
         windows = []
         for place in range(first, last):
             rng = np.random.default_rng([self.seed, step, place])
             pair = self.data.train[rng.choice(len(self.odds), p=self.odds)]
-            windows.append(window(pair, self.size, self.data.channels, self.data.classes, rng))
+            windows.append(window(pair, self.size, self.data.channels, self.data.classes, rng, plain))
         images, masks = zip(*windows, strict=True)
         return torch.stack(images), torch.stack(masks)
 
@@ -52,11 +54,16 @@ def indices(first_step: int, steps: int, batch: int, rank: int, processes: int) 
         yield step, rank * share, (rank + 1) * share
 
 
-def window(pair: Pair, size: int, channels: int, classes: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """A square window, zoomed to ``size``, under one of the eight symmetries of the square, at random exposure."""
+def window(
+    pair: Pair, size: int, channels: int, classes: int, rng: np.random.Generator, plain: bool = False
+) -> tuple[Tensor, Tensor]:
+    """A square window, zoomed to ``size``, under one of the eight symmetries of the square, at random exposure.
+
+    ``plain``: as it is, but for the symmetry, and the zoom of an image that is smaller than ``size``.
+    """
     image, mask = pair.read(classes)
     h, w = mask.shape
-    side = max(1, min(round(size * rng.uniform(*ZOOM)), h, w))
+    side = max(1, min(size if plain else round(size * rng.uniform(*ZOOM)), h, w))
     top, left = int(rng.integers(0, h - side + 1)), int(rng.integers(0, w - side + 1))
     foreground = np.flatnonzero(mask) if rng.random() < AROUND_FOREGROUND else ()
     if len(foreground):
@@ -70,6 +77,8 @@ def window(pair: Pair, size: int, channels: int, classes: int, rng: np.random.Ge
     x, y = torch.rot90(x, turns, (1, 2)), torch.rot90(y, turns, (0, 1))
     if rng.random() < 0.5:
         x, y = x.flip(2), y.flip(1)
+    if plain:
+        return x.contiguous(), y.contiguous()
     # Brightness: gamma, gain, offset; then the noise of a camera.
     x = x ** math.exp(rng.normal(0, 0.3)) * math.exp(rng.normal(0, 0.15)) + rng.normal(0, 0.03)
     noise = rng.standard_normal(x.shape, dtype=np.float32) * np.float32(abs(rng.normal(0, 0.02)))

@@ -101,7 +101,7 @@ def fit(
 
         on_gpu = process.device.type == "cuda"
         loader = DataLoader(
-            Windows(data, settings.size, settings.seed),
+            Windows(data, settings.size, settings.seed, settings.plain_from),
             batch_size=None,
             sampler=list(indices(run.step, settings.steps, settings.batch, process.rank, process.count)),
             num_workers=workers,

@@ -32,6 +32,8 @@ class Settings:
         weight_decay: of AdamW.
         warmup: share of the steps over which the rate rises in a line; then it falls along half a cosine.
         dice_weight: of the soft Dice loss beside cross-entropy; 0 leaves cross-entropy alone.
+        plain: share of the steps, the last ones, whose windows are turned and flipped alone, not zoomed nor exposed
+            otherwise: what is learnt then is of images as they are (Ge et al. 2021, arXiv:2107.08430, end so too).
         ema: decay, a step, of the averaged weights, which are validated and saved; 0 for the latest ones.
         every: steps between two validations, each with a checkpoint.
         dtype: "fp32", "bf16" or "fp16", the latter two under autocast; fp16 with a loss scale.
@@ -48,6 +50,7 @@ class Settings:
     weight_decay: float = 1e-3
     warmup: float = 0.1
     dice_weight: float = 1.0
+    plain: float = 0.0
     ema: float = 0.99
     every: int = 100
     dtype: str = "fp32"
@@ -62,6 +65,7 @@ class Settings:
             ("weight_decay", 0, math.inf, "a number of at least 0"),
             ("warmup", 0, 1, "a number in [0, 1)"),
             ("dice_weight", 0, math.inf, "a number of at least 0"),
+            ("plain", 0, math.nextafter(1, 2), "a number in [0, 1]"),
             ("ema", 0, 1, "a number in [0, 1)"),
         ):
             if not low <= getattr(self, name) < high:
@@ -82,6 +86,11 @@ class Settings:
         step = 1 if config.keeps_size else math.lcm(*config.reductions)
         if self.size % step:
             raise TrainingError(f"size: expected a multiple of {step} for this network, got {self.size}")
+
+    @property
+    def plain_from(self) -> int:
+        """The first step of ``plain`` windows, counted from 0."""
+        return self.steps - round(self.plain * self.steps)
 
     def rate(self, step: int) -> float:
         """Learning rate of ``step``, counted from 0, as a share of ``lr``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,32 @@ def test_windows_show_all_eight_symmetries(levels: Pair, seed: int) -> None:
         seen += [np.array_equal(y, m) for m in turned]
     assert seen.sum() == 160
     assert seen.min() > 3  # of 20 expected
+
+
+def test_plain_windows_are_the_image_turned(levels: Pair, rng: np.random.Generator) -> None:
+    """Every grey level as it is, and no zoom: each is a part of the image in one of eight symmetries."""
+    whole = rng.permutation(33 * 21).reshape(33, 21).astype(np.float32)
+    pair = dataclasses.replace(
+        levels, shape=whole.shape, limits=(0.0, 693.0), kept=(whole, (whole > 300).astype(np.uint8))
+    )
+    for draw in range(20):
+        x, y = window(pair, 16, 1, 2, np.random.default_rng([draw, int(rng.integers(2**31))]), plain=True)
+        values = (x[0] * 693).round()
+        assert torch.equal(y, (values > 300).long())
+        rows, columns = np.divmod([np.flatnonzero(whole == v)[0] for v in values.flatten()], 21)
+        assert np.ptp(rows) == np.ptp(columns) == 15 and len({*zip(rows, columns, strict=True)}) == 256
+        neighbours = np.abs(np.diff(rows.reshape(16, 16))) + np.abs(np.diff(columns.reshape(16, 16)))
+        assert (neighbours == 1).all()
+
+
+def test_the_last_steps_are_plain(data: train.Data) -> None:
+    settings = train.Settings(steps=10, plain=0.3)
+    assert settings.plain_from == 7
+    assert [train.Settings(steps=10, plain=share).plain_from for share in (0, 1)] == [10, 0]
+    varied, plain, mixed = (Windows(data, 16, 5, step) for step in (None, 0, settings.plain_from))
+    assert torch.equal(mixed[6, 0, 4][0], varied[6, 0, 4][0])
+    assert torch.equal(mixed[7, 0, 4][0], plain[7, 0, 4][0])
+    assert not torch.equal(plain[7, 0, 4][0], varied[7, 0, 4][0])
 
 
 def test_windows_vary_in_gamma_gain_offset_and_noise(levels: Pair, seed: int) -> None:

@@ -129,7 +129,7 @@ def test_a_final_sigmoid_changes_neither_loss_nor_dice(seed: int, folder: Path, 
     ("name", "value"),
     [
         ("steps", 0), ("batch", 1.5), ("size", -1), ("every", 0), ("lr", 0.0), ("lr", math.nan), ("weight_decay", -1),
-        ("warmup", 1.0), ("dice_weight", -0.1), ("ema", 1.0), ("dtype", "fp8"), ("seed", -1),
+        ("warmup", 1.0), ("dice_weight", -0.1), ("plain", 1.1), ("ema", 1.0), ("dtype", "fp8"), ("seed", -1),
     ],
 )  # fmt: skip
 def test_wrong_settings_are_named(name: str, value: Any) -> None:
