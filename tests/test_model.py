@@ -206,9 +206,7 @@ class TestFoldedNorm:
         self.agree(*nets)
         kept = {conv: prepared.weights[torch.float64, False][0] for conv, prepared in fast._prepared.items()}
         self.agree(*nets)
-        assert kept and all(
-            fast._prepared[conv].weights[torch.float64, False][0] is weight for conv, weight in kept.items()
-        )
+        assert kept and all(fast._prepared[conv].weights[torch.float64, False][0] is kept[conv] for conv in kept)
 
     def test_one_dtypes_are_not_let_go_for_anothers(self, nets):
         """A captured graph may be reading them."""
@@ -218,9 +216,7 @@ class TestFoldedNorm:
             kept = {conv: prepared.weights[torch.float32, False][0] for conv, prepared in fast._prepared.items()}
             with torch.autocast("cpu", torch.bfloat16):
                 fast(x)
-        assert kept and all(
-            fast._prepared[conv].weights[torch.float32, False][0] is weight for conv, weight in kept.items()
-        )
+        assert kept and all(fast._prepared[conv].weights[torch.float32, False][0] is kept[conv] for conv in kept)
 
     @staticmethod
     def step(net):

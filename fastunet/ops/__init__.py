@@ -113,8 +113,7 @@ def _autocast(x: Tensor, *others: Tensor | None) -> tuple:
     if not torch.is_autocast_enabled(x.device.type):
         return x, *others
     dtype = torch.get_autocast_dtype(x.device.type)
-    stay = lambda t: t is None or t.dtype == torch.float64 or t.dim() == 2
-    return tuple(t if stay(t) else t.to(dtype) for t in (x, *others))
+    return tuple(t if t is None or t.dtype == torch.float64 or t.dim() == 2 else t.to(dtype) for t in (x, *others))
 
 
 def _slope(relu: bool, negative_slope: float) -> float:

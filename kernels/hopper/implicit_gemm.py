@@ -220,7 +220,7 @@ def _finish_tile(
     BLOCK_W: gl.constexpr, SPLITS: gl.constexpr, FILTER_ROWS: gl.constexpr, CLASSES: gl.constexpr,
     MOMENTS: gl.constexpr,
 ):  # fmt: skip
-    """Factor, bias, activation; then store, with the max-pool, or the head's result. A split K loop's share as it is."""
+    """Factor, bias, activation; then store, with max-pool, or the head's result. A split K loop's share as it is."""
     if SPLITS == 1:
         co = co0 + gl.arange(0, 64, gl.SliceLayout(1, acc.type.layout))
         channel = co

@@ -239,9 +239,8 @@ def test_windows_show_all_eight_symmetries(levels: Pair, seed: int) -> None:
 def test_plain_windows_are_the_image_turned(levels: Pair, rng: np.random.Generator) -> None:
     """Every grey level as it is, and no zoom: each is a part of the image in one of eight symmetries."""
     whole = rng.permutation(33 * 21).reshape(33, 21).astype(np.float32)
-    pair = dataclasses.replace(
-        levels, shape=whole.shape, limits=(0.0, 693.0), kept=(whole, (whole > 300).astype(np.uint8))
-    )
+    kept = whole, (whole > 300).astype(np.uint8)
+    pair = dataclasses.replace(levels, shape=whole.shape, limits=(0.0, 693.0), kept=kept)
     for draw in range(20):
         x, y = window(pair, 16, 1, 2, np.random.default_rng([draw, int(rng.integers(2**31))]), plain=True)
         values = (x[0] * 693).round()
