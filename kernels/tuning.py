@@ -229,7 +229,8 @@ def wgrad_configs(
         blocks = [(power_of_2(out_channels, 16, 128), power_of_2(c, 16, 128)) for c in columns]
         pixels, stages = 32 if dtype == torch.float32 else 64, 3
         if min(block_co * block_c for block_co, block_c in blocks) <= 32 * 32:
-            pixels = 32  # of 64, sm_80 spills their addresses
+            # Of 64 sm_80 spills their addresses; of 32 in 2 rows of 16 sm_90a spills two registers, by Triton 3.9.
+            pixels, width = 32, min(width, 8)
     tile = _tile(pixels, height, width)
     return [
         WgradConfig(*block, *tile, num_warps=8 if math.prod(block) > 64 * 128 else 4, num_stages=stages)
