@@ -8,6 +8,7 @@ operator of :mod:`fastunet.ops` must equal, written with nothing but torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,10 +47,19 @@ def conv2d_relu(
     """
     zeros = weight.shape[-1] // 2 if padding == "same" else 0
     if bias is not None and bias.dim() == 2:
-        y, (factor, added) = F.conv2d(x, weight, None, tuple(stride), zeros), bias
-        nothing, one = torch.zeros_like(factor), torch.ones_like(factor)
-        return batch_norm_relu(y, factor, added, 0.0, slope, nothing, one)
+        y, dtype = F.conv2d(x, weight, None, tuple(stride), zeros), torch.promote_types(x.dtype, bias.dtype)
+        factor, added = bias.to(dtype).unbind()
+        # Of a GPU they are not kept: in the capture of a graph they would be the graph's.
+        standard = _standard if bias.device.type == "cpu" else _standard.__wrapped__
+        return batch_norm_relu(y, factor, added, 0.0, slope, *standard(len(factor), dtype, bias.device))
     return activate_(F.conv2d(x, weight, bias, tuple(stride), zeros), slope)
+
+
+@lru_cache(maxsize=64)
+def _standard(channels: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Statistics that a batch norm leaves its input as it is by: mean 0 and variance 1."""
+    with torch.inference_mode(False):  # they outlive the call
+        return torch.zeros(channels, dtype=dtype, device=device), torch.ones(channels, dtype=dtype, device=device)
 
 
 def upsample(x: Tensor, mode: str, align_corners: bool) -> Tensor:

@@ -11,8 +11,8 @@ loop runs over taps and BLOCK_K channels (implicit_gemm.py). Tiles start on even
 so that the pool comes from the same registers. TMA boxes are of neighbours, so a stride takes pointers.
 A head is of a tile that holds all output channels; y is then never written.
 
-Shapes: x (N, C, H, W), weight (O, C, K, K), bias (O,); float16, bfloat16 or float32. Or bias (2, O), float32 beside
-16-bit maps: the first row are factors of the sums, a batch norm's, which multiplied into the weights would be rounded.
+Shapes: x (N, C, H, W), weight (O, C, K, K), bias (O,); float16, bfloat16 or float32. Or bias (2, O), of
+float32 or of x's dtype: the first row are factors of the sums, a batch norm's, which 16-bit weights would round.
 """
 
 from __future__ import annotations

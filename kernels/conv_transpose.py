@@ -28,6 +28,7 @@ from .tensors import (
     tma_serves,
     unit_channel_stride,
     weight_descriptor,
+    without_factors,
     without_graph,
 )
 from .tuning import ConvConfig, capability, conv_config
@@ -99,6 +100,7 @@ def conv_transpose_fwd(
     Returns:
         y (N, O, H, W), channels_last.
     """
+    without_factors(bias)
     x = unit_channel_stride(x)
     (n, c, h, w), (_, o, *filter_size) = x.shape, weight.shape
     step = stride or tuple(filter_size)

@@ -85,6 +85,12 @@ def scaled(bias: Tensor | None) -> bool:
     return bias is not None and bias.dim() == 2
 
 
+def without_factors(bias: Tensor | None) -> None:
+    """ValueError for a bias (2, O)."""
+    if bias is not None and bias.dim() != 1:
+        raise ValueError(f"bias: expected shape (O,), of a transposed convolution, got {tuple(bias.shape)}")
+
+
 def head_operands(head: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weight and bias of a 1x1 head behind a convolution, each contiguous; ValueError for what no tile holds."""
     classes, channels = head.shape[:2]

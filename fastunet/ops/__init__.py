@@ -166,7 +166,8 @@ def conv2d_relu(
         x: (N, C, H, W), any strides; float16, bfloat16, float32 (float64 through plain torch).
         weight: (O, C, 3, 3) or (O, C, 1, 1), of x's dtype; channels_last spares a copy.
         bias: (O,) or None. Or (2, O), float32 or of x's dtype, without gradients: what the channels' sums are
-            multiplied by and what is added then, as a batch norm does, before the result is rounded.
+            multiplied by and what is added then, as a batch norm does. Kernels round the result alone; PyTorch's
+            path rounds the sums too, as eager does, and overflows where that does.
         relu: apply the activation.
         negative_slope: of a leaky ReLU; 0 is the plain one.
         pool: also return the 2x2 max-pool.
@@ -216,7 +217,7 @@ def conv2d_relu_head(
     if head_bias is not None:
         _check(head_bias.shape == head.shape[:1], "head_bias", f"shape ({len(head)},)", tuple(head_bias.shape))
     _check_alike(x, weight=weight, head=head, head_bias=head_bias)
-    _check_bias(bias, x, weight, head, head_bias)
+    _check_bias(bias, x, weight)
     given = x, weight, bias, head, head_bias
     if at_once(x):
         return forward.conv2d_relu_head_torch(*given, _slope(relu, negative_slope))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import tempfile
@@ -17,7 +18,7 @@ from .. import weights
 from ..files import atomic_write
 from ..reference import UNet
 from . import curves
-from .settings import TrainingError
+from .settings import Settings, TrainingError
 
 if TYPE_CHECKING:
     from .loop import Point
@@ -73,9 +74,11 @@ def _state(out: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any] 
     except Exception as error:  # damaged archives raise many types
         reason = str(error).partition("\n")[0] or repr(error)
         raise TrainingError(f"{path}: cannot be read ({reason}); {another}") from None
+    # A run from before a setting was there ran by its default.
+    settings = dataclasses.asdict(Settings()) | found["settings"]
     for name, value in identity["settings"].items():
-        if found["settings"].get(name) != value:
-            has = f"the run in {out} has {found['settings'].get(name)!r}, got {value!r}"
+        if settings[name] != value:
+            has = f"the run in {out} has {settings[name]!r}, got {value!r}"
             raise TrainingError(f"{name}: {has}; {another}")
     theirs, ours = json.loads(found["config"]), json.loads(identity["config"])
     other = [name for name in ours if theirs.get(name) != ours[name]]

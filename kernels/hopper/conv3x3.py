@@ -29,7 +29,15 @@ from torch import Tensor
 
 from .. import commuted
 from ..norm import Moments, merged_statistics, statistics
-from ..tensors import bias_or_zeros, empty_channels_last, head_operands, packed_weight, scaled, without_graph
+from ..tensors import (
+    bias_or_zeros,
+    empty_channels_last,
+    head_operands,
+    packed_weight,
+    scaled,
+    without_factors,
+    without_graph,
+)
 from ..tuning import pointwise_config
 from ..upsample_concat import upsample_concat_fwd
 from .compat import OVERLAPPING_WINDOWS, TensorDescriptor, gdc_launch_dependents, gdc_wait, gl, gluon, mbarrier
@@ -149,6 +157,8 @@ def _launch(
     obstacle = why_not(channels, o, dtype, tf32=tf32, padding=(top, left))
     if obstacle is not None:
         raise ValueError(f"x: the Hopper kernels cannot serve it: {obstacle}")
+    if transposed:
+        without_factors(bias)
     if y.numel() == 0:
         return None
     bias = bias_or_zeros(bias, o, y)

@@ -73,6 +73,11 @@ def test_two_sources(launch, mode, corners, precision, make, factors):
     check(precision, y, upsample_concat_conv2d_relu, x, skip, weight, bias, mode, corners, 0.0)
 
 
+def test_a_transposed_convolution_takes_none(make, factors):
+    with pytest.raises(ValueError, match=r"bias: expected shape \(O,\), of a transposed convolution, got \(2, 5\)"):
+        kernels.conv_transpose_fwd(make("fp16", 1, 8, 4, 3), make("fp16", 8, 5, 2, 2), factors(5))
+
+
 def test_no_skip_comes_in(make, factors):
     x, skip, weight, bias = make("fp16", 1, 8, 4, 3), make("fp16", 1, 0, 8, 6), make("fp16", 5, 8, 3, 3), factors(5)
     y = kernels.upconcat_conv3x3_commuted_fwd(x, skip, weight, bias, mode="nearest", align_corners=False, slope=0.0)
