@@ -1,7 +1,7 @@
 """A decoder's first convolution with the upsampling behind its products: 4x fewer of them on the upsampled channels.
 
-    y[n, o, u, v] = act(b[o] + t[n, o, u, v] + sum over taps (i, j) of pad(up(z_ij))[n, o, u + i - 1, v + j - 1])
-    z_ij = weight[:, :C1, i, j] x    at x's resolution, t = weight[:, C1:] * skip    (* is 3x3, zeros around)
+    y[n, o, u, v] = act(t[n, o, u, v] + sum over taps (i, j) of pad(up(z_ij))[n, o, u + i - 1, v + j - 1])
+    z_ij = weight[:, :C1, i, j] x    at x's resolution, t = b + weight[:, C1:] * skip    (* is 3x3, zeros around)
 
 which is exact, for a product mixes channels and ``up`` mixes pixels. z and t are two convolutions of
 conv3x3.py or hopper/conv3x3.py, kept in float32 so that nothing is rounded twice; what is left is a gather.
@@ -30,9 +30,8 @@ from .upsample_concat import load_upsampled
 
 @triton.jit
 def _gather_taps_kernel(
-    z_ptr, t_ptr, bias_ptr, y_ptr, pixels, O, h, w, H, W, top, left,
-    SKIP: tl.constexpr, MODE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, SCALED: tl.constexpr, SLOPE: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    z_ptr, t_ptr, y_ptr, pixels, O, h, w, H, W, top, left,
+    MODE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, SLOPE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(O, BLOCK_C)
     pixel = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -42,9 +41,7 @@ def _gather_taps_kernel(
     column = (pixel % W).to(tl.int32)
     mask = (pixel < pixels)[:, None] & (c < O)[None, :]
     offset = pixel[:, None] * O + c[None, :]
-    acc = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    if SKIP:
-        acc = tl.load(t_ptr + offset, mask=mask, other=0.0)
+    acc = tl.load(t_ptr + offset, mask=mask, other=0.0)
     for tap in range(9):
         # Where the tap stands in the padded map, which is zero around, and from there in the upsampled one.
         i, j = row + tap // 3 - 1, column + tap % 3 - 1
@@ -53,10 +50,6 @@ def _gather_taps_kernel(
         acc += load_upsampled(
             z_ptr, origin, tap * O + c, u, v, mask & inside[:, None], h, w, w * 9 * O, 9 * O, MODE, ALIGN_CORNERS
         )
-    if SCALED:
-        acc *= tl.load(bias_ptr + c, mask=c < O, other=0.0).to(tl.float32)[None, :]
-        bias_ptr += O
-    acc += tl.load(bias_ptr + c, mask=c < O, other=0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + offset, activate(acc, SLOPE).to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -83,13 +76,19 @@ def upconcat_conv3x3_commuted_fwd(
     if y.numel() == 0:
         return y
     taps = weight[:, :c1].permute(2, 3, 0, 1).reshape(9 * o, c1, 1, 1)
-    z = conv(x, taps, None, slope=1.0, tf32=tf32, out_dtype=torch.float32)
-    t = conv(skip, weight[:, c1:], None, slope=1.0, tf32=tf32, out_dtype=torch.float32) if c2 else None
+    factors = None
+    if bias is not None and scaled(bias):  # of the sums of both
+        factors = torch.stack([bias[0], torch.zeros_like(bias[0])]).repeat(1, 9)
+    z = conv(x, taps, factors, slope=1.0, tf32=tf32, out_dtype=torch.float32)
+    if c2:
+        t = conv(skip, weight[:, c1:], bias, slope=1.0, tf32=tf32, out_dtype=torch.float32)
+    else:  # no skip comes in
+        added = bias_or_zeros(bias, o, y)
+        added = added[1] if scaled(bias) else added
+        t = empty_channels_last(y, o, height, width, torch.float32).copy_(added[:, None, None])
     config, pixels = gather_config(o), n * height * width
     _gather_taps_kernel[(triton.cdiv(pixels, config.block_p) * triton.cdiv(o, config.block_c),)](
-        z, t, bias_or_zeros(bias, o, y), y, pixels, o, h, w, height, width,
-        (height - 2 * h) // 2, (width - 2 * w) // 2,
-        SKIP=t is not None, MODE=mode, ALIGN_CORNERS=align_corners, SCALED=scaled(bias), SLOPE=slope,
-        **config.options(),
+        z, t, y, pixels, o, h, w, height, width, (height - 2 * h) // 2, (width - 2 * w) // 2,
+        MODE=mode, ALIGN_CORNERS=align_corners, SLOPE=slope, **config.options(),
     )  # fmt: skip
     return y

@@ -19,6 +19,10 @@ def _taken(t):
 OP_ARGUMENTS = {
     "conv2d_relu": lambda t: (OPS.conv2d_relu.default, (t(2, 3, 5, 6), t(4, 3, 3, 3), t(4), 0.1, *SAME)),
     "conv2d_relu no bias": lambda t: (OPS.conv2d_relu.default, (t(2, 3, 1, 1), t(1, 3, 1, 1), None, 1.0, *SAME)),
+    "conv2d_relu factors": lambda t: (
+        OPS.conv2d_relu.default,
+        (*(x.detach() for x in (t(2, 3, 5, 6), t(4, 3, 3, 3), t(2, 4))), 0.1, *SAME),
+    ),
     "conv2d_relu strided": lambda t: (
         OPS.conv2d_relu.default,
         (t(2, 3, 5, 6), t(4, 3, 3, 3), t(4), 0.1, (2, 3), "same"),

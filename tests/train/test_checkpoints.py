@@ -130,6 +130,8 @@ def test_a_run_is_not_overwritten_nor_continued_as_another(folder: Path, data: t
     (folder / "val" / "labels" / "b.png").unlink()
     with pytest.raises(train.TrainingError, match="^data: the run in"):
         train.fit(new_model(), train.find(folder, 1, 2), out, QUICK, resume=True)
+    with pytest.raises(train.TrainingError, match=f"^plain: the run in {out} has 0.0, got 0.5; with its weights"):
+        train.fit(new_model(), data, out, dataclasses.replace(QUICK, plain=0.5), resume=True)
     assert_same(files_of(out), before)
     (out / "last.pt").write_bytes((out / "last.pt").read_bytes()[:-100])
     with pytest.raises(
@@ -166,6 +168,17 @@ def test_processes_that_see_different_runs_do_not_go_on(data: train.Data, tmp_pa
     process = OneOfTwo(torch.device("cpu"), count=2)
     with pytest.raises(train.TrainingError, match=r"one folder for all processes.* at steps \[2, 0\]"):
         train.fit(new_model(), data, tmp_path, QUICK, process=process, resume=True)
+
+
+def test_a_run_from_before_a_setting_was_there_goes_on(data: train.Data, tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        train.fit(new_model(), data, tmp_path, QUICK, on_step=stop_at(3))
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    del state["settings"]["plain"]
+    torch.save(state, tmp_path / "last.pt")
+    with pytest.raises(train.TrainingError, match=f"^plain: the run in {tmp_path} has 0.0, got 1.0"):
+        train.fit(new_model(), data, tmp_path, dataclasses.replace(QUICK, plain=1.0), resume=True)
+    assert train.fit(new_model(), data, tmp_path, QUICK, resume=True)[-1].step == QUICK.steps
 
 
 @pytest.mark.parametrize("resume", [False, True])
