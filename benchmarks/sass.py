@@ -2,6 +2,7 @@
 
     python benchmarks/sass.py                 # sm_80 and sm_90a, all kernels: about 8 minutes
     python benchmarks/sass.py --once          # each configuration once
+    python benchmarks/sass.py --once --share 0.3  # of the portable kernels' some, drawn anew, one of each at least
     python benchmarks/sass.py --portable tf32 --hopper fp16  # of each kind of kernels those dtypes alone
     python benchmarks/sass.py --json FILE     # the same table as JSON lines
 
@@ -20,6 +21,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import random
 import re
 import subprocess
 import sys
@@ -94,14 +96,18 @@ class StandInDriver:
 
 
 @contextlib.contextmanager
-def compiled_for(arch: int, *, once: bool = False) -> Iterator[list[Compiled]]:
+def compiled_for(
+    arch: int, *, once: bool = False, chosen: Callable[[], bool] = lambda: True
+) -> Iterator[list[Compiled]]:
     """Within the block every launch is compiled for ``arch`` and collected, and none is made.
 
     Args:
         once: of the kernels that differ only in which of their arguments divide by 16 or are 1, the first.
+        chosen: asked for each of a kernel's configurations but the first whether it is compiled, where ``once``.
     """
     collected: list[Compiled] = []
     configurations: set[Any] = set()
+    functions: set[Any] = set()
     run, capability = JITFunction.run, tuning.capability
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
@@ -110,6 +116,9 @@ def compiled_for(arch: int, *, once: bool = False) -> Iterator[list[Compiled]]:
         if once and configuration in configurations:
             return None
         configurations.add(configuration)
+        if once and self in functions and not chosen():
+            return None
+        functions.add(self)
         with contextlib.redirect_stdout(io.StringIO()) as report:
             kernel = run(self, *args, grid=grid, warmup=True, **options)
         if all(kernel is not seen.kernel for seen in collected):
@@ -122,8 +131,9 @@ def compiled_for(arch: int, *, once: bool = False) -> Iterator[list[Compiled]]:
         module.capability = lambda device: divmod(arch, 10)
     driver.set_active(StandInDriver(arch))  # pyright: ignore[reportArgumentType]
     try:
-        with knobs.nvidia.scope():
+        with knobs.nvidia.scope(), knobs.compilation.scope():
             knobs.nvidia.dump_ptxas_log = True
+            knobs.compilation.disable_line_info = True  # which nobody reads here, and takes a twelfth of the time
             yield collected
     finally:
         JITFunction.run = run  # type: ignore[method-assign]
@@ -319,14 +329,15 @@ def examine(compiled: Compiled, arch: int, dtype: str) -> Row:
     )
 
 
-def compile_all(job: tuple[str, int, str, bool]) -> list[Row]:
+def compile_all(job: tuple[str, int, str], once: bool, share: float, seed: int) -> list[Row]:
     """Rows of one kind of kernels, architecture and dtype."""
-    kind, arch, dtype, once = job
+    kind, arch, dtype = job
+    numbers = random.Random(seed)
     if kind == "hopper":
-        found = hopper_launches(DTYPES[dtype], full=dtype != "bf16")  # bf16 has fp16's instructions
+        found, share = hopper_launches(DTYPES[dtype], full=dtype != "bf16"), 1.0  # bf16 has fp16's instructions
     else:
         found = launches(DTYPES[dtype], tf32=dtype != "ieee")
-    with compiled_for(arch, once=once) as collected:
+    with compiled_for(arch, once=once, chosen=lambda: numbers.random() < share) as collected:
         for launch in found:
             launch()
     return [examine(compiled, arch, dtype) for compiled in collected]
@@ -340,16 +351,21 @@ def main() -> int:
             f"--{kind}", action="append", choices=dtypes, help="default all, unless the other kind is named"
         )
     parser.add_argument("--once", action="store_true", help="not for every alignment of arguments")
+    parser.add_argument("--share", type=float, default=1.0, metavar="X", help="of the portable kernels, with --once")
+    parser.add_argument("--seed", type=int, default=random.randrange(2**31), help="of what is drawn; default another")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON lines")
     arguments = parser.parse_args()
     portable, hopper = arguments.portable or [], arguments.hopper or []
     if not portable and not hopper:
         portable, hopper = DTYPES, HOPPER_DTYPES
+    if arguments.share < 1 and not arguments.once:
+        parser.error("--share: expected beside --once")
     arches = arguments.arch or ARCHES
-    jobs = [("hopper", 90, dtype, arguments.once) for dtype in hopper if 90 in arches]
-    jobs += [("portable", arch, dtype, arguments.once) for arch in arches for dtype in portable]
+    jobs = [("hopper", 90, dtype) for dtype in hopper if 90 in arches]
+    jobs += [("portable", arch, dtype) for arch in arches for dtype in portable]
+    how = {"once": arguments.once, "share": arguments.share, "seed": arguments.seed}
     with ProcessPoolExecutor(max_workers=2) as pool:
-        rows = [row for part in pool.map(compile_all, jobs) for row in part]
+        rows = [row for part in pool.map(partial(compile_all, **how), jobs) for row in part]
     table = Table(title=f"Ahead-of-time compilation, Triton {triton.__version__}")
     for name in ("kernel", "arch", "dtype", "tile", "registers", "spills", "shared", "MMA", "faults"):
         table.add_column(name, justify="right" if name in ("registers", "spills", "shared") else "left", no_wrap=True)
@@ -360,7 +376,8 @@ def main() -> int:
     if arguments.json:
         arguments.json.write_text("".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
     bad = [row for row in rows if row.faults]
-    print(f"{len(rows)} kernels compiled, {len(bad)} with faults")
+    drawn = f" (--share {arguments.share} --seed {arguments.seed})" if arguments.share < 1 else ""
+    print(f"{len(rows)} kernels compiled{drawn}, {len(bad)} with faults")
     return 1 if bad or not rows else 0
 
 

@@ -47,6 +47,7 @@ def quick_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     from . import interpreter
 
     interpreter.remembering_types(monkeypatch)
+    interpreter.checking_operands_once(monkeypatch)
     interpreter.summing_in_a_tree(monkeypatch)
     if request.node.get_closest_marker("overflow") is None:
         interpreter.without_search_for_overflow(monkeypatch)

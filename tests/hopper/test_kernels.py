@@ -15,15 +15,14 @@ from fastunet.parity.configs import _check_config
 from fastunet.parity.launches import launches, with_moments
 from fastunet.reference import conv2d_relu
 
-from ..kernels.conftest import check, make
+from ..kernels.conftest import WITHOUT_IEEE, check, make, precision
 from ..kernels.test_head import with_head
 from .conftest import config_of
 
-__all__ = ["make"]  # a fixture
+__all__ = ["make", "precision"]  # fixtures
 
 pytestmark = pytest.mark.usefixtures("poisoned", "emulate")
 
-PRECISIONS = ("fp16", "bf16", "tf32")
 # Each a kind of tile. Windows of 8 columns begin at the least offset that they may.
 CONFIGS = [
     pytest.param(config_of(64, (1, 4, 8), True, 2, 3), id="in-turns-halo"),
@@ -44,7 +43,7 @@ def check_conv_relu_pool(config, shape, precision, make):
     assert torch.equal(pooled, F.max_pool2d(y, 2))
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", WITHOUT_IEEE, indirect=True)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_an_odd_map_and_part_of_a_block(config, precision, make):
     check_conv_relu_pool(config, (3, 96, 5, 11, 72), precision, make)
@@ -96,7 +95,7 @@ def test_the_same_on_every_schedule(emulate, make):
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", WITHOUT_IEEE, indirect=True)
 @pytest.mark.parametrize(
     "mode, config",
     [
@@ -133,7 +132,7 @@ def test_a_float32_result_is_not_rounded_to_less(config, make):
     check("ieee", y, conv2d_relu, x.float(), weight.float(), bias.float(), 0.0)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", WITHOUT_IEEE, indirect=True)
 @pytest.mark.parametrize("mode, corners", [("nearest", False), ("bilinear", False), ("bilinear", True)])
 def test_upsampling_behind_the_products(mode, corners, precision, make):
     c1, c2 = (40, 24) if precision == "tf32" else (72, 40)
@@ -144,14 +143,14 @@ def test_upsampling_behind_the_products(mode, corners, precision, make):
     check(precision, y, reference.upsample_concat_conv2d_relu, x, skip, weight, bias, mode, corners, 0.1)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", WITHOUT_IEEE, indirect=True)
 def test_one_by_one(precision, make):
     config = config_of(128, (2, 4, 8), False, 2, 2)
     x, weight, bias = make(precision, 3, 72, 5, 6), make(precision, 136, 72, 1, 1, fan_in=72), make(precision, 136)
     check(precision, hopper.conv_fwd(x, weight, bias, slope=1.0, config=config), conv2d_relu, x, weight, bias, 1.0)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", WITHOUT_IEEE, indirect=True)
 @pytest.mark.parametrize("o", [16, 72], ids=["both-columns-in-a-tile", "a-tile-of-both-columns"])
 @pytest.mark.parametrize(
     "config", [config_of(128, (2, 4, 8), False, 2, 2), config_of(64, (1, 4, 16), False, 3, 3)], ids=["128", "64"]
@@ -183,7 +182,7 @@ def test_the_configuration_of_choice(n, h, w, make):
     check("bf16", y, conv2d_relu, x, weight, None, 0.0)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", WITHOUT_IEEE, indirect=True)
 @pytest.mark.parametrize("o, classes", [(64, 2), (24, 5)], ids=["whole", "fewer-channels"])
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[2]])
 def test_a_head(config, o, classes, precision, make):
@@ -228,7 +227,7 @@ def check_moments(precision, got, plain, tensors, per_image):
 
 
 @pytest.mark.parametrize("per_image", [False, True], ids=["batch", "image"])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", WITHOUT_IEEE, indirect=True)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_moments_come_with_a_map(config, precision, per_image, make):
     """Of parts of tiles too; where a tile has several images, or a share of the K loop, by a pass of their own."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fastunet import kernels
 from fastunet.reference import conv2d_relu
 
-from .conftest import PRECISIONS, check, far_apart
+from .conftest import PRECISIONS, WITHOUT_IEEE, check, far_apart
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -43,7 +43,7 @@ def test_conv_relu_pool(shape, precision, make):
     check_conv_relu_pool(shape, precision, make)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "tf32"])
+@pytest.mark.parametrize("precision", WITHOUT_IEEE, indirect=True)
 @pytest.mark.parametrize("shape", TILE_SHAPES)
 def test_conv_relu_pool_tiles(shape, precision, make):
     check_conv_relu_pool(shape, precision, make)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fastunet import kernels, reference
 
-from .conftest import PRECISIONS, check, far_apart
+from .conftest import PRECISIONS, WITHOUT_IEEE, check, far_apart
 from .test_conv import STRIDES
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -58,7 +58,7 @@ def test_upsample_concat_conv(x_shape, skip_shape, mode, precision, make):
     check(precision, y, reference.upsample_concat_conv2d_relu, x, skip, weight, bias, *mode, 0.0)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "tf32"])  # the products are tested with the convolution
+@pytest.mark.parametrize("precision", WITHOUT_IEEE, indirect=True)  # the products are tested with the convolution
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("x_shape, skip_shape", SOURCES)
 def test_upsampling_behind_the_products(x_shape, skip_shape, mode, precision, make):
@@ -70,7 +70,7 @@ def test_upsampling_behind_the_products(x_shape, skip_shape, mode, precision, ma
     check(precision, y, reference.upsample_concat_conv2d_relu, x, skip, weight, bias, *mode, 0.1)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "tf32"])  # float32 without tf32 never takes TMA
+@pytest.mark.parametrize("precision", WITHOUT_IEEE, indirect=True)  # float32 without tf32 never takes TMA
 @pytest.mark.parametrize(
     "x_shape, skip_shape, o",
     [
