@@ -13,7 +13,7 @@ import torch
 from . import dispatch, ops
 from .built import as_built
 from .config import UNetConfig
-from .model import FastUNet
+from .model import FastUNet, is_small
 from .trace import Layer, Shape, describe_bytes, describe_flops, joins_head, totals, trace
 
 
@@ -176,7 +176,7 @@ def explain_config(
         layers = trace(config, height, width, batch)
     except ValueError as error:  # of sizes that strides do not divide
         raise ValueError(f"input_size: {error}") from None
-    rows = [Row(layer, _choose(layer, config, device, dtype), dtype) for layer in layers]
+    rows = [Row(layer, _choose(layer, config, size, device, dtype), dtype) for layer in layers]
     if joins_head(config, layers):
         rows[-2:] = _with_head(rows[-2], rows[-1], device)
     return Explanation((batch, channels, height, width), device, dtype, tuple(rows))
@@ -198,14 +198,21 @@ def _with_head(conv: Row, head: Row, device: torch.device) -> tuple[Row, Row]:
     return part(conv, first), part(head, dispatch.Choice(choice.implementation, f"in one pass with {layer.name}"))
 
 
-def _choose(layer: Layer, config: UNetConfig, device: torch.device, dtype: torch.dtype) -> dispatch.Choice:
+def _choose(
+    layer: Layer, config: UNetConfig, input_size: Sequence[int], device: torch.device, dtype: torch.dtype
+) -> dispatch.Choice:
     """What serves one layer in eval mode, and why."""
     plain = "cudnn" if device.type == "cuda" else "reference"
     sizes = layer.in_shapes, layer.weight_shape
     choice = ops.choose(layer.op, *sizes, device, dtype, layer.mode, geometry=layer.geometry)
     if device.type == "cpu" and dispatch.asked_for() is None:
-        cause = "without padding" if config.padding == "valid" else "with instance norm"
-        if config.padding == "valid" or config.norm == "instance":
+        causes = {
+            "without padding": config.padding == "valid",
+            "with instance norm": config.norm == "instance",
+            "with such small layers": is_small(config, input_size, dtype),
+        }
+        cause = next((words for words, holds in causes.items() if holds), None)
+        if cause is not None:
             why = dispatch.choose(device, dtype).reason
             return dispatch.Choice(plain, f"{why}; {cause} the reference network runs as it is")
     implementation = plain if choice.implementation == "torch" else choice.implementation

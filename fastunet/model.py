@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,19 @@ from torch import Tensor, nn
 
 from . import checkpoint, dispatch, hub, ops
 from .built import as_built
+from .config import UNetConfig
 from .graph import Graphs, in_a_users_capture
 from .origin import Origin
 from .reference import UNet, center_crop
 from .sources import Sources
+from .trace import totals, trace
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing.Self is new in Python 3.11
+
+
+# Multiply-adds in a layer, on average, from which a CPU gains by the operators, as measured (benchmarks/NOTES.md).
+LEAST_WORK, LEAST_WORK_IN_16_BITS = 5e6, 3e5
 
 
 class FastUNet(UNet):
@@ -129,9 +136,7 @@ class FastUNet(UNet):
         return self._graphs(self._forward, x, sources) if _cacheable(sources) else self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        if not as_built(self):
-            return super().forward(x).contiguous(memory_format=torch.channels_last)
-        if _plain_torch(x) and self._is_left_to_plain_torch(x):
+        if self.runs_on_plain_torch(x):
             return super().forward(x).contiguous(memory_format=torch.channels_last)
         skips = []
         for down in self.downs:
@@ -148,18 +153,29 @@ class FastUNet(UNet):
         weights = *self._weights(x, conv, norm), *self._weights(x, self.head)
         return self.finish(ops.conv2d_relu_head(x, *weights, **act))
 
+    def runs_on_plain_torch(self, x: Tensor) -> bool:
+        """Whether ``x``, as things are, goes through the reference's forward pass, without an operator of ours."""
+        return (_plain_torch(x) and self._is_left_to_plain_torch(x)) or not as_built(self)
+
     def _is_left_to_plain_torch(self, x: Tensor) -> bool:
         """Whether a CPU does better without the operators, and nobody asked for them.
 
         Without padding the crops and copies between layers eat what channels_last gives. Norms want NCHW: instance
         norm copies channels_last maps there and back, which costs more than the layout gives; batch norm where it
         trains takes them as they are and sums over their pixels one by one, with up to 300 times the error. The
-        operators' gradients save memory, and time on a GPU alone: a CPU took twice eager's for small maps.
+        operators' gradients save memory, and time on a GPU alone: a CPU took twice eager's for small maps. In
+        inference they take some 0.05 ms of Python each, which small layers do not make good.
         """
         if dispatch.asked_for() is not None:
             return False
-        trains = _wants_gradient([x, *self.parameters()]) and not ops.is_watched()
-        return trains or self.config.padding == "valid" or self._sums_over_maps()
+        if self.config.padding == "valid" or self._sums_over_maps():
+            return True
+        if ops.is_watched():
+            return False
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        if is_small(self.config, x.shape, dtype):
+            return True
+        return torch.is_grad_enabled() and _wants_gradient([x, *self.parameters()])
 
     def _sums_over_maps(self) -> bool:
         """Whether a norm sums over the map it is given, in its forward pass or for its gradients."""
@@ -238,19 +254,19 @@ class FastUNet(UNet):
 
     def _weights(self, x: Tensor, conv: Any, norm: Any = None, roll: int = 0) -> tuple[Tensor, Tensor | None]:
         """Weight and bias for an operator on ``x``, ``norm`` folded in, the last ``roll`` input channels first."""
-        sources = [conv.weight, conv.bias]
+        weight, bias = conv.weight, conv.bias
+        sources = [weight, bias]
         if norm is not None:
             # Training updates the running statistics without counting a version; the batch counter tells.
             sources += [norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked]
         tensors = [t for t in sources if t is not None]
-        device = conv.weight.device.type
-        dtype = conv.weight.dtype
+        device, dtype = weight.device.type, weight.dtype
         if torch.is_autocast_enabled(device) and dtype != torch.float64:  # as the operators do
             dtype = torch.get_autocast_dtype(device)
         # Products of weights and factors would be rounded to 16 bits; the gradient of x wants them all the same.
         apart = norm is not None and dtype in (torch.float16, torch.bfloat16) and not _wants_gradient([x])
-        if torch.compiler.is_compiling() or not _cacheable(tensors) or in_a_users_capture(conv.weight):
-            return _fold(_rolled(conv.weight, roll), conv.bias, norm, apart)
+        if torch.compiler.is_compiling() or not _cacheable(tensors) or in_a_users_capture(weight):
+            return _fold(_rolled(weight, roll), bias, norm, apart)
         found = self._prepared.get(conv)
         if found is None or not found.sources.are(tensors):
             found = _Prepared(tensors)
@@ -325,6 +341,19 @@ def _plain_torch(x: Tensor) -> bool:
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     return dispatch.choose(x.device, x.dtype).implementation == "torch"
+
+
+def is_small(config: UNetConfig, input_size: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether layers of (N, C, H, W) inputs are too small for a CPU to gain by operators of ours."""
+    n, _, h, w = input_size
+    return _work(config, h, w, n) < (LEAST_WORK_IN_16_BITS if dtype.itemsize == 2 else LEAST_WORK)
+
+
+@lru_cache
+def _work(config: UNetConfig, height: int, width: int, batch: int) -> float:
+    """Multiply-adds of a layer, on average."""
+    layers = trace(config, height, width, batch)
+    return totals(layers)[1] / 2 / len(layers)
 
 
 def _foldable(conv: nn.Module, norm: nn.Module) -> bool:

@@ -15,11 +15,9 @@ class Sources:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         # Aliases keep the memory alive, so that a new tensor cannot appear at an old address.
-        self._seen = [(t.detach(), t._version) for t in tensors]
+        self._alive = [t.detach() for t in tensors]
+        self._seen = [(t.data_ptr(), t._version, t.dtype) for t in tensors]
 
     def are(self, tensors: Sequence[Tensor]) -> bool:
         """Whether ``tensors`` are these, and nothing changed since."""
-        return len(tensors) == len(self._seen) and all(
-            t.data_ptr() == old.data_ptr() and t._version == version and t.dtype == old.dtype
-            for t, (old, version) in zip(tensors, self._seen, strict=True)
-        )
+        return [(t.data_ptr(), t._version, t.dtype) for t in tensors] == self._seen

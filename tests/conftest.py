@@ -55,6 +55,13 @@ def quick_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
         yield
 
 
+@pytest.fixture(autouse=True)
+def operators_for_small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU leaves those to plain PyTorch, which would be tested against itself."""
+    for least in ("LEAST_WORK", "LEAST_WORK_IN_16_BITS"):
+        monkeypatch.setattr(f"fastunet.model.{least}", 0)
+
+
 @pytest.fixture
 def device() -> str:
     """Where kernels run: the GPU if there is one, else the CPU through Triton's interpreter."""

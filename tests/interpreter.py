@@ -119,9 +119,9 @@ def checking_operands_once(monkeypatch: pytest.MonkeyPatch) -> None:
             return check(self, lhs, rhs, *given)
         if isinstance(rhs, tl.tensor):
             # Of one type and shape they stay as they are, but that a quotient of halves is a float32.
-            alike = lhs.type.name == rhs.type.name and not lhs.dtype.is_ptr() and not div
+            alike = str(lhs.type) == str(rhs.type) and not lhs.dtype.is_ptr() and not div
             return (lhs, rhs) if alike else check(self, lhs, rhs, *given)
-        key = repr(rhs), type(rhs), lhs.type.name, given
+        key = repr(rhs), type(rhs), str(lhs.type), given
         if key not in tiles:
             wanted, tile = check(self, lhs, rhs, *given)
             if wanted is not lhs:

@@ -38,7 +38,8 @@ ROOMS: dict[str, set[str]] = {
     "ops": {"config", "dispatch", "measured", "reference", "kernels"},
     "graph": {"dispatch", "ops", "sources"},
     "built": {"reference"},
-    "model": {"config", "reference", "dispatch", "graph", "ops", "checkpoint", "hub", "origin", "sources", "built"},
+    "model": {"config", "reference", "dispatch", "graph", "ops", "checkpoint", "hub"}
+    | {"origin", "sources", "built", "trace"},
     # What is done with a model.
     "parity": {"built", "config", "dispatch", "kernels", "reference", "ops", "model", "trace"},
     "convert": {"config", "reference", "model", "checkpoint", "origin"},

@@ -20,6 +20,19 @@ from torch import Tensor
 
 from .. import dispatch
 from . import forward, moments
+from .arguments import (
+    UPSAMPLING,
+    check_alike,
+    check_conv2d,
+    check_head,
+    check_norm,
+    check_sources,
+    check_taken,
+    check_transposed,
+    check_upsampled,
+    slope_of,
+    unexpected,
+)
 from .common import at_once, is_watched, tf32, watched
 from .launchers import choose
 from .upsampling import launched
@@ -42,71 +55,6 @@ __all__ = [
 
 Statistics = tuple[Tensor, Tensor, Tensor]  # mean, 1 / sqrt(variance + eps), unbiased variance
 
-_UPSAMPLING = ("bilinear", "nearest")
-_MATCH = ("zero_pad", "replicate_pad")
-_PADDING = ("same", "valid")
-
-
-def _check(condition: bool, argument: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"{argument}: expected {expected}, got {got}")
-
-
-def _check_map(x: Tensor) -> None:
-    _check(x.dim() == 4 and min(x.shape[1:]) > 0, "x", "shape (N, C, H, W), C, H and W at least 1", tuple(x.shape))
-
-
-def _check_conv(channels: int, weight: Tensor, bias: Tensor | None, padding: str) -> None:
-    _check(weight.dim() == 4 and len(weight) > 0, "weight", "shape (O, C, K, K), O at least 1", tuple(weight.shape))
-    k = weight.shape[2]
-    _check(k in (1, 3) and weight.shape[3] == k, "weight", "a 1x1 or 3x3 filter", tuple(weight.shape))
-    _check(weight.shape[1] == channels, "weight", f"{channels} input channels", tuple(weight.shape))
-    if bias is not None:
-        o = len(weight)
-        _check(bias.shape in ((o,), (2, o)), "bias", f"shape ({o},) or (2, {o})", tuple(bias.shape))
-    _check(padding in _PADDING, "padding", f"one of {_PADDING}", repr(padding))
-
-
-def _check_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: str, pool: bool = False
-) -> None:
-    _check_map(x)
-    _check_conv(x.shape[1], weight, bias, padding)
-    _check_alike(x, weight=weight)
-    _check_bias(bias, x, weight)
-    pair = isinstance(stride, (tuple, list)) and len(stride) == 2 and all(type(s) is int and s > 0 for s in stride)
-    _check(pair, "stride", "two positive integers", stride)
-    _check(not pool or tuple(stride) == (1, 1), "stride", "1 and 1 to pool", stride)
-    lost = 0 if padding == "same" else weight.shape[2] - 1
-    least = lost + 2 if pool else lost + bool(lost)
-    _check(min(x.shape[2:]) >= least, "x", f"H and W of at least {least}{' to pool' if pool else ''}", tuple(x.shape))
-
-
-def _check_alike(x: Tensor, **others: Tensor | None) -> None:
-    for name, other in others.items():
-        if other is not None:
-            _check(other.dtype == x.dtype, name, f"x's dtype {x.dtype}", other.dtype)
-            _check(other.device == x.device, name, f"x's device {x.device}", other.device)
-
-
-def _check_bias(bias: Tensor | None, x: Tensor, *others: Tensor | None) -> None:
-    """``others``: what gradients may be wanted of, beside x."""
-    if bias is None or bias.dim() == 1:
-        _check_alike(x, bias=bias)
-        return
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, *others))
-    _check(not wanted, "bias", "shape (O,), without factors, where gradients are wanted", tuple(bias.shape))
-    _check(bias.dtype in (torch.float32, x.dtype), "bias", f"float32 or x's dtype {x.dtype}", bias.dtype)
-    _check(bias.device == x.device, "bias", f"x's device {x.device}", bias.device)
-
-
-def _check_sources(x: Tensor, skip: Tensor, mode: str, modes: tuple[str, ...]) -> None:
-    _check(mode in modes, "mode", f"one of {modes}", repr(mode))
-    _check_map(x)
-    sized = skip.dim() == 4 and min(skip.shape[2:]) > 0
-    _check(sized, "skip", "shape (N, C, H, W), H and W at least 1", tuple(skip.shape))
-    _check(skip.shape[0] == x.shape[0], "skip", f"x's batch of {x.shape[0]}", tuple(skip.shape))
-
 
 def _autocast(x: Tensor, *others: Tensor | None) -> tuple:
     """Cast to the autocast dtype, where autocast is on, what is not float64; factors of channels, (2, O), stay."""
@@ -114,11 +62,6 @@ def _autocast(x: Tensor, *others: Tensor | None) -> tuple:
         return x, *others
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(t if t is None or t.dtype == torch.float64 or t.dim() == 2 else t.to(dtype) for t in (x, *others))
-
-
-def _slope(relu: bool, negative_slope: float) -> float:
-    _check(0 <= negative_slope < 1, "negative_slope", "a number in [0, 1)", negative_slope)
-    return float(negative_slope) if relu else 1.0
 
 
 @overload
@@ -180,8 +123,8 @@ def conv2d_relu(
         ValueError: names the argument, its value and what was expected.
     """
     x, weight, bias = _autocast(x, weight, bias)
-    _check_conv2d(x, weight, bias, stride, padding, pool)
-    given = x, weight, bias, _slope(relu, negative_slope), stride, padding
+    check_conv2d(x, weight, bias, stride, padding, pool)
+    given = x, weight, bias, slope_of(relu, negative_slope), stride, padding
     if not pool:
         return (forward.conv2d_relu_torch if at_once(x) else forward.conv2d_relu)(*given)
     return (forward.conv2d_relu_pool_torch if at_once(x) else forward.conv2d_relu_pool)(*given)
@@ -210,22 +153,16 @@ def conv2d_relu_head(
         (N, K, H, W), channels_last. Errors as there.
     """
     x, weight, bias, head, head_bias = _autocast(x, weight, bias, head, head_bias)
-    _check_map(x)
-    _check_conv(x.shape[1], weight, bias, "same")
-    filters = head.dim() == 4 and len(head) > 0 and head.shape[1:] == (len(weight), 1, 1)
-    _check(filters, "head", f"shape (K, {len(weight)}, 1, 1), K at least 1", tuple(head.shape))
-    if head_bias is not None:
-        _check(head_bias.shape == head.shape[:1], "head_bias", f"shape ({len(head)},)", tuple(head_bias.shape))
-    _check_alike(x, weight=weight, head=head, head_bias=head_bias)
-    _check_bias(bias, x, weight)
+    check_conv2d(x, weight, bias, (1, 1), "same")
+    check_head(x, weight, head, head_bias)
     given = x, weight, bias, head, head_bias
     if at_once(x):
-        return forward.conv2d_relu_head_torch(*given, _slope(relu, negative_slope))
+        return forward.conv2d_relu_head_torch(*given, slope_of(relu, negative_slope))
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     if wanted or (not torch.compiler.is_compiling() and is_watched()):
         y = conv2d_relu(x, weight, bias, relu=relu, negative_slope=negative_slope)
         return conv2d_relu(y, head, head_bias, relu=False)
-    return forward.conv2d_relu_head(*given, _slope(relu, negative_slope))
+    return forward.conv2d_relu_head(*given, slope_of(relu, negative_slope))
 
 
 def conv2d_moments(
@@ -249,7 +186,7 @@ def conv2d_moments(
         (N, O) each, float32; None where no kernel gives it. Errors as there.
     """
     x, weight, bias = _autocast(x, weight, bias)
-    _check_conv2d(x, weight, bias, stride, padding)
+    check_conv2d(x, weight, bias, stride, padding)
     if not _come_free("conv2d_relu", (tuple(x.shape),), weight, geometry=dispatch.geometry(stride, padding)):
         return conv2d_relu(x, weight, bias, relu=False, stride=stride, padding=padding), None
     y, mean, rstd, variance = moments.conv2d_moments(x, weight, bias, stride, padding, eps, per_image)
@@ -295,12 +232,13 @@ def batch_norm_relu(
         the batch's, without gradients, float32 or wider. Errors as in :func:`conv2d_relu`.
     """
     fixed = None if running_mean is None or running_var is None else (running_mean, running_var)
-    alike = fixed is not None or running_mean is running_var
-    _check(alike, "running_var", "None or a tensor as running_mean is", running_var)
-    _check(taken is None or fixed is None, "taken", "None beside running_mean and running_var", "both")
-    given = weight, bias, running_mean, running_var, eps, _slope(relu, negative_slope), pool, False
+    if fixed is None and running_mean is not running_var:
+        raise unexpected("running_var", "None or a tensor as running_mean is", running_var)
+    if taken is not None and fixed is not None:
+        raise unexpected("taken", "None beside running_mean and running_var", "both")
+    given = weight, bias, running_mean, running_var, eps, slope_of(relu, negative_slope), pool, False
     summed = (0, 2, 3) if fixed is None else ()
-    _check_norm(x, summed, pool, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    check_norm(x, summed, pool, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     if taken is not None:
         y, pooled = _norm_of_taken(x, weight, bias, taken, *given[4:])
         mean, _, variance = taken
@@ -329,8 +267,8 @@ def instance_norm_relu(
     Returns:
         y (N, C, H, W), channels_last; its max-pool or None.
     """
-    given = x, weight, bias, None, None, eps, _slope(relu, negative_slope), pool, True
-    _check_norm(x, (2, 3), pool, weight=weight, bias=bias)
+    given = x, weight, bias, None, None, eps, slope_of(relu, negative_slope), pool, True
+    check_norm(x, (2, 3), pool, weight=weight, bias=bias)
     if taken is not None:
         y, pooled = _norm_of_taken(x, weight, bias, taken, *given[5:])
     else:
@@ -341,22 +279,9 @@ def instance_norm_relu(
 def _norm_of_taken(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, taken: Statistics, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    shape, dtype = tuple(x.shape[:2] if options[-1] else x.shape[1:2]), torch.promote_types(x.dtype, torch.float32)
-    got = [(tuple(t.shape), t.dtype, t.device) if isinstance(t, Tensor) else t for t in taken]
-    _check(got == [(shape, dtype, x.device)] * 3, "taken", f"three tensors {shape}, {dtype} on {x.device}", got)
+    check_taken(x, taken, options[-1])
     mean, rstd, variance = (t.contiguous() for t in taken)
     return forward.norm_relu(x, weight, bias, mean, variance, *options, rstd)[:2]
-
-
-def _check_norm(x: Tensor, summed: tuple[int, ...], pool: bool, **of_channels: Tensor | None) -> None:
-    _check(x.dim() == 4 and x.shape[1] > 0, "x", "shape (N, C, H, W), C at least 1", tuple(x.shape))
-    single = summed and all(x.shape[axis] == 1 for axis in summed)
-    _check(not single, "x", "more than one value for each channel", tuple(x.shape))
-    _check(not pool or min(x.shape[2:]) >= 2, "x", "H and W of at least 2 to pool", tuple(x.shape))
-    for name, tensor in of_channels.items():
-        if tensor is not None:
-            _check(tensor.shape == x.shape[1:2], name, f"shape ({x.shape[1]},)", tuple(tensor.shape))
-            _check(tensor.device == x.device, name, f"x's device {x.device}", tensor.device)
 
 
 def upsample_concat(x: Tensor, skip: Tensor, *, mode: str = "bilinear", align_corners: bool = True) -> Tensor:
@@ -374,8 +299,8 @@ def upsample_concat(x: Tensor, skip: Tensor, *, mode: str = "bilinear", align_co
     dtype = torch.promote_types(x.dtype, skip.dtype)
     if torch.is_autocast_enabled(x.device.type):
         x, skip = x.to(dtype), skip.to(dtype)
-    _check_sources(x, skip, mode, _UPSAMPLING)
-    _check_alike(x, skip=skip)
+    check_sources(x, skip, mode, UPSAMPLING)
+    check_alike(x, skip=skip)
     return (forward.upsample_concat_torch if at_once(x) else forward.upsample_concat)(x, skip, mode, align_corners)
 
 
@@ -404,22 +329,10 @@ def upsample_concat_conv2d_relu(
         (N, O, H, W), channels_last; H - 2 and W - 2 if ``"valid"``. Errors as in :func:`conv2d_relu`.
     """
     x, skip, weight, bias = _autocast(x, skip, weight, bias)
-    _check_upsampled(x, skip, weight, bias, mode, match, padding)
-    slope = _slope(relu, negative_slope)
+    check_upsampled(x, skip, weight, bias, mode, match, padding)
+    slope = slope_of(relu, negative_slope)
     op = forward.upsample_concat_conv2d_relu_torch if at_once(x) else forward.upsample_concat_conv2d_relu
     return op(x, skip, weight, bias, mode, align_corners, slope, match, padding)
-
-
-def _check_upsampled(
-    x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None, mode: str, match: str, padding: str
-) -> None:
-    _check_sources(x, skip, mode, (*_UPSAMPLING, "none"))
-    _check(match in _MATCH, "match", f"one of {_MATCH}", repr(match))
-    _check_conv(x.shape[1] + skip.shape[1], weight, bias, padding)
-    _check(weight.shape[2] == 3, "weight", "a 3x3 filter", tuple(weight.shape))
-    _check(padding == "same" or min(skip.shape[2:]) > 2, "skip", "H and W of at least 3", tuple(skip.shape))
-    _check_alike(x, skip=skip, weight=weight)
-    _check_bias(bias, x, skip, weight)
 
 
 def upsample_concat_conv2d_moments(
@@ -437,7 +350,7 @@ def upsample_concat_conv2d_moments(
 ) -> tuple[Tensor, Statistics | None]:
     """:func:`conv2d_moments` of :func:`upsample_concat`; arguments as of :func:`upsample_concat_conv2d_relu`."""
     x, skip, weight, bias = _autocast(x, skip, weight, bias)
-    _check_upsampled(x, skip, weight, bias, mode, match, padding)
+    check_upsampled(x, skip, weight, bias, mode, match, padding)
     maps, scaled = launched(x, skip, mode, match)
     how = mode, align_corners, match, padding
     if not _come_free("upsample_concat_conv2d_relu", maps, weight, scaled, dispatch.geometry((1, 1), padding)):
@@ -458,10 +371,5 @@ def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
         (N, O, R H, S W), channels_last. Errors as in :func:`conv2d_relu`.
     """
     x, weight, bias = _autocast(x, weight, bias)
-    _check_map(x)
-    filters = weight.dim() == 4 and min(weight.shape) > 0 and weight.shape[0] == x.shape[1]
-    _check(filters, "weight", f"shape ({x.shape[1]}, O, R, S), each at least 1", tuple(weight.shape))
-    if bias is not None:
-        _check(bias.shape == weight.shape[1:2], "bias", f"shape ({weight.shape[1]},)", tuple(bias.shape))
-    _check_alike(x, weight=weight, bias=bias)
+    check_transposed(x, weight, bias)
     return (forward.conv_transpose2x2_torch if at_once(x) else forward.conv_transpose2x2)(x, weight, bias)

@@ -37,7 +37,8 @@ def at_once(x: Tensor) -> bool:
     """Whether torch's operators serve ``x`` without the dispatcher: on a CPU, without gradients, in eager."""
     if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or is_watched():
         return False
-    return not isinstance(x, FakeTensor) and not takes_triton(x)
+    # What nobody asked for does not run on a CPU; to look for the reason takes time.
+    return not isinstance(x, FakeTensor) and (dispatch.asked_for() is None or not takes_triton(x))
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -156,9 +156,14 @@ def verify(
             in_one_pass = comparison("output", _LOGITS, unwatched, depth, overall)
             keep([dataclasses.replace(in_one_pass, name="logits, with the head in one pass")])
         if not interpreted:  # where the same kernels would run, at a second each
-            expected = {_LOGITS: run.output if unwatched is None else unwatched}
             with torch.no_grad():
-                keep([same("as it is called, unwatched", expected, {_LOGITS: candidate(x)})])
+                called, on_torch = candidate(x), candidate.runs_on_plain_torch(x)
+            if on_torch and steps:
+                as_called = comparison("output", _LOGITS, called, depth, "reference")
+                keep([dataclasses.replace(as_called, name="logits, as it is called, unwatched")])
+            else:
+                expected = {_LOGITS: run.output if unwatched is None else unwatched}
+                keep([same("as it is called, unwatched", expected, {_LOGITS: called})])
         if deterministic and unwatched is not None:
             steady = not x.is_cuda or "torch" not in used
             again = partial(_logits_again, candidate, run)
