@@ -40,8 +40,9 @@ class FastUNet(UNet):
     step, ``load_state_dict``, ``copy_`` under ``no_grad`` all count. Writing in place through
     ``.data`` bypasses the counter; call :meth:`refresh` after it.
 
-    Forward hooks on inner modules do not run: the operators take their parameters and pass them by.
-    So shard the network as a whole, ``fully_shard(model)``, not module by module.
+    Do not rely on forward hooks of inner modules: the operators take their parameters and pass them by. (Where a
+    CPU runs the reference network, in training and for small layers, they run.) So shard the network as a whole,
+    ``fully_shard(model)``, not module by module.
 
     ``origin``: what :func:`fastunet.convert` recognised, of a converted model; else None.
     """
@@ -155,10 +156,10 @@ class FastUNet(UNet):
 
     def runs_on_plain_torch(self, x: Tensor) -> bool:
         """Whether ``x``, as things are, goes through the reference's forward pass, without an operator of ours."""
-        return (_plain_torch(x) and self._is_left_to_plain_torch(x)) or not as_built(self)
+        return (_in_eager_on_a_cpu(x) and self._is_left_to_plain_torch(x)) or not as_built(self)
 
     def _is_left_to_plain_torch(self, x: Tensor) -> bool:
-        """Whether a CPU does better without the operators, and nobody asked for them.
+        """Whether a CPU does better without the operators.
 
         Without padding the crops and copies between layers eat what channels_last gives. Norms want NCHW: instance
         norm copies channels_last maps there and back, which costs more than the layout gives; batch norm where it
@@ -166,16 +167,18 @@ class FastUNet(UNet):
         operators' gradients save memory, and time on a GPU alone: a CPU took twice eager's for small maps. In
         inference they take some 0.05 ms of Python each, which small layers do not make good.
         """
-        if dispatch.asked_for() is not None:
-            return False
         if self.config.padding == "valid" or self._sums_over_maps():
             return True
         if ops.is_watched():
             return False
+        return self._is_small(x) or (torch.is_grad_enabled() and _wants_gradient([x, *self.parameters()]))
+
+    def _is_small(self, x: Tensor) -> bool:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if is_small(self.config, x.shape, dtype):
-            return True
-        return torch.is_grad_enabled() and _wants_gradient([x, *self.parameters()])
+        if dtype is x.dtype is not next((p.dtype for p in self.parameters()), dtype):
+            return False  # the operators say what they expected
+        whole = all(type(side) is int for side in x.shape)  # a tracer's are not
+        return whole and is_small(self.config, x.shape, dtype)
 
     def _sums_over_maps(self) -> bool:
         """Whether a norm sums over the map it is given, in its forward pass or for its gradients."""
@@ -336,23 +339,21 @@ def _sums_over_its_map(norm: Any) -> bool:
     return _takes_statistics(norm) or _wants_gradient([*norm.parameters()])
 
 
-def _plain_torch(x: Tensor) -> bool:
-    """Whether eager torch on a CPU serves ``x``; compiled code keeps to the operators."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return dispatch.choose(x.device, x.dtype).implementation == "torch"
+def _in_eager_on_a_cpu(x: Tensor) -> bool:
+    """Where nobody asked for an implementation, so that it is PyTorch's; compiled code keeps to the operators."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and dispatch.asked_for() is None
 
 
 def is_small(config: UNetConfig, input_size: Sequence[int], dtype: torch.dtype) -> bool:
     """Whether layers of (N, C, H, W) inputs are too small for a CPU to gain by operators of ours."""
     n, _, h, w = input_size
-    return _work(config, h, w, n) < (LEAST_WORK_IN_16_BITS if dtype.itemsize == 2 else LEAST_WORK)
+    return n * _work(config, h, w) < (LEAST_WORK_IN_16_BITS if dtype.itemsize == 2 else LEAST_WORK)
 
 
 @lru_cache
-def _work(config: UNetConfig, height: int, width: int, batch: int) -> float:
-    """Multiply-adds of a layer, on average."""
-    layers = trace(config, height, width, batch)
+def _work(config: UNetConfig, height: int, width: int) -> float:
+    """Multiply-adds of a layer for one image, on average."""
+    layers = trace(config, height, width)
     return totals(layers)[1] / 2 / len(layers)
 
 

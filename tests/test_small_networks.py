@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastunet
 from fastunet import FastUNet, UNetConfig, dispatch
@@ -100,3 +103,44 @@ def test_explain_says_why(size, words, pair):
     rows = fastunet.explain(pair[0], size).rows
     assert all(words in row.choice.reason for row in rows)
     assert ("small" in rows[0].choice.reason) == (size == SMALL)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_no_image_is_small(training, pair):
+    model, x = pair[0].train(training), torch.zeros(0, 1, 8, 12, requires_grad=True)
+    with torch.set_grad_enabled(training):
+        y = model(x)
+    assert y.shape == (0, 2, 8, 12)
+    if training:
+        y.sum().backward()
+
+
+@torch.no_grad()
+def test_sizes_that_a_tracer_does_not_know(pair):
+    model, x = pair[0], torch.randn(SMALL)
+    options: dict[str, Any] = {"tracing_mode": "symbolic", "_allow_non_fake_inputs": True}
+    traced = make_fx(model, **options)(x)
+    torch.testing.assert_close(traced(x), model(x))
+
+
+@torch.no_grad()
+def test_a_wrong_dtype_is_named(pair):
+    with pytest.raises(ValueError, match=r"weight: expected x's dtype torch\.float64, got torch\.float32"):
+        pair[0](torch.zeros(SMALL, dtype=torch.float64))
+
+
+@torch.no_grad()
+def test_a_replaced_layer_is_plain_torch_whatever_is_asked_for(pair):
+    model, x = pair[0], torch.randn(SMALL)
+    y = model(x)
+    model.head = nn.Sequential(model.head)
+    with dispatch.forced("triton"):
+        assert torch.equal(model(x), y)
+
+
+def test_verify_sees_weights_that_are_not_those_of_now(pair, monkeypatch):
+    monkeypatch.setattr("fastunet.sources.Sources.are", lambda *_: True)
+    failed = {
+        check.name for check in fastunet.verify(*pair, torch.randn(SMALL), gradients=False).checks if not check.ok
+    }
+    assert {"after weights changed in place", "after a step of training"} <= failed

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import dispatch, reference
 from . import backward, commuted
-from .common import channels_last, empty, on_device, repeatable_cudnn, result, takes_triton, tf32, zeros
+from .common import Operator, channels_last, empty, on_device, repeatable_cudnn, result, takes_triton, tf32, zeros
 from .launchers import launcher
 from .upsampling import fitted, is_replicated
 
@@ -32,7 +32,7 @@ def conv2d_relu_torch(
     return result(reference.conv2d_relu(channels_last(x), weight, bias, slope, stride, padding))
 
 
-@torch.library.custom_op("fastunet::conv2d_relu", mutates_args=())
+@Operator
 def conv2d_relu(
     x: Tensor, weight: Tensor, bias: Tensor | None, slope: float, stride: Sequence[int], padding: str
 ) -> Tensor:
@@ -55,7 +55,7 @@ def conv2d_relu_pool_torch(
     return y, max_pool2x2(y)
 
 
-@torch.library.custom_op("fastunet::conv2d_relu_pool", mutates_args=())
+@Operator
 def conv2d_relu_pool(
     x: Tensor, weight: Tensor, bias: Tensor | None, slope: float, stride: Sequence[int], padding: str
 ) -> tuple[Tensor, Tensor]:
@@ -95,7 +95,7 @@ def conv2d_relu_head_torch(
     return conv2d_relu_torch(y, head, head_bias, 1.0, (1, 1), "same")
 
 
-@torch.library.custom_op("fastunet::conv2d_relu_head", mutates_args=())
+@Operator
 def conv2d_relu_head(
     x: Tensor, weight: Tensor, bias: Tensor | None, head: Tensor, head_bias: Tensor | None, slope: float
 ) -> Tensor:
@@ -160,7 +160,7 @@ def statistics_torch(x: Tensor, eps: float, per_image: bool) -> tuple[Tensor, Te
     return mean, torch.rsqrt(biased + eps), biased * (count / max(1, count - 1))
 
 
-@torch.library.custom_op("fastunet::norm_relu", mutates_args=())
+@Operator
 def norm_relu(
     x: Tensor,
     weight: Tensor | None,
@@ -239,7 +239,7 @@ def upsample_concat_torch(x: Tensor, skip: Tensor, mode: str, align_corners: boo
     return result(reference.upsample_concat(x, skip, mode, align_corners))
 
 
-@torch.library.custom_op("fastunet::upsample_concat", mutates_args=())
+@Operator
 def upsample_concat(x: Tensor, skip: Tensor, mode: str, align_corners: bool) -> Tensor:
     if takes_triton(x):
         with on_device(x):
@@ -275,7 +275,7 @@ def upsample_concat_conv2d_relu_torch(
     return result(reference.upsample_concat_conv2d_relu(*given, padding))
 
 
-@torch.library.custom_op("fastunet::upsample_concat_conv2d_relu", mutates_args=())
+@Operator
 def upsample_concat_conv2d_relu(
     x: Tensor,
     skip: Tensor,
@@ -321,7 +321,7 @@ def conv_transpose2x2_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> T
         return result(reference.conv_transpose2x2(channels_last(x), weight, bias))
 
 
-@torch.library.custom_op("fastunet::conv_transpose2x2", mutates_args=())
+@Operator
 def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     launch = launcher("conv_transpose_fwd", "conv_transpose2x2", (x,), weight)
     if launch is not None:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from . import backward, forward
-from .common import on_device, tf32
+from .common import Operator, on_device, tf32
 from .launchers import launcher
 from .upsampling import fitted, is_replicated
 
 Moments = tuple[Tensor, Tensor, Tensor, Tensor]  # y, mean, rstd, unbiased variance
 
 
-@torch.library.custom_op("fastunet::conv2d_moments", mutates_args=())
+@Operator
 def conv2d_moments(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: str, eps: float, per_image: bool
 ) -> Moments:
@@ -37,7 +37,7 @@ def _(
     return _fake(forward.conv2d_relu(x, weight, bias, 1.0, stride, padding), per_image)
 
 
-@torch.library.custom_op("fastunet::upsample_concat_conv2d_moments", mutates_args=())
+@Operator
 def upsample_concat_conv2d_moments(
     x: Tensor,
     skip: Tensor,

@@ -210,7 +210,7 @@ def verify(
                 keep(repeat("gradients, ", kept, gradients_again, x, steady=steady or not x.is_cuda))
     lacking = int((~y.isfinite()).sum())
     keep([Check("finite output", not lacking, f"{lacking} of {y.numel()} are not" if lacking else "all")])
-    if deterministic and isinstance(model, FastUNet) and not is_training:
+    if deterministic and isinstance(model, FastUNet) and isinstance(candidate, FastUNet) and not is_training:
         keep(fresh(model, candidate, x))
     return Report(
         str(x.device),
