@@ -11,7 +11,7 @@ takes the widest dtype of its inputs, as ``torch.cat`` does. float64 is left alo
 
 Without gradients, where no mode, tracer or subclass looks on, the bodies are called at once, on a CPU torch's own
 operators: the dispatcher's way through Python to a custom operator and back costs 0.1 ms, which is much to a small
-network, and to a large one on a GPU.
+network.
 """
 
 from typing import Any, Literal, overload
