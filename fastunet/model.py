@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,8 +176,10 @@ class FastUNet(UNet):
         return self._is_small(x) or (torch.is_grad_enabled() and _wants_gradient([x, *self.parameters()]))
 
     def _is_small(self, x: Tensor) -> bool:
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if dtype is x.dtype is not next((p.dtype for p in self.parameters()), dtype):
+        dtype = x.dtype
+        if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype("cpu")
+        elif any(p.dtype != dtype for p in islice(self.parameters(), 1)):
             return False  # the operators say what they expected
         whole = all(type(side) is int for side in x.shape)  # a tracer's are not
         return whole and is_small(self.config, x.shape, dtype)
@@ -353,7 +357,10 @@ def is_small(config: UNetConfig, input_size: Sequence[int], dtype: torch.dtype) 
 @lru_cache
 def _work(config: UNetConfig, height: int, width: int) -> float:
     """Multiply-adds of a layer for one image, on average."""
-    layers = trace(config, height, width)
+    try:
+        layers = trace(config, height, width)
+    except ValueError:  # sizes that a subclass takes, and no network of ours
+        return math.inf
     return totals(layers)[1] / 2 / len(layers)
 
 

@@ -16,7 +16,8 @@ from fastunet.model import is_small
 from fastunet.reference import UNet
 from fastunet.trace import trace
 
-CONFIG = UNetConfig(1, 2, (4, 6), align_corners=False, norm="batch")
+# With slopes that no seed makes a dead network of.
+CONFIG = UNetConfig(1, 2, (4, 6), align_corners=False, norm="batch", activation="leaky_relu", negative_slope=0.9)
 SMALL, LARGE = (1, 1, 8, 12), (4, 1, 16, 24)
 
 
@@ -127,6 +128,8 @@ def test_sizes_that_a_tracer_does_not_know(pair):
 def test_a_wrong_dtype_is_named(pair):
     with pytest.raises(ValueError, match=r"weight: expected x's dtype torch\.float64, got torch\.float32"):
         pair[0](torch.zeros(SMALL, dtype=torch.float64))
+    with torch.autocast("cpu"), pytest.raises(ValueError, match=r"weight: expected x's dtype torch\.float64"):
+        pair[0](torch.zeros(SMALL, dtype=torch.float64))
 
 
 @torch.no_grad()
@@ -136,6 +139,28 @@ def test_a_replaced_layer_is_plain_torch_whatever_is_asked_for(pair):
     model.head = nn.Sequential(model.head)
     with dispatch.forced("triton"):
         assert torch.equal(model(x), y)
+
+
+def test_verify_sees_them_in_the_model_itself_too(pair):
+    """Whose layers are small in float32, and not in the working dtype."""
+    model, plain = pair
+    x = torch.randn(SMALL)
+    with torch.no_grad(), fastunet.ops.watched():
+        model(x)
+    for network in pair:
+        network.bottleneck.net[0].weight.data.mul_(1.5)  # into which a norm is folded
+    report = fastunet.verify(model, plain, x, dtype=torch.bfloat16, gradients=False)
+    failed = {check.name for check in report.checks if not check.ok}
+    assert "the model itself, not a copy" in failed
+
+
+def test_who_is_told_of_results_is_not_watched(pair):
+    model, plain = pair
+    seen = []
+    report = fastunet.verify(
+        model, plain, torch.randn(SMALL), on_result=lambda _: seen.append(fastunet.ops.is_watched())
+    )
+    assert report.ok and seen and not any(seen)
 
 
 def test_verify_sees_weights_that_are_not_those_of_now(pair, monkeypatch):

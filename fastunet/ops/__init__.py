@@ -9,9 +9,9 @@ arguments, apply the autocast rule, and speak logical NCHW.
 Autocast: convolutions run in the autocast dtype, as ``torch.conv2d`` does; ``upsample_concat``
 takes the widest dtype of its inputs, as ``torch.cat`` does. float64 is left alone.
 
-Without gradients, where no mode, tracer or subclass looks on, the bodies are called at once, on a CPU torch's own
-operators: the dispatcher's way through Python to a custom operator and back costs 0.1 ms, which is much to a small
-network.
+Without gradients the dispatcher is gone around, whose way through Python to a custom operator and back costs 0.1 ms,
+which is much to a small network: on a CPU torch's own operators are called at once, kernels where no mode, tracer or
+subclass looks on.
 """
 
 from typing import Any, Literal, overload

@@ -62,20 +62,21 @@ def repeat(
 
 
 @torch.no_grad()
-def fresh(model: FastUNet, candidate: FastUNet, x: Tensor) -> Iterator[Check]:
+def fresh(model: FastUNet, candidate: FastUNet, x: Tensor) -> list[Check]:
     """Prepared weights are those of now: in the model as it came, and after each kind of change in place.
 
     Args:
         candidate: the model's copy in the working dtype, in eval mode; its weights are changed.
         x: inputs of that dtype. Where a CPU would leave them to the reference network, the operators run all the same.
     """
-    looked_at = ops.watched if candidate.runs_on_plain_torch(x) else contextlib.nullcontext
-    with looked_at():
-        yield from _fresh(model, candidate, x)
+    own = x.to(next(model.parameters()).dtype)
+    on_torch = candidate.runs_on_plain_torch(x) or model.runs_on_plain_torch(own)
+    with ops.watched() if on_torch else contextlib.nullcontext():
+        return list(_fresh(model, own, candidate, x))
 
 
-def _fresh(model: FastUNet, candidate: FastUNet, x: Tensor) -> Iterator[Check]:
-    own = x.to(next(model.parameters()).dtype)  # a copy has nothing of the original's prepared weights
+def _fresh(model: FastUNet, own: Tensor, candidate: FastUNet, x: Tensor) -> Iterator[Check]:
+    # A copy has nothing of the original's prepared weights.
     yield same("the model itself, not a copy", {"logits": copy.deepcopy(model)(own)}, {"logits": model(own)})
 
     def changed(what: str) -> Check:
