@@ -43,7 +43,7 @@ class FastUNet(UNet):
     ``.data`` bypasses the counter; call :meth:`refresh` after it.
 
     Do not rely on forward hooks of inner modules: the operators take their parameters and pass them by. (Where a
-    CPU runs the reference network, in training and for small layers, they run.) So shard the network as a whole,
+    CPU runs the reference network, as in training and for small layers, they run.) So shard the network as a whole,
     ``fully_shard(model)``, not module by module.
 
     ``origin``: what :func:`fastunet.convert` recognised, of a converted model; else None.

@@ -47,7 +47,7 @@ def at_once(x: Tensor) -> bool:
 class Operator:
     """A function that is registered with torch.library, and called around the dispatcher where nobody would notice.
 
-    The way through it and Python back again costs 0.1 ms a call, more than many a kernel runs.
+    The way through it and Python back again costs a CPU 0.05 to 0.1 ms a call (benchmarks/NOTES.md).
     """
 
     def __init__(self, body: Callable[..., Any]) -> None:
