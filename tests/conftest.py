@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def quick_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """It looks for overflow only where a test asks for that; and it sums in a tree, as GPUs do."""
+    """It looks for overflow only where a test asks for that; and it rounds and sums as GPUs do."""
     if CUDA:
         yield
         return
@@ -48,6 +48,7 @@ def quick_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
 
     interpreter.remembering_types(monkeypatch)
     interpreter.checking_operands_once(monkeypatch)
+    interpreter.rounding_to_nearest(monkeypatch)
     interpreter.summing_in_a_tree(monkeypatch)
     if request.node.get_closest_marker("overflow") is None:
         interpreter.without_search_for_overflow(monkeypatch)

@@ -1,4 +1,4 @@
-"""Triton's interpreter, made to do what it does once, in less than half the time, and to sum as GPUs do.
+"""Triton's interpreter, made to do what it does once, in less than half the time, and to round and sum as GPUs do.
 
 It is told by its private names; what else it computes stays as it is.
 """
@@ -36,6 +36,22 @@ def summing_in_a_tree(monkeypatch: pytest.MonkeyPatch) -> None:
         return self.to_tensor(np.sum(data, axis=self.axis, keepdims=self.keep_dims), input.dtype)
 
     monkeypatch.setattr(interpreter.ReduceOps, "sum", sum_of)
+
+
+def rounding_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It truncates to bfloat16, where a GPU rounds to the nearest, of two as near to the even one."""
+    convert: Callable[[Any, Any, Any, Any], Any] = interpreter._convert_float
+
+    def convert_rounding(data: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return data.astype(np.uint32) << 16
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(data, source, target, rounding_mode)
+        bits = data.view(np.uint32)
+        rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        return np.where(np.isnan(data), 0x7FFF, rounded).astype(np.uint16)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert_rounding)
 
 
 @contextlib.contextmanager

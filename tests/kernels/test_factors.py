@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from fastunet import kernels
 from fastunet.parity import compare
-from fastunet.parity.rule import truncating_stages
 from fastunet.reference import conv2d_relu, upsample_concat_conv2d_relu
 
 from .conftest import DTYPES, check
@@ -28,8 +27,7 @@ def rounded_once(precision, got, function, *inputs):
     check(precision, got, function, *inputs)
     truth = function(*(t.double().cpu() if isinstance(t, torch.Tensor) else t for t in inputs))
     once = truth.to(got.dtype).to(got.device)
-    stages = truncating_stages(1, got.dtype, not got.is_cuda)
-    parity = compare(got, once, truth, tf32=precision == "tf32" and got.is_cuda, stages=stages)
+    parity = compare(got, once, truth, tf32=precision == "tf32" and got.is_cuda)
     assert parity.ok, str(parity)
 
 
