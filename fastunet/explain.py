@@ -13,7 +13,8 @@ import torch
 from . import dispatch, ops
 from .built import as_built
 from .config import UNetConfig
-from .model import FastUNet, is_small
+from .model import FastUNet
+from .small import is_small
 from .trace import Layer, Shape, describe_bytes, describe_flops, joins_head, totals, trace
 
 

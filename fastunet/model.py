@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,19 +14,14 @@ from torch import Tensor, nn
 
 from . import checkpoint, dispatch, hub, ops
 from .built import as_built
-from .config import UNetConfig
-from .graph import Graphs, in_a_users_capture
+from .graph import Graphs
 from .origin import Origin
+from .prepared import Prepared, cacheable, foldable, prepare, wants_gradient
 from .reference import UNet, center_crop
-from .sources import Sources
-from .trace import totals, trace
+from .small import is_small
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing.Self is new in Python 3.11
-
-
-# Multiply-adds in a layer, on average, from which a CPU gains by the operators, as measured (benchmarks/NOTES.md).
-LEAST_WORK, LEAST_WORK_IN_16_BITS = 5e6, 3e5
 
 
 class FastUNet(UNet):
@@ -86,7 +79,7 @@ class FastUNet(UNet):
         checkpoint.save(self, path)
 
     @property
-    def _prepared(self) -> dict[nn.Module, _Prepared]:
+    def _prepared(self) -> dict[nn.Module, Prepared]:
         return self.__dict__.setdefault("_prepared_weights", {})
 
     def refresh(self) -> None:
@@ -136,7 +129,7 @@ class FastUNet(UNet):
         if self._graphs is None or any(module.training for module in self.modules()):
             return self._forward(x)
         sources = [*self.parameters(), *self.buffers()]
-        return self._graphs(self._forward, x, sources) if _cacheable(sources) else self._forward(x)
+        return self._graphs(self._forward, x, sources) if cacheable(sources) else self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
         if self.runs_on_plain_torch(x):
@@ -173,7 +166,7 @@ class FastUNet(UNet):
             return True
         if ops.is_watched():
             return False
-        return self._is_small(x) or (torch.is_grad_enabled() and _wants_gradient([x, *self.parameters()]))
+        return self._is_small(x) or (torch.is_grad_enabled() and wants_gradient([x, *self.parameters()]))
 
     def _is_small(self, x: Tensor) -> bool:
         dtype = x.dtype
@@ -201,7 +194,7 @@ class FastUNet(UNet):
         return x, x if pool is None else pool(x)
 
     def _folds(self, conv: nn.Module, norm: nn.Module) -> bool:
-        return self.config.order == "conv_norm_act" and _foldable(conv, norm)
+        return self.config.order == "conv_norm_act" and foldable(conv, norm)
 
     def _unit(
         self, conv: Any, norm: Any, x: Tensor, skip: Tensor | None = None, pool: bool = False, **options: Any
@@ -260,27 +253,7 @@ class FastUNet(UNet):
         return x
 
     def _weights(self, x: Tensor, conv: Any, norm: Any = None, roll: int = 0) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias for an operator on ``x``, ``norm`` folded in, the last ``roll`` input channels first."""
-        weight, bias = conv.weight, conv.bias
-        sources = [weight, bias]
-        if norm is not None:
-            # Training updates the running statistics without counting a version; the batch counter tells.
-            sources += [norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked]
-        tensors = [t for t in sources if t is not None]
-        device, dtype = weight.device.type, weight.dtype
-        if torch.is_autocast_enabled(device) and dtype != torch.float64:  # as the operators do
-            dtype = torch.get_autocast_dtype(device)
-        # Products of weights and factors would be rounded to 16 bits; the gradient of x wants them all the same.
-        apart = norm is not None and dtype in (torch.float16, torch.bfloat16) and not _wants_gradient([x])
-        if torch.compiler.is_compiling() or not _cacheable(tensors) or in_a_users_capture(weight):
-            return _fold(_rolled(weight, roll), bias, norm, apart)
-        found = self._prepared.get(conv)
-        if found is None or not found.sources.are(tensors):
-            found = _Prepared(tensors)
-        if (dtype, apart) not in found.weights:
-            found.add(dtype, apart, conv, norm, roll)
-            self._prepared[conv] = found
-        return found.weights[dtype, apart]
+        return prepare(self._prepared, x, conv, norm, roll)
 
 
 def joins_head(network: FastUNet) -> tuple[Any, Any] | None:
@@ -340,98 +313,9 @@ def _takes_statistics(norm: Any) -> bool:
 
 def _sums_over_its_map(norm: Any) -> bool:
     """For statistics, or for the gradients of its parameters."""
-    return _takes_statistics(norm) or _wants_gradient([*norm.parameters()])
+    return _takes_statistics(norm) or wants_gradient([*norm.parameters()])
 
 
 def _in_eager_on_a_cpu(x: Tensor) -> bool:
     """Where nobody asked for an implementation, so that it is PyTorch's; compiled code keeps to the operators."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and dispatch.asked_for() is None
-
-
-def is_small(config: UNetConfig, input_size: Sequence[int], dtype: torch.dtype) -> bool:
-    """Whether layers of (N, C, H, W) inputs are too small for a CPU to gain by operators of ours."""
-    n, _, h, w = input_size
-    return n * _work(config, h, w) < (LEAST_WORK_IN_16_BITS if dtype.itemsize == 2 else LEAST_WORK)
-
-
-@lru_cache
-def _work(config: UNetConfig, height: int, width: int) -> float:
-    """Multiply-adds of a layer for one image, on average."""
-    try:
-        layers = trace(config, height, width)
-    except ValueError:  # sizes that a subclass takes, and no network of ours
-        return math.inf
-    return totals(layers)[1] / 2 / len(layers)
-
-
-def _foldable(conv: nn.Module, norm: nn.Module) -> bool:
-    """Whether the norm is a fixed affine map per channel: batch norm in eval, with statistics.
-
-    Not where their gradients are wanted: through the fold, that of gamma is a difference of large
-    sums, with up to 19 times the error of eager's in float16.
-    """
-    fixed = isinstance(norm, nn.BatchNorm2d) and not norm.training and norm.running_mean is not None
-    return fixed and not _wants_gradient([*conv.parameters(), *norm.parameters()])
-
-
-def _wants_gradient(tensors: list[Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
-def _cacheable(tensors: list[Tensor]) -> bool:
-    """Prepared weights carry no gradient, and inference tensors no version to tell them stale by.
-
-    Nor where processes work together: FSDP gathers new weights into old memory without counting a version.
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return False
-    return not _wants_gradient(tensors) and not any(t.is_inference() for t in tensors)
-
-
-def _rolled(weight: Tensor, roll: int) -> Tensor:
-    """The last ``roll`` input channels first."""
-    return weight.roll(roll, 1) if roll else weight
-
-
-def _fold(weight: Tensor, bias: Tensor | None, norm: Any, apart: bool) -> tuple[Tensor, Tensor | None]:
-    """norm(conv(x)) as one convolution: scale = gamma / sqrt(var + eps), in float32 or wider.
-
-    ``apart``: the weight as it is, and scale and shift, (2, O), as the operators' bias.
-    """
-    if norm is None:
-        return weight, bias
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    scale = torch.rsqrt(norm.running_var.to(wide) + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight.to(wide)
-    shift = -norm.running_mean.to(wide) if bias is None else bias.to(wide) - norm.running_mean.to(wide)
-    shift = shift * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.to(wide)
-    if apart:
-        return weight, torch.stack([scale, shift])
-    folded = weight.to(wide) * scale[:, None, None, None]
-    return folded.to(weight.dtype), shift.to(weight.dtype)
-
-
-class _Prepared:
-    """A convolution's weight and bias, folded and in the kernels' layout, and what they were made from."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self.sources = Sources(tensors)
-        # By dtype, and whether the norm's factors are apart.
-        self.weights: dict[tuple[torch.dtype, bool], tuple[Tensor, Tensor | None]] = {}
-
-    def add(self, dtype: torch.dtype, apart: bool, conv: Any, norm: Any, roll: int) -> None:
-        """Make those of ``dtype``, finished on return."""
-        # Not inference tensors, even when made in inference mode: autograd may save them later.
-        with torch.inference_mode(False), torch.no_grad():
-            weight, bias = _fold(_rolled(conv.weight, roll), conv.bias, norm, apart)
-            if isinstance(conv, nn.ConvTranspose2d):
-                weight = weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
-            else:
-                weight = weight.contiguous(memory_format=torch.channels_last)
-            self.weights[dtype, apart] = weight.to(dtype), bias if bias is None or apart else bias.to(dtype)
-        if weight.is_cuda and not torch.cuda.is_current_stream_capturing():
-            # Other streams may be about to read these, or still read those before them, whose memory is let go.
-            torch.cuda.synchronize(weight.device)

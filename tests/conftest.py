@@ -60,7 +60,7 @@ def quick_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
 def operators_for_small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU leaves those to plain PyTorch, which would be tested against itself."""
     for least in ("LEAST_WORK", "LEAST_WORK_IN_16_BITS"):
-        monkeypatch.setattr(f"fastunet.model.{least}", 0)
+        monkeypatch.setattr(f"fastunet.small.{least}", 0)
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from torch import nn
 
 import fastunet
 from fastunet import FastUNet, UNetConfig, dispatch, ops, reference
-from fastunet.model import _fold
 from fastunet.parity import compare
+from fastunet.prepared import fold
 from fastunet.reference import UNet
 from fastunet.trace import trace
 
@@ -85,7 +85,7 @@ def test_a_layer_of_large_sums_is_rounded_once(dtype, pair, device):
     held = []
     with dispatch.forced("triton"):
         for apart in (True, False):
-            weight, bias = _fold(conv.weight, conv.bias, norm, apart)
+            weight, bias = fold(conv.weight, conv.bias, norm, apart)
             y = ops.conv2d_relu(x, weight, bias)[:, :, 1:-1, 1:-1]  # of the border's sums the norm does not know
             held.append(compare(y, truth.to(dtype), truth).ok)
     assert held == [True, False]

@@ -38,13 +38,15 @@ ROOMS: dict[str, set[str]] = {
     "ops": {"config", "dispatch", "measured", "reference", "kernels"},
     "graph": {"dispatch", "ops", "sources"},
     "built": {"reference"},
+    "prepared": {"graph", "sources"},
+    "small": {"config", "trace"},
     "model": {"config", "reference", "dispatch", "graph", "ops", "checkpoint", "hub"}
-    | {"origin", "sources", "built", "trace"},
+    | {"origin", "built", "prepared", "small"},
     # What is done with a model.
     "parity": {"built", "config", "dispatch", "kernels", "reference", "ops", "model", "trace"},
     "convert": {"config", "reference", "model", "checkpoint", "origin"},
     "weights": {"config", "reference", "model", "checkpoint", "convert"},
-    "explain": {"built", "config", "dispatch", "ops", "model", "trace"},
+    "explain": {"built", "config", "dispatch", "ops", "model", "small", "trace"},
     "tune": {"config", "dispatch", "files", "measured", "model", "ops", "parity"},
     "predict": {"config", "images", "reference", "model"},
     "train": {"config", "files", "images", "reference", "model", "weights", "predict"},

@@ -12,8 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastunet
 from fastunet import FastUNet, UNetConfig, dispatch
-from fastunet.model import is_small
 from fastunet.reference import UNet
+from fastunet.small import is_small
 from fastunet.trace import trace
 
 # With slopes that no seed makes a dead network of.
@@ -31,8 +31,8 @@ def work(size):
 def between(monkeypatch, operators_for_small_networks):
     """One size is small, sixteen times the work is not; in 16 bits neither is."""
     assert 15 < work(LARGE) / work(SMALL) < 17
-    monkeypatch.setattr("fastunet.model.LEAST_WORK", 4 * work(SMALL))
-    monkeypatch.setattr("fastunet.model.LEAST_WORK_IN_16_BITS", work(SMALL))
+    monkeypatch.setattr("fastunet.small.LEAST_WORK", 4 * work(SMALL))
+    monkeypatch.setattr("fastunet.small.LEAST_WORK_IN_16_BITS", work(SMALL))
 
 
 @pytest.fixture

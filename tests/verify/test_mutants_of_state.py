@@ -17,10 +17,10 @@ from .networks import Faulty, pair
 
 def test_a_stale_folded_norm_is_caught(x, monkeypatch):
     model, plain = pair(norm="batch")
-    fold = fastunet.model._fold
+    fold = fastunet.prepared.fold
     monkeypatch.setattr(
-        fastunet.model,
-        "_fold",
+        fastunet.prepared,
+        "fold",
         lambda w, b, norm, *rest: fold(w, b, norm and FreshNorm(norm, running_var=norm.running_var * 2), *rest),
     )
     report = fastunet.verify(model, plain, x)
