@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from contextvars import ContextVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from . import dispatch, ops
 from .sources import Sources
 
 Run = Callable[[Tensor], Tensor]
+Result = TypeVar("Result")
 
 _ours: ContextVar[bool] = ContextVar("fastunet_capturing", default=False)
 
@@ -84,22 +86,28 @@ def _signature(x: Tensor) -> Hashable:
     return x.shape, x.stride(), x.dtype, x.device, autocast, ops.tf32(), dispatch.asked_for()
 
 
+def captured(call: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """A graph of ``call`` on the current device, which it ran on once before, and what its replays write to."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles kernels and lays out weights, which a capture must not
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # On a stream of this device: the one by default is of the device that was captured on first.
+    with torch.cuda.graph(graph, stream=side):
+        result = call()
+    return graph, result
+
+
 def _capture(forward: Run, x: Tensor) -> Run:
     """Capture ``forward`` on a copy of ``x``; the result copies in, replays, copies out."""
     with torch.cuda.device(x.device), torch.inference_mode(False), torch.no_grad():
         static = torch.empty_like(x)  # of x's strides, unless those let elements share memory
         static.copy_(x)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles kernels and lays out weights, which a capture must not
-            forward(static)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
         token = _ours.set(True)
         try:
-            # On a stream of this device: the one by default is of the device that was captured on first.
-            with torch.cuda.graph(graph, stream=side):
-                output = forward(static)
+            graph, output = captured(lambda: forward(static))
         finally:
             _ours.reset(token)
         done = torch.cuda.Event()

@@ -39,6 +39,13 @@ class Entry:
     config: dict[str, Any] | None = None
 
 
+class Table(dict[str, Entry]):
+    """Entries by layer, and ``choices`` that followed from them: those of a table that is read anew are made anew."""
+
+    def __init__(self) -> None:
+        self.choices: dict[Any, Any] = {}
+
+
 def layer_key(
     op: str,
     maps: Sequence[Sequence[int]],
@@ -90,7 +97,7 @@ def cache_path(device: torch.device) -> Path:
 
 
 @cache
-def table(device: torch.device) -> dict[str, Entry]:
+def table(device: torch.device) -> Table:
     """Layers measured on this kind of device; empty if none were. The user's own come first.
 
     A file that cannot be read, or that was measured elsewhere, is ignored with a warning.
@@ -101,7 +108,7 @@ def table(device: torch.device) -> dict[str, Entry]:
         paths.append(cache_path(device))
     except RuntimeError as error:  # no home directory
         warnings.warn(f"no table of this user's measurements: {error}", stacklevel=2)
-    entries: dict[str, Entry] = {}
+    entries = Table()
     # Of a shipped table only the device must be this one: it was measured for the package, not for a version.
     for path, must_match in zip(paths, (("device",), tuple(expected)), strict=False):
         try:

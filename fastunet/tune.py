@@ -12,6 +12,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ import torch
 from . import dispatch, measured
 from .config import UNetConfig
 from .files import atomic_write
+from .graph import captured
 from .measured import Entry
 from .model import FastUNet
 from .ops import tf32
@@ -79,7 +81,7 @@ def measure(
 
     Args:
         size: (batch, height, width).
-        timer: microseconds of a call; by default the median of repeated ones, L2 flushed before each.
+        timer: microseconds of a call; by default the median of repeated ones, captured, L2 flushed before each.
         deadline: of :func:`time.monotonic`; after it no other step is begun.
         training: the steps of a training step, backward as well, instead of an inference's.
         on_try: called with the name of each candidate before it is launched.
@@ -100,7 +102,7 @@ def measure(
             key = key_of(launch, step)
             if key not in seen and time.monotonic() < deadline:
                 seen.add(key)
-                yield key, _fastest(parts, device, timer or _median, on_try)
+                yield key, _fastest(parts, device, timer or partial(_median, device), on_try)
 
 
 def key_of(launch: Launch, step: str = "forward") -> str:
@@ -175,10 +177,13 @@ def save(path: Path, device: torch.device, entries: dict[str, Entry]) -> None:
     measured.table.cache_clear()
 
 
-def _median(call: Callable[[], Any]) -> float:
+def _median(device: torch.device, call: Callable[[], Any]) -> float:
+    """Of replays: a launch from Python takes a host longer than a small layer takes a GPU."""
     from triton.testing import do_bench
 
-    milliseconds: Any = do_bench(call, warmup=5, rep=20, return_mode="median")
+    with torch.cuda.device(device):
+        graph, _ = captured(call)
+        milliseconds: Any = do_bench(graph.replay, warmup=5, rep=20, return_mode="median")
     return 1000 * milliseconds
 
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .tuning import HEAD_CHANNELS, HEAD_CLASSES, ConvConfig
+from .tuning import HEAD_CHANNELS, HEAD_CLASSES, ConvConfig, remembered
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+Descriptor = TypeVar("Descriptor")
 
 
 def without_graph(launcher: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -114,11 +115,32 @@ def tma_serves(x: Tensor) -> bool:
 
 def pixel_descriptor(x: Tensor, config: ConvConfig) -> TensorDescriptor:
     """TMA boxes of (block_n, block_h, block_w, block_k) of ``x``, seen as NHWC."""
-    nhwc = x.permute(0, 2, 3, 1)
-    box = [config.block_n, config.block_h, config.block_w, config.block_k]
-    return TensorDescriptor(nhwc, list(nhwc.shape), list(nhwc.stride()), box)
+    return _descriptor(x.permute(0, 2, 3, 1), (config.block_n, config.block_h, config.block_w, config.block_k))
 
 
 def weight_descriptor(rows: Tensor, config: ConvConfig) -> TensorDescriptor:
     """TMA boxes of (block_co, block_k) of packed weight rows."""
-    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [config.block_co, config.block_k])
+    return _descriptor(rows, (config.block_co, config.block_k))
+
+
+def _descriptor(x: Tensor, box: tuple[int, ...]) -> TensorDescriptor:
+    return described(x, _checked_descriptor(x.shape, x.stride(), box, x.dtype))
+
+
+@remembered
+def _checked_descriptor(
+    shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], dtype: torch.dtype
+) -> TensorDescriptor:
+    return TensorDescriptor(no_memory(dtype), list(shape), list(strides), list(box))
+
+
+def no_memory(dtype: torch.dtype) -> Tensor:
+    """What a descriptor is of before it is of a tensor."""
+    return torch.empty(0, dtype=dtype, device="meta")
+
+
+def described(x: Tensor, checked: Descriptor) -> Descriptor:
+    """``checked``, of the aligned memory of ``x``: its own checks take a host as long as all else of a launch."""
+    descriptor = object.__new__(type(checked))
+    descriptor.__dict__.update(checked.__dict__, base=x)
+    return descriptor

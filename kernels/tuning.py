@@ -6,6 +6,7 @@ spills, shared memory that fits); what a GPU has not confirmed is listed in benc
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ HOPPER = (9, 0)
 HEAD_CLASSES, HEAD_CHANNELS = 16, 64  # at most, of a 1x1 head behind a convolution whose tiles hold all its channels
 # Of every launch: products and sums as one instruction. Left out, Triton does that up to 3.9, which warns, but no more.
 FUSION = {"enable_fp_fusion": True}
+remembered = functools.lru_cache(maxsize=4096)  # what each launch asks for by its shapes
 LARGE_SHARED_MEMORY = (9, 10)  # majors of the data-centre GPUs with TMA and 227 KB; 12.x has 99 KB
 
 
@@ -89,6 +91,7 @@ def _tile(pixels: int, height: int, width: int) -> tuple[int, int, int]:
     return pixels // (block_w * block_h), block_h, block_w
 
 
+@remembered
 def conv_config(
     channels: tuple[int, ...],
     out_channels: int,
@@ -163,6 +166,7 @@ def conv_configs(
     return tuple(dict.fromkeys(tiles))
 
 
+@remembered
 def stem_config(channels: int, out_channels: int, height: int, width: int, *, precise: bool = False) -> ConvConfig:
     """Tile for 1 to 4 input channels: memory-bound on its output, one short product a tile."""
     block_k = power_of_2(9 * channels, 16, 64)
@@ -173,6 +177,7 @@ def stem_config(channels: int, out_channels: int, height: int, width: int, *, pr
     return ConvConfig(power_of_2(out_channels, 16, 64), *_tile(128, height, width), block_k, num_warps=4, num_stages=1)
 
 
+@remembered
 def pointwise_config(channels: int, dtype: torch.dtype) -> PointwiseConfig:
     """Tile for a pass over memory: 16 bytes a thread and access, 32 elements a thread in all."""
     block_c = power_of_2(channels, 1, 64)
@@ -250,12 +255,14 @@ def reduce_blocks(slabs: int) -> tuple[int, int]:
     return block_s, 2048 // block_s
 
 
+@remembered
 def cell_config(channels: int) -> PointwiseConfig:
     """Tile of 2x2 cells: four times the loads of a pixel's, so a quarter of :func:`pointwise_config`'s elements."""
     block_c = power_of_2(channels, 1, 64)
     return PointwiseConfig(block_p=1024 // block_c, block_c=block_c, num_warps=4)
 
 
+@remembered
 def gather_config(channels: int) -> PointwiseConfig:
     """Tile of a gather of 16 neighbours: at most 8 elements and half a pixel a thread, as the weights of more spill."""
     block_c = power_of_2(channels, 1, 64)

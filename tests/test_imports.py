@@ -47,7 +47,7 @@ ROOMS: dict[str, set[str]] = {
     "convert": {"config", "reference", "model", "checkpoint", "origin"},
     "weights": {"config", "reference", "model", "checkpoint", "convert"},
     "explain": {"built", "config", "dispatch", "ops", "model", "small", "trace"},
-    "tune": {"config", "dispatch", "files", "measured", "model", "ops", "parity"},
+    "tune": {"config", "dispatch", "files", "graph", "measured", "model", "ops", "parity"},
     "predict": {"config", "images", "reference", "model"},
     "train": {"config", "files", "images", "reference", "model", "weights", "predict"},
 }

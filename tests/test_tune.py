@@ -109,6 +109,29 @@ class TestChoice:
         assert launcher.func is kernels.hopper.conv_fwd
         assert launcher.keywords == {"config": None}
 
+    def test_a_launch_asks_once_until_something_changes(self, monkeypatch):
+        asked = []
+        monkeypatch.setattr(launchers, "choose", lambda *a, **k: asked.append(a) or ops.choose(*a, **k))
+        x, weight = (SimpleNamespace(shape=torch.Size(s), device=GPU, dtype=BF16) for s in (LAYER[1][0], LAYER[2]))
+
+        def found(**options):
+            return launchers.launcher("conv_fwd", "conv2d_relu", (x,), weight, **options)
+
+        assert [found() for _ in range(3)] == [kernels.conv_fwd] * 3 and len(asked) == 1
+        save(measured.cache_path(GPU), GPU, {KEY: Entry("torch", {"torch": 1.0, "triton": 2.0})})
+        assert [found() for _ in range(3)] == [None] * 3 and len(asked) == 2
+        with dispatch.forced("hopper"):
+            assert [found().func for _ in range(3)] == [kernels.hopper.conv_fwd] * 3 and len(asked) == 3
+        assert found() is None and len(asked) == 3
+        for changed in ({"stride": (2, 1)}, {"padding": "valid"}):
+            assert [found(**changed).func for _ in range(3)] == [kernels.conv_fwd] * 3
+        assert len(asked) == 5
+        x.shape = torch.Size((2, 64, 32, 32))
+        assert [found() for _ in range(3)] == [kernels.conv_fwd] * 3 and len(asked) == 6
+        monkeypatch.setattr(launchers, "_REMEMBERED", 4)
+        x.shape = torch.Size((3, 64, 32, 32))
+        assert [found() for _ in range(3)] == [kernels.conv_fwd] * 3 and len(measured.table(GPU).choices) == 1
+
     def test_forced(self):
         with dispatch.forced("hopper"):
             assert choice() == dispatch.Choice("hopper", "asked for")

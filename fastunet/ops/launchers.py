@@ -16,6 +16,8 @@ if TYPE_CHECKING or dispatch.has_triton():
 
 Shapes = tuple[tuple[int, ...], ...]
 
+_REMEMBERED = 4096  # choices of a device: those of some 200 sizes of a network's input
+
 
 def choose(
     op: str,
@@ -80,7 +82,7 @@ def launcher(
     """The launcher of that name in the module that serves these tensors; None for plain torch."""
     shapes = tuple(tuple(x.shape) for x in maps)
     layer = op, shapes, tuple(weight.shape), maps[-1].device, maps[-1].dtype, mode
-    choice = choose(*layer, geometry=dispatch.geometry(stride, padding), classes=classes)
+    choice = _remembered(*layer, tuple(stride), padding, classes)
     if choice.implementation == "torch":
         return None
     if choice.implementation == "commuted":
@@ -95,6 +97,32 @@ def launcher(
     fields = choice.entry.config if choice.entry is not None else None
     config = _offered(tuple(fields.items()), op, shapes, tuple(weight.shape), maps[-1].dtype, mode) if fields else None
     return functools.partial(getattr(kernels.hopper, name), config=config)
+
+
+def _remembered(
+    op: str,
+    maps: Shapes,
+    weight: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    mode: str,
+    stride: tuple[int, ...],
+    padding: str,
+    classes: int,
+) -> dispatch.Choice:
+    """:func:`choose`, of a GPU once: it takes a host as long as a small layer takes a GPU."""
+    layer = op, maps, weight, device, dtype, mode
+    if device.type != "cuda":
+        return choose(*layer, geometry=dispatch.geometry(stride, padding), classes=classes)
+    choices = measured.table(device).choices
+    key = *layer, stride, padding, classes, dispatch.asked_for(), tf32()
+    choice = choices.get(key)
+    if choice is None:
+        choice = choose(*layer, geometry=dispatch.geometry(stride, padding), classes=classes)
+        if len(choices) >= _REMEMBERED:
+            choices.clear()
+        choices[key] = choice
+    return choice
 
 
 def geometry_options(stride: Sequence[int], padding: str) -> dict[str, Any]:

@@ -31,14 +31,16 @@ from .. import commuted
 from ..norm import Moments, merged_statistics, statistics
 from ..tensors import (
     bias_or_zeros,
+    described,
     empty_channels_last,
     head_operands,
+    no_memory,
     packed_weight,
     scaled,
     without_factors,
     without_graph,
 )
-from ..tuning import pointwise_config
+from ..tuning import pointwise_config, remembered
 from ..upsample_concat import upsample_concat_fwd
 from .compat import OVERLAPPING_WINDOWS, TensorDescriptor, gdc_launch_dependents, gdc_wait, gl, gluon, mbarrier
 from .implicit_gemm import load_tiles, multiply_tiles
@@ -119,9 +121,16 @@ def _conv_fwd_kernel(
 
 
 def _descriptor(x: Tensor, box: list[int]) -> TensorDescriptor:
-    """TMA boxes of ``x``, the last of whose axes is that of the channels."""
-    layout = gl.NVMMASharedLayout.get_default_for(box, getattr(gl, str(x.dtype).removeprefix("torch.")))
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), box, layout)
+    """TMA boxes of ``x``, aligned, the last of whose axes is that of the channels."""
+    return described(x, _checked_descriptor(x.shape, x.stride(), tuple(box), x.dtype))
+
+
+@remembered
+def _checked_descriptor(
+    shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], dtype: torch.dtype
+) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout.get_default_for(list(box), getattr(gl, str(dtype).removeprefix("torch.")))
+    return TensorDescriptor(no_memory(dtype), list(shape), list(strides), list(box), layout)
 
 
 def _launch(
@@ -180,10 +189,10 @@ def _launch(
         rows = packed_weight(weight).view(o, ksize**2, sum(channels))
     rows = rows.clone() if rows.data_ptr() % 16 else rows  # a view of other weights, from an odd element
     width, tile = block_k(dtype), [config.block_n, config.block_h, config.block_w]
-    operands = []
-    for x, part in zip(maps, rows.split(channels, 2), strict=True):
-        operands += [_descriptor(x, [*tile, width]), _descriptor(x, [1, 2, config.block_w, width])]
-        operands += [_descriptor(part, [config.block_co, 1, width])]
+    operands: list[TensorDescriptor | None] = []
+    for x, part in zip(maps, rows.split(channels, 2) if len(maps) == 2 else (rows,), strict=True):
+        tail = _descriptor(x, [1, 2, config.block_w, width]) if config.halo else None
+        operands += [_descriptor(x, [*tile, width]), tail, _descriptor(part, [config.block_co, 1, width])]
     shares, box = None, [*tile, 64]
     if config.splits > 1:
         out = shares = y.new_empty((config.splits, n, h, w, o), dtype=torch.float32)
@@ -204,8 +213,7 @@ def _launch(
     filter_rows = 2 if transposed else 1
     grid = min(filter_rows * config.tiles(n, h, w, o), multiprocessors(y.device))
     _conv_fwd_kernel[(grid,)](
-        *operands, *(operands if len(maps) == 1 else ()), bias, stored, stored if small is None else small,
-        *(head or (bias, bias)), bias if moments is None else moments,
+        *operands, *((None,) * (6 - len(operands))), bias, stored, small, *(head or (None, None)), moments,
         n, h, w, o, channels[0], sum(channels[1:]), top, left,
         KSIZE=1 if transposed else ksize, TWO_SOURCES=len(maps) == 2, SCALED=scaled(bias), SLOPE=slope,
         POOL=small is not None, BLOCK_K=width, FILTER_ROWS=filter_rows, CLASSES=0 if head is None else len(head[0]),

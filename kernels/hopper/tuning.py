@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..tuning import FUSION, power_of_2
+from ..tuning import FUSION, power_of_2, remembered
 from .compat import OVERLAPPING_WINDOWS
 
 SHARED_MEMORY = 227 * 1024  # bytes a block can have on sm_90
@@ -105,6 +105,7 @@ def _config(
     return HopperConfig(block_co, block_n, block_h, block_w, halo, x_stages, w_stages, splits)
 
 
+@remembered
 def hopper_configs(
     channels: tuple[int, ...],
     out_channels: int,
