@@ -16,17 +16,16 @@ from fastunet.parity.rule import compare, tf32_convolutions
 # but the two take different launch configurations).
 PRECISIONS = ("fp16", "bf16", "tf32", "ieee")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
-HALVES = "fp16", "bf16"
-# The interpreter runs the same code and tiles in either of 16 bits, so there each case is of one, by seed and name.
-TAKEN = PRECISIONS if torch.cuda.is_available() else ("half", "tf32", "ieee")
-WITHOUT_IEEE = [name for name in TAKEN if name != "ieee"]
+# The interpreter runs the same code in either of 16 bits and either of 32, so there each case is of one of them.
+EITHER = {"half": ("fp16", "bf16"), "single": ("tf32", "ieee")}
+TAKEN = PRECISIONS if torch.cuda.is_available() else ("half", "single")
+WITHOUT_IEEE = PRECISIONS[:3] if torch.cuda.is_available() else ("half", "tf32")
 
 
 @pytest.fixture(params=TAKEN)
 def precision(request: pytest.FixtureRequest, seed: int) -> str:
-    if request.param != "half":
-        return request.param
-    return HALVES[(seed + zlib.crc32(request.node.nodeid.encode())) % 2]  # of one seed some cases each
+    either = EITHER.get(request.param, (request.param,))
+    return either[(seed + zlib.crc32(request.node.nodeid.encode())) % len(either)]  # of one seed some cases each
 
 
 @pytest.fixture
