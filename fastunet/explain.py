@@ -15,7 +15,7 @@ from .built import as_built
 from .config import UNetConfig
 from .model import FastUNet
 from .small import is_small
-from .trace import Layer, Shape, describe_bytes, describe_flops, joins_head, totals, trace
+from .trace import Layer, Shape, describe_bytes, describe_flops, joins_head, takes_factors, totals, trace
 
 
 @dataclass(frozen=True)
@@ -179,14 +179,15 @@ def explain_config(
         raise ValueError(f"input_size: {error}") from None
     rows = [Row(layer, _choose(layer, config, size, device, dtype), dtype) for layer in layers]
     if joins_head(config, layers):
-        rows[-2:] = _with_head(rows[-2], rows[-1], device)
+        rows[-2:] = _with_head(rows[-2], rows[-1], config, device)
     return Explanation((batch, channels, height, width), device, dtype, tuple(rows))
 
 
-def _with_head(conv: Row, head: Row, device: torch.device) -> tuple[Row, Row]:
+def _with_head(conv: Row, head: Row, config: UNetConfig, device: torch.device) -> tuple[Row, Row]:
     """The last two rows, of what is one pass, if it is: the map between them is not moved."""
-    layer, classes = conv.layer, head.layer.out_shape[1]
-    choice = ops.choose("conv2d_relu_head", layer.in_shapes, layer.weight_shape, device, conv.dtype, classes=classes)
+    layer, of = conv.layer, {"classes": head.layer.out_shape[1]}
+    of["factors"] = takes_factors(config, layer, conv.dtype)
+    choice = ops.choose("conv2d_relu_head", layer.in_shapes, layer.weight_shape, device, conv.dtype, **of)
     if choice.implementation == "torch":
         return conv, head
     between = math.prod(layer.out_shape)
@@ -205,7 +206,8 @@ def _choose(
     """What serves one layer in eval mode, and why."""
     plain = "cudnn" if device.type == "cuda" else "reference"
     sizes = layer.in_shapes, layer.weight_shape
-    choice = ops.choose(layer.op, *sizes, device, dtype, layer.mode, geometry=layer.geometry)
+    factors = takes_factors(config, layer, dtype)
+    choice = ops.choose(layer.op, *sizes, device, dtype, layer.mode, geometry=layer.geometry, factors=factors)
     if device.type == "cpu" and dispatch.asked_for() is None:
         causes = {
             "without padding": config.padding == "valid",

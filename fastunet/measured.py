@@ -55,6 +55,7 @@ def layer_key(
     step: str = "forward",
     geometry: str = "",
     classes: int = 0,
+    factors: bool = False,
 ) -> str:
     """``conv2d_relu_pool 1x64x256x256 by 64x64x3x3 bfloat16``: a layer, as tables name it.
 
@@ -62,13 +63,13 @@ def layer_key(
         op: of :mod:`fastunet.ops`. maps: shape of each source. weight: its shape.
         mode: how the first source is upsampled; ``"none"`` if it is not.
         step: of :data:`fastunet.dispatch.STEPS`. geometry: of :func:`fastunet.dispatch.geometry`.
-        classes: of the head of ``"conv2d_relu_head"``.
+        classes: of the head of ``"conv2d_relu_head"``. factors: whether its bias is (2, O), a norm's.
     """
     sources = " + ".join("x".join(map(str, shape)) for shape in maps)
     upsampled = "" if mode == "none" else f" {mode}"
     by = "x".join(map(str, weight)) + (f" to {classes}" if classes else "")
     key = f"{op}{upsampled} {sources} by {by} {str(dtype).removeprefix('torch.')}"
-    key += f" {geometry}" if geometry else ""
+    key += (f" {geometry}" if geometry else "") + (" with factors" if factors else "")
     return key if step == "forward" else f"{step} of {key}"
 
 

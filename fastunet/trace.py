@@ -20,6 +20,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .config import UNetConfig
 from .dispatch import geometry
 
@@ -236,6 +238,11 @@ def joins_head(config: UNetConfig, layers: list[Layer]) -> bool:
 def folds(config: UNetConfig) -> bool:
     """Whether norms are part of the convolutions before them, in eval mode."""
     return config.norm == "batch" and config.order == "conv_norm_act"
+
+
+def takes_factors(config: UNetConfig, layer: Layer, dtype: torch.dtype) -> bool:
+    """Whether its norm is factors, in eval mode, beside weights of ``dtype``, which would be rounded with it."""
+    return layer.norm is not None and folds(config) and dtype.itemsize == 2
 
 
 def totals(layers: list[Layer]) -> tuple[int, int]:

@@ -108,10 +108,10 @@ def measure(
 def key_of(launch: Launch, step: str = "forward") -> str:
     """:func:`fastunet.measured.layer_key` of a forward launch, or of another step of its layer."""
     layer = launch.layer
-    *maps, weight = launch.tensors[: len(layer.in_shapes) + 1]
+    *maps, weight, bias = launch.tensors[: len(layer.in_shapes) + 2]
     classes = len(launch.tensors[-2]) if layer.op == "conv2d_relu_head" else 0
-    shapes = [x.shape for x in maps], weight.shape
-    return measured.layer_key(layer.op, *shapes, weight.dtype, layer.mode, step, layer.geometry, classes)
+    of = [x.shape for x in maps], weight.shape, weight.dtype, layer.mode, step, layer.geometry, classes, bias.dim() == 2
+    return measured.layer_key(layer.op, *of)
 
 
 def _fastest(parts: list[Launch], device: torch.device, timer: Timer, on_try: Callable[[str], None]) -> Entry:

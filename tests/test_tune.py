@@ -93,7 +93,7 @@ class TestChoice:
         save(measured.cache_path(GPU), GPU, {KEY: Entry("hopper", {"hopper": 1.0}, CONFIG_FIELDS)})
         x = torch.empty(1, 64, 32, 32, dtype=BF16, device="meta")
         monkeypatch.setattr(launchers, "choose", lambda *a, real=ops.choose, **k: real(*a[:3], GPU, *a[4:], **k))
-        launcher = launchers.launcher("conv_fwd", "conv2d_relu", (x,), torch.empty(64, 64, 3, 3))
+        launcher = launchers.launcher("conv_fwd", "conv2d_relu", (x,), torch.empty(64, 64, 3, 3), None)
         assert launcher.func is kernels.hopper.conv_fwd
         assert launcher.keywords == {"config": CONFIG}
 
@@ -105,7 +105,7 @@ class TestChoice:
         save(measured.cache_path(GPU), GPU, {KEY: Entry("hopper", {"hopper": 1.0}, CONFIG_FIELDS | changes)})
         x = torch.empty(1, 64, 32, 32, dtype=BF16, device="meta")
         monkeypatch.setattr(launchers, "choose", lambda *a, real=ops.choose, **k: real(*a[:3], GPU, *a[4:], **k))
-        launcher = launchers.launcher("conv_fwd", "conv2d_relu", (x,), torch.empty(64, 64, 3, 3))
+        launcher = launchers.launcher("conv_fwd", "conv2d_relu", (x,), torch.empty(64, 64, 3, 3), None)
         assert launcher.func is kernels.hopper.conv_fwd
         assert launcher.keywords == {"config": None}
 
@@ -115,7 +115,7 @@ class TestChoice:
         x, weight = (SimpleNamespace(shape=torch.Size(s), device=GPU, dtype=BF16) for s in (LAYER[1][0], LAYER[2]))
 
         def found(**options):
-            return launchers.launcher("conv_fwd", "conv2d_relu", (x,), weight, **options)
+            return launchers.launcher("conv_fwd", "conv2d_relu", (x,), weight, None, **options)
 
         assert [found() for _ in range(3)] == [kernels.conv_fwd] * 3 and len(asked) == 1
         save(measured.cache_path(GPU), GPU, {KEY: Entry("torch", {"torch": 1.0, "triton": 2.0})})
@@ -191,9 +191,30 @@ class TestChoice:
         assert ops.choose(*layer, classes=2) == two
         launch = launchers.launcher(
             "conv_head_fwd", "conv2d_relu_head", (torch.empty(1, 64, 32, 32, device="meta", dtype=BF16),),
-            torch.empty(64, 64, 3, 3, device="meta", dtype=BF16), classes=2,
+            torch.empty(64, 64, 3, 3, device="meta", dtype=BF16), None, classes=2,
         )  # fmt: skip
         assert launch is None  # on a device without kernels
+
+    def test_with_a_norms_factors_it_is_another_layer(self):
+        """cuDNN takes them in a pass of its own, so that what is fastest without them need not be."""
+        hopper = Entry("hopper", {"hopper": 2.0, "torch": 3.0}, CONFIG_FIELDS)
+        head = "conv2d_relu_head 1x64x32x32 by 64x64x3x3 to 2 bfloat16"
+        entries = dict.fromkeys((KEY, head), Entry("torch", {"hopper": 2.0, "torch": 1.0}))
+        save(measured.cache_path(GPU), GPU, entries | {f"{key} with factors": hopper for key in entries})
+        for classes in (0, 2):
+            op = "conv2d_relu_head" if classes else "conv2d_relu"
+            chosen = [
+                ops.choose(op, *LAYER[1:], GPU, BF16, classes=classes, factors=factors).implementation
+                for factors in (False, True)
+            ]
+            assert chosen == ["torch", "hopper"]
+        x, weight = (SimpleNamespace(shape=torch.Size(s), device=GPU, dtype=BF16) for s in (LAYER[1][0], LAYER[2]))
+        for bias, launcher in ((torch.empty(64), None), (torch.empty(2, 64), kernels.hopper.conv_fwd), (None, None)):
+            found = launchers.launcher("conv_fwd", "conv2d_relu", (x,), weight, bias)
+            assert getattr(found, "func", None) is launcher
+        for norm, explained in ((None, "torch 1, hopper 2"), ("batch", "hopper 2, torch 3, with the head")):
+            row = explain_config(UNetConfig(1, 2, norm=norm), (1, 1, 32, 32), GPU, BF16).rows[-2]
+            assert row.choice.reason == f"measured, in microseconds: {explained}"
 
     @pytest.mark.parametrize("channels, classes", [(65, 2), (64, 17)])
     def test_a_head_that_no_tile_holds_is_a_pass_of_its_own(self, channels, classes):
@@ -325,6 +346,18 @@ def test_upsampling_behind_the_products_is_timed_too(monkeypatch, seed):
     upsamples = {key: "bilinear" in key for key in found}
     assert any(upsamples.values())
     assert {key: "commuted" in entry.microseconds for key, entry in found.items()} == upsamples
+
+
+@pytest.mark.parametrize("dtype, training", [(BF16, False), (BF16, True), (torch.float32, False)], ids=str)
+def test_layers_are_timed_with_their_norms_factors(dtype, training, monkeypatch, seed):
+    """In eval mode and 16 bits; else the norm is in the weights, or a pass of its own."""
+    monkeypatch.setattr(Launch, "run", lambda self, config=None: self.function(*self.tensors))
+    config, device = UNetConfig(8, 8, features=(8, 16), norm="batch", upsample="transpose"), torch.device("cpu")
+    found = dict(measure(config, (1, 8, 8), dtype, device, lambda _: 1, training=training))
+    of_norms = {key: "x3x3" in key for key in found}
+    assert any(of_norms.values()) and not all(of_norms.values())
+    wanted = of_norms if dtype == BF16 and not training else dict.fromkeys(found, False)
+    assert {key: key.endswith(" with factors") for key in found} == wanted
 
 
 def test_a_backward_pass_is_timed_step_by_step(monkeypatch, seed):

@@ -36,7 +36,7 @@ def conv2d_relu_torch(
 def conv2d_relu(
     x: Tensor, weight: Tensor, bias: Tensor | None, slope: float, stride: Sequence[int], padding: str
 ) -> Tensor:
-    launch = launcher("conv_fwd", "conv2d_relu", (x,), weight, stride=stride, padding=padding)
+    launch = launcher("conv_fwd", "conv2d_relu", (x,), weight, bias, stride=stride, padding=padding)
     if launch is not None:
         with on_device(x):
             return launch(x, weight, bias, slope=slope, tf32=tf32())
@@ -59,7 +59,7 @@ def conv2d_relu_pool_torch(
 def conv2d_relu_pool(
     x: Tensor, weight: Tensor, bias: Tensor | None, slope: float, stride: Sequence[int], padding: str
 ) -> tuple[Tensor, Tensor]:
-    launch = launcher("conv_pool_fwd", "conv2d_relu_pool", (x,), weight, stride=stride, padding=padding)
+    launch = launcher("conv_pool_fwd", "conv2d_relu_pool", (x,), weight, bias, stride=stride, padding=padding)
     if launch is not None:
         with on_device(x):
             return launch(x, weight, bias, slope=slope, tf32=tf32())
@@ -100,7 +100,7 @@ def conv2d_relu_head(
     x: Tensor, weight: Tensor, bias: Tensor | None, head: Tensor, head_bias: Tensor | None, slope: float
 ) -> Tensor:
     """Without gradients: theirs would want the map between."""
-    launch = launcher("conv_head_fwd", "conv2d_relu_head", (x,), weight, classes=len(head))
+    launch = launcher("conv_head_fwd", "conv2d_relu_head", (x,), weight, bias, classes=len(head))
     if launch is not None:
         with on_device(x):
             return launch(x, weight, bias, head, head_bias, slope=slope, tf32=tf32())
@@ -289,7 +289,7 @@ def upsample_concat_conv2d_relu(
 ) -> Tensor:
     if is_replicated(x, skip, mode, match):
         x, mode = fitted(x, skip, mode, align_corners, match), "none"
-    of = "upsample_concat_conv2d_relu", (x, skip), weight, mode
+    of = "upsample_concat_conv2d_relu", (x, skip), weight, bias, mode
     launch = launcher("upconcat_conv3x3_fwd", *of, padding=padding)
     if launch is not None:
         with on_device(x):
@@ -323,7 +323,7 @@ def conv_transpose2x2_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> T
 
 @Operator
 def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    launch = launcher("conv_transpose_fwd", "conv_transpose2x2", (x,), weight)
+    launch = launcher("conv_transpose_fwd", "conv_transpose2x2", (x,), weight, bias)
     if launch is not None:
         with on_device(x):
             return launch(x, weight, bias, tf32=tf32())

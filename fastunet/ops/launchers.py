@@ -29,6 +29,7 @@ def choose(
     step: str = "forward",
     geometry: str = "",
     classes: int = 0,
+    factors: bool = False,
 ) -> dispatch.Choice:
     """Which implementation serves a step of an operator, and why.
 
@@ -40,8 +41,9 @@ def choose(
         geometry: of :func:`fastunet.dispatch.geometry`.
         classes: of the head in the same pass, of ``"conv2d_relu_head"``; there ``"torch"`` is two operators, each
             as it is chosen.
+        factors: whether the bias is (2, O): cuDNN takes such a norm in a pass of its own.
     """
-    key = measured.layer_key(op, maps, weight, dtype, mode, step, geometry, classes)
+    key = measured.layer_key(op, maps, weight, dtype, mode, step, geometry, classes, factors)
 
     def obstacle(implementation: str) -> str | None:
         if geometry:
@@ -58,8 +60,9 @@ def choose(
     if classes > kernels.HEAD_CLASSES or weight[0] > kernels.HEAD_CHANNELS:
         return dispatch.Choice("torch", f"no tile holds {weight[0]} channels and {classes} classes")
     (n, _, h, w), out = maps[0], weight[0]
-    parts = ("conv2d_relu", maps, weight), ("conv2d_relu", ((n, out, h, w),), (classes, out, 1, 1))
-    entries = [choose(*part, device, dtype).entry for part in parts]
+    first = choose("conv2d_relu", maps, weight, device, dtype, factors=factors)
+    second = choose("conv2d_relu", ((n, out, h, w),), (classes, out, 1, 1), device, dtype)
+    entries = [first.entry, second.entry]
     if choice.entry is None:
         return choice if entries[0] is None else dispatch.Choice("torch", "two passes, of which the first was measured")
     times = [entry.microseconds[entry.implementation] for entry in (choice.entry, *entries) if entry is not None]
@@ -74,6 +77,7 @@ def launcher(
     op: str,
     maps: tuple[Tensor, ...],
     weight: Tensor,
+    bias: Tensor | None,
     mode: str = "none",
     stride: Sequence[int] = (1, 1),
     padding: str = "same",
@@ -82,7 +86,7 @@ def launcher(
     """The launcher of that name in the module that serves these tensors; None for plain torch."""
     shapes = tuple(tuple(x.shape) for x in maps)
     layer = op, shapes, tuple(weight.shape), maps[-1].device, maps[-1].dtype, mode
-    choice = _remembered(*layer, tuple(stride), padding, classes)
+    choice = _remembered(*layer, tuple(stride), padding, classes, bias is not None and bias.dim() == 2)
     if choice.implementation == "torch":
         return None
     if choice.implementation == "commuted":
@@ -109,16 +113,17 @@ def _remembered(
     stride: tuple[int, ...],
     padding: str,
     classes: int,
+    factors: bool,
 ) -> dispatch.Choice:
     """:func:`choose`, of a GPU once: it takes a host as long as a small layer takes a GPU."""
     layer = op, maps, weight, device, dtype, mode
     if device.type != "cuda":
-        return choose(*layer, geometry=dispatch.geometry(stride, padding), classes=classes)
+        return choose(*layer, geometry=dispatch.geometry(stride, padding), classes=classes, factors=factors)
     choices = measured.table(device).choices
-    key = *layer, stride, padding, classes, dispatch.asked_for(), tf32()
+    key = *layer, stride, padding, classes, factors, dispatch.asked_for(), tf32()
     choice = choices.get(key)
     if choice is None:
-        choice = choose(*layer, geometry=dispatch.geometry(stride, padding), classes=classes)
+        choice = choose(*layer, geometry=dispatch.geometry(stride, padding), classes=classes, factors=factors)
         if len(choices) >= _REMEMBERED:
             choices.clear()
         choices[key] = choice

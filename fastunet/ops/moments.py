@@ -22,7 +22,7 @@ Moments = tuple[Tensor, Tensor, Tensor, Tensor]  # y, mean, rstd, unbiased varia
 def conv2d_moments(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: str, eps: float, per_image: bool
 ) -> Moments:
-    launch = launcher("conv_moments_fwd", "conv2d_relu", (x,), weight, stride=stride, padding=padding)
+    launch = launcher("conv_moments_fwd", "conv2d_relu", (x,), weight, bias, stride=stride, padding=padding)
     if launch is not None:
         with on_device(x):
             return launch(x, weight, bias, eps=eps, per_image=per_image, tf32=tf32())
@@ -53,7 +53,7 @@ def upsample_concat_conv2d_moments(
     given = x, skip, weight, bias, mode, align_corners, 1.0, match, padding
     if is_replicated(x, skip, mode, match):
         x, mode = fitted(x, skip, mode, align_corners, match), "none"
-    of = "upsample_concat_conv2d_relu", (x, skip), weight, mode
+    of = "upsample_concat_conv2d_relu", (x, skip), weight, bias, mode
     launch = launcher("upconcat_conv3x3_moments_fwd", *of, padding=padding)
     if launch is not None:
         with on_device(x):

@@ -17,7 +17,7 @@ from .. import kernels, reference
 from ..config import UNetConfig
 from ..kernels import tuning
 from ..ops.launchers import geometry_options
-from ..trace import Layer, joins_head, trace
+from ..trace import Layer, joins_head, takes_factors, trace
 
 Config = tuning.ConvConfig | kernels.hopper.HopperConfig
 Commuted = Literal["commuted", "hopper commuted"]
@@ -138,8 +138,8 @@ def launches(
             hopper = kernels.hopper.layer_configs(
                 layer.op, maps, tuple(weight.shape), weight.dtype, mode=mode, tf32=tf32
             )
-        if layer.norm is not None and folds and config.order == "conv_norm_act" and weight.element_size() == 2:
-            bias = torch.stack([make(out), bias]).float()  # the norm's factors, which weights would round
+        if not training and takes_factors(config, layer, weight.dtype):
+            bias = torch.stack([make(out), bias]).float()
         tensors = (*inputs, weight, bias)
         found.append(
             Launch(layer, launcher, function, tensors, options, chooser, hopper, training=training, step="forward")

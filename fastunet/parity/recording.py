@@ -103,8 +103,9 @@ def _implementation(operator: str, given: dict[str, Any]) -> str:
     maps: Any = (tuple(x.shape),)
     if "skip" in given:
         maps, mode = launched(x, given["skip"], given["mode"], given["match"])
-    geometry = dispatch.geometry(given.get("stride", (1, 1)), given.get("padding", "same"))
-    return ops.choose(operator, maps, tuple(weight.shape), x.device, x.dtype, mode, geometry=geometry).implementation
+    how = {"geometry": dispatch.geometry(given.get("stride", (1, 1)), given.get("padding", "same"))}
+    how["factors"] = given["bias"] is not None and given["bias"].dim() == 2
+    return ops.choose(operator, maps, tuple(weight.shape), x.device, x.dtype, mode, **how).implementation
 
 
 class Replay(TorchFunctionMode):
@@ -265,7 +266,8 @@ def logits_in_one_pass(network: FastUNet, run: Run) -> Tensor | None:
     conv, head = (step.arguments for step in list(run.steps.values())[-2:])
     x, weight, classes = conv["x"], conv["weight"], len(head["weight"])
     shapes = (tuple(x.shape),), tuple(weight.shape)
-    if ops.choose("conv2d_relu_head", *shapes, x.device, x.dtype, classes=classes).implementation == "torch":
+    how = {"classes": classes, "factors": conv["bias"] is not None and conv["bias"].dim() == 2}
+    if ops.choose("conv2d_relu_head", *shapes, x.device, x.dtype, **how).implementation == "torch":
         return None
     given = x, weight, conv["bias"], head["weight"], head["bias"]
     relu = conv["slope"] != 1
