@@ -94,9 +94,11 @@ def captured(call: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
         call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    # On a stream of this device: the one by default is of the device that was captured on first.
-    with torch.cuda.graph(graph, stream=side):
-        result = call()
+    # On a stream of this device: the one by default is of the device that was captured on first. A capture that
+    # fails does not leave it, and one in the usual mode would fail by what other threads allocate.
+    with torch.cuda.stream(torch.cuda.current_stream()):
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            result = call()
     return graph, result
 
 

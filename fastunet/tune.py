@@ -12,7 +12,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ from .graph import captured
 from .measured import Entry
 from .model import FastUNet
 from .ops import tf32
-from .ops.common import repeatable_cudnn
+from .ops.common import on_device, repeatable_cudnn
 from .parity.rule import compare
 
 if TYPE_CHECKING or dispatch.has_triton():
@@ -102,7 +101,9 @@ def measure(
             key = key_of(launch, step)
             if key not in seen and time.monotonic() < deadline:
                 seen.add(key)
-                yield key, _fastest(parts, device, timer or partial(_median, device), on_try)
+                with on_device(launch.tensors[0]):
+                    entry = _fastest(parts, device, timer or _median, on_try)
+                yield key, entry
 
 
 def key_of(launch: Launch, step: str = "forward") -> str:
@@ -177,13 +178,12 @@ def save(path: Path, device: torch.device, entries: dict[str, Entry]) -> None:
     measured.table.cache_clear()
 
 
-def _median(device: torch.device, call: Callable[[], Any]) -> float:
+def _median(call: Callable[[], Any]) -> float:
     """Of replays: a launch from Python takes a host longer than a small layer takes a GPU."""
     from triton.testing import do_bench
 
-    with torch.cuda.device(device):
-        graph, _ = captured(call)
-        milliseconds: Any = do_bench(graph.replay, warmup=5, rep=20, return_mode="median")
+    graph, _ = captured(call)
+    milliseconds: Any = do_bench(graph.replay, warmup=5, rep=20, return_mode="median")
     return 1000 * milliseconds
 
 

@@ -141,6 +141,8 @@ def no_memory(dtype: torch.dtype) -> Tensor:
 
 def described(x: Tensor, checked: Descriptor) -> Descriptor:
     """``checked``, of the aligned memory of ``x``: its own checks take a host as long as all else of a launch."""
+    if x.data_ptr() % 16:
+        raise ValueError(f"x: expected memory aligned to 16 bytes, for TMA, got a map at {x.data_ptr():#x}")
     descriptor = object.__new__(type(checked))
     descriptor.__dict__.update(checked.__dict__, base=x)
     return descriptor

@@ -125,6 +125,47 @@ def test_a_norm_in_train_mode_is_not_replayed(model, captures):
 
 
 @torch.no_grad()
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch):
+    """torch's own context does not, where ending the capture fails too."""
+    streams = ["the user's"]
+
+    class Stream:
+        wait_stream = lambda *_: None
+
+    class Within:
+        def __init__(self, stream):
+            self.stream = stream
+
+        def __enter__(self):
+            self.before = list(streams)
+            streams.append(self.stream)
+
+        def __exit__(self, *_):
+            streams[:] = self.before
+
+    class Capture(Within):
+        def __init__(self, graph, stream, **_):
+            super().__init__(stream)
+
+        def __exit__(self, *_):
+            raise RuntimeError("the capture is invalid")
+
+    launched = []
+
+    def call():
+        launched.append(streams[-1])
+        if len(launched) == 2:
+            raise ValueError("cannot be captured")
+
+    stand_ins = {"Stream": Stream, "stream": Within, "current_stream": Stream, "CUDAGraph": object, "graph": Capture}
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    with pytest.raises(RuntimeError, match="the capture is invalid"):
+        graph.captured(call)
+    assert streams == ["the user's"]
+    assert launched[0] is launched[1]  # once before, on the stream that is captured
+
+
 def test_nothing_is_captured_where_processes_work_together(model, captures, monkeypatch):
     """Fully sharded weights come and go in the same memory without counting a version."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)

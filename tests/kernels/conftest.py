@@ -16,7 +16,8 @@ from fastunet.parity.rule import compare, tf32_convolutions
 # but the two take different launch configurations).
 PRECISIONS = ("fp16", "bf16", "tf32", "ieee")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
-# The interpreter runs the same code in either of 16 bits and either of 32, so there each case is of one of them.
+# In the interpreter each case is of one of either, by seed and name: the two of 16 bits run the same code in the same
+# tiles there, the two of 32 the same code, each in tiles of its own.
 EITHER = {"half": ("fp16", "bf16"), "single": ("tf32", "ieee")}
 TAKEN = PRECISIONS if torch.cuda.is_available() else ("half", "single")
 WITHOUT_IEEE = PRECISIONS[:3] if torch.cuda.is_available() else ("half", "tf32")
