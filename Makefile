@@ -49,7 +49,7 @@ pytest: $(VENV)/installed ## the tests, kernels in Triton's interpreter
 	$(RUN) -m pytest -q -rs -n $(WORKERS) --dist worksteal
 
 fuzz: $(VENV)/installed ## 500 random networks on the CPU and 200 in the interpreter: minutes
-	FASTUNET_NETWORKS=500 $(RUN) -m pytest -q -n $(WORKERS) tests/verify/test_fuzz.py -k random_networks_hold
+	$(RUN) -m pytest -q -n $(WORKERS) -m slow tests/verify/test_fuzz.py
 
 triton: $(TRITONS) ## the kernels compiled by every Triton we support
 

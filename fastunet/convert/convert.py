@@ -17,7 +17,7 @@ from ..config import UNetConfig
 from ..model import FastUNet
 from ..origin import Layout, Origin
 from ..reference import UNet
-from .family import Family, Misfit, Shapes, check_shapes, configure, differences, key_map, to_theirs
+from .family import Family, Misfit, Mistold, Shapes, check_shapes, configure, differences, key_map, to_theirs
 from .jvanvugt import JVANVUGT
 from .leejunhyun import LEEJUNHYUN
 from .mateuszbuda import MATEUSZBUDA
@@ -151,6 +151,8 @@ def _from_entries(
         keys = key_map(config, layout)
         check_shapes(config, keys, shapes)
         extra = _left_over(family, config, layout, keys, entries)
+    except Mistold as error:
+        raise WeightsError(f"{source}, as {family.title}: {error}") from None
     except ValueError as error:
         raise WeightsError(f"{source}: {_families()}; nearest: {family.title}, but {error}") from None
     model = _build(config, entries, keys)
@@ -184,11 +186,14 @@ def _recognise(
     for name in told:
         if name not in untold or module is not None:
             may = ", ".join(sorted(untold)) if module is None else "none of a module, which tells them itself"
-            raise Misfit(f"option {name!r} is not for the caller to tell; may be told: {may}")
+            raise Mistold(f"option {name!r} is not for the caller to tell; may be told: {may}")
     found, remarks = settings(module, layout, config) if module is not None else (dict(told), [])
     if "match" not in family.always and found.get("padding") == "valid":
         raise Misfit("convolutions: expected zero-padded ones")
-    config = dataclasses.replace(config, **found)
+    try:
+        config = dataclasses.replace(config, **found)
+    except ValueError as error:
+        raise Mistold(error) if told else error from None
     # Only options that matter, as far as nobody told.
     matter = set(differences(config, _other_in_all(config, untold)))
     if config.activation == "relu":

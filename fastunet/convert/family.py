@@ -27,6 +27,10 @@ class Misfit(ValueError):
     """A key, shape or setting that does not fit a family; the message names it."""
 
 
+class Mistold(ValueError):
+    """An option that the caller told and may not, or of a value that no network has; the message names it."""
+
+
 @dataclass(frozen=True)
 class Family:
     """A kind of U-Net met in the wild.

@@ -92,9 +92,12 @@ def test_who_knows_better_may_tell(seed):
     x = torch.randn(1, 1, 21, 30, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(model(x), original(x))
-    assert "option 'features' is not for the caller to tell" in refusal(original.state_dict(), features=(3,))
-    assert "option 'padding' is not for the caller to tell" in refusal(original, padding="same")
-    assert "got 'most'" in refusal(original.state_dict(), padding="most")
+    for message, named in (
+        (refusal(original.state_dict(), features=(3,)), "option 'features' is not for the caller to tell"),
+        (refusal(original, padding="same"), "option 'padding' is not for the caller to tell"),
+        (refusal(original.state_dict(), padding="most"), "got 'most'"),
+    ):
+        assert named in message and "nearest" not in message  # what kind of network it is was not the question
 
 
 def test_nothing_is_told_of_what_tells_itself(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 
 import pytest
 import torch
@@ -17,24 +16,26 @@ from fastunet.parity.fuzz import DTYPES, LAYOUTS, Case, Fuzzed, fuzz
 SIMPLE = Case(UNetConfig(1, 1, (1, 1), align_corners=False), False, 1, 2, 2, "contiguous", "float32", 0, 0, 0)
 
 
-# Others each time; `make fuzz` draws 500.
-NETWORKS = int(os.environ.get("FASTUNET_NETWORKS", "100"))
+# Fixed seeds: what is drawn here is repeated by whoever runs the suite; `fastunet verify --fuzz` draws afresh.
+SEEDS = pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.fuzz) for seed in (2, 3, 4))])
 
 
 @pytest.mark.slow
-def test_random_networks_hold(seed):
-    found = fuzz(NETWORKS, seed)
+@SEEDS
+def test_500_random_networks_hold(seed):
+    found = fuzz(125, seed)
     assert found.case is None, f"{found.case}\n{found.finding}"
-    assert found.passed == NETWORKS
+    assert found.passed == 125
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not interpreted where they can run")
-def test_random_networks_hold_in_the_interpreter(seed):
+@SEEDS
+def test_200_random_networks_hold_in_the_interpreter(seed):
     with dispatch.forced("triton"):
-        found = fuzz(2 * NETWORKS // 5, seed)
+        found = fuzz(50, seed)
     assert found.case is None, f"{found.case}\n{found.finding}"
-    assert found.passed == 2 * NETWORKS // 5
+    assert found.passed == 50
 
 
 # Each was drawn, and told that it did not hold, before the rule knew how large the terms of its gradients were.
