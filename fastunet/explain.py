@@ -185,8 +185,8 @@ def explain_config(
 
 def _with_head(conv: Row, head: Row, config: UNetConfig, device: torch.device) -> tuple[Row, Row]:
     """The last two rows, of what is one pass, if it is: the map between them is not moved."""
-    layer, of = conv.layer, {"classes": head.layer.out_shape[1]}
-    of["factors"] = takes_factors(config, layer, conv.dtype)
+    layer = conv.layer
+    of: Any = {"classes": head.layer.out_shape[1], "factors": takes_factors(config, layer, conv.dtype)}
     choice = ops.choose("conv2d_relu_head", layer.in_shapes, layer.weight_shape, device, conv.dtype, **of)
     if choice.implementation == "torch":
         return conv, head

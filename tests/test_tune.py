@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +47,11 @@ def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 def choice(**options) -> dispatch.Choice:
     return ops.choose(*LAYER, GPU, options.pop("dtype", BF16), **options)
+
+
+def stand_in(*shape: int) -> Any:
+    """As much of a tensor on a GPU as a choice asks about."""
+    return SimpleNamespace(shape=torch.Size(shape), device=GPU, dtype=BF16)
 
 
 @pytest.mark.usefixtures("hopper")
@@ -112,7 +118,7 @@ class TestChoice:
     def test_a_launch_asks_once_until_something_changes(self, monkeypatch):
         asked = []
         monkeypatch.setattr(launchers, "choose", lambda *a, **k: asked.append(a) or ops.choose(*a, **k))
-        x, weight = (SimpleNamespace(shape=torch.Size(s), device=GPU, dtype=BF16) for s in (LAYER[1][0], LAYER[2]))
+        x, weight = (stand_in(*shape) for shape in (LAYER[1][0], LAYER[2]))
 
         def found(**options):
             return launchers.launcher("conv_fwd", "conv2d_relu", (x,), weight, None, **options)
@@ -208,7 +214,7 @@ class TestChoice:
                 for factors in (False, True)
             ]
             assert chosen == ["torch", "hopper"]
-        x, weight = (SimpleNamespace(shape=torch.Size(s), device=GPU, dtype=BF16) for s in (LAYER[1][0], LAYER[2]))
+        x, weight = (stand_in(*shape) for shape in (LAYER[1][0], LAYER[2]))
         for bias, launcher in ((torch.empty(64), None), (torch.empty(2, 64), kernels.hopper.conv_fwd), (None, None)):
             found = launchers.launcher("conv_fwd", "conv2d_relu", (x,), weight, bias)
             assert getattr(found, "func", None) is launcher

@@ -103,7 +103,7 @@ def _implementation(operator: str, given: dict[str, Any]) -> str:
     maps: Any = (tuple(x.shape),)
     if "skip" in given:
         maps, mode = launched(x, given["skip"], given["mode"], given["match"])
-    how = {"geometry": dispatch.geometry(given.get("stride", (1, 1)), given.get("padding", "same"))}
+    how: Any = {"geometry": dispatch.geometry(given.get("stride", (1, 1)), given.get("padding", "same"))}
     how["factors"] = given["bias"] is not None and given["bias"].dim() == 2
     return ops.choose(operator, maps, tuple(weight.shape), x.device, x.dtype, mode, **how).implementation
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +18,8 @@ def _copy_kernel(x_ptr, y_ptr, count, BLOCK: tl.constexpr):
 
 def copied(x, dtype):
     y = torch.empty_like(x, dtype=dtype)
-    _copy_kernel[(triton.cdiv(x.numel(), 4096),)](x, y, x.numel(), BLOCK=4096)
+    options: Any = {"BLOCK": 4096}
+    _copy_kernel[(triton.cdiv(x.numel(), 4096),)](x, y, x.numel(), **options)
     return y
 
 
