@@ -5,8 +5,8 @@
 
 1. Parity of every launch configuration of every layer of the seed's network, also of an odd size, twice each
    and over poisoned memory (``fastunet verify --all-configs`` does the same).
-2. The time of every layer under the Hopper, the portable and cuDNN's kernels; each result is compared by the
-   parity rule before it is timed.
+2. The time of every layer under the Hopper, the portable and cuDNN's kernels, which several processes compile
+   first; each result is compared by the parity rule before it is timed.
 3. The table, written after each layer, so that a run that is cut off leaves what it had.
 
 Exits 1 if a configuration breaks the rule. Prints a line a layer; TFLOP/s are those of the fastest.
@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import Empty
 from typing import Any
 
@@ -44,6 +45,29 @@ def check_share(rank: int, count: int, dtype: torch.dtype, say: Say) -> None:
     what = UNetConfig(), kernels.hopper.PARITY_SIZE, "cuda", dtype
     for comparison in check_configs(*what, seed=0, share=(rank, count), on_try=lambda text: say(text, None)):
         say(f"{comparison.name}, {comparison.implementation}: {comparison.parity}", comparison.parity.ok)
+
+
+def compile_share(
+    sizes: Sequence[tuple[int, int, int]], device: str, rank: int, count: int, dtype: torch.dtype, say: Say
+) -> None:
+    """Launch every ``count``-th candidate of what will be timed, for Triton's cache; say as :func:`check_share`."""
+
+    def make(*shape: int, fan_in: int = 1) -> torch.Tensor:
+        layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+        return torch.empty(shape, dtype=dtype, device=device, memory_format=layout)
+
+    on_hopper, turn = dispatch.why_not_hopper(torch.device(device)) is None, itertools.count()
+    for size in sizes:
+        for launch in launches(UNetConfig(), size, make):
+            for config in (None, *(launch.hopper if on_hopper else ()), *launch.commuted(on_hopper)):
+                if next(turn) % count == rank:
+                    say(f"{launch.name}, {config}", None)
+                    try:
+                        launch.run(config)
+                    except Exception as error:  # who times it says so again
+                        say(f"{launch.name}, {config}: {type(error).__name__}", False)
+                    else:
+                        say(f"{launch.name}, {config}", True)
 
 
 def _in_a_process(share: Callable[..., None], rank: int, count: int, dtype: torch.dtype, queue: Any) -> None:
@@ -115,7 +139,9 @@ def main() -> int:
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="default bf16, then fp16")
     parser.add_argument("--size", action="append", metavar="NxHxW", help="of the inputs; default the three of the aim")
     parser.add_argument("--budget", type=float, default=450.0, metavar="SECONDS", help="of all; default 450")
-    parser.add_argument("--workers", type=int, default=8, metavar="N", help="processes that check parity; default 8")
+    parser.add_argument(
+        "--workers", type=int, default=8, metavar="N", help="processes that check parity and compile; default 8"
+    )
     parser.add_argument("--skip-parity", action="store_true", help="time at once")
     parser.add_argument("--one-layer", action="store_true", help="only launch each kind of tile, for other tools")
     arguments = parser.parse_args()
@@ -140,6 +166,9 @@ def main() -> int:
         wrong += broken
         print(f"parity, {dtype}: {held} of {held + broken} launch configurations hold", flush=True)
     for dtype in dtypes:
+        share = functools.partial(compile_share, sizes, "cuda")
+        compiled, broken = check(share, DTYPES[dtype], start + arguments.budget, arguments.workers)
+        print(f"{dtype}: {compiled} candidates compiled, {broken} not; {time.monotonic() - start:.0f} s", flush=True)
         for n, h, w in sizes:
             make = functools.partial(on_paper, DTYPES[dtype])
             flops = {key_of(launch): launch.layer.flops for launch in launches(UNetConfig(), (n, h, w), make)}

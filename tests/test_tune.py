@@ -19,7 +19,7 @@ from fastunet.config import UNetConfig
 from fastunet.explain import explain_config
 from fastunet.measured import Entry
 from fastunet.ops import launchers
-from fastunet.parity.launches import Launch
+from fastunet.parity.launches import Launch, launches
 from fastunet.trace import trace
 from fastunet.tune import measure, save, tune
 
@@ -423,14 +423,43 @@ def test_of_processes_that_check_the_one_that_dies_or_hangs_is_told_by_what_it_w
 
 
 @pytest.mark.usefixtures("hopper")
+def test_what_is_timed_is_compiled_before_by_several_processes(monkeypatch):
+    """Every candidate by one of them; one that fails keeps nobody from the others."""
+    ran = []
+
+    def run(launch, config=None):
+        ran.append(config)
+        if config == "commuted":
+            raise ValueError("too much shared memory")
+
+    monkeypatch.setattr(Launch, "run", run)
+    monkeypatch.setattr(dispatch, "why_not_hopper", lambda device: None)
+    said: list[tuple[str, bool | None]] = []
+    sizes, say = [(1, 16, 16), (1, 32, 48)], lambda *words: said.append(words)
+    for rank in range(3):
+        hopper_script.compile_share(sizes, "meta", rank, 3, BF16, say)
+    wanted = [
+        config
+        for size in sizes
+        for launch in launches(UNetConfig(), size, lambda *shape, fan_in=1: torch.empty(shape, dtype=BF16))
+        for config in (None, *launch.hopper, *launch.commuted(True))
+    ]
+    assert sorted(map(str, ran)) == sorted(map(str, wanted)) and "hopper commuted" in wanted
+    assert [held for _, held in said].count(None) == len(wanted)
+    failed = [text for text, held in said if held is False]
+    assert len(failed) == wanted.count("commuted") and all(text.endswith("ValueError") for text in failed)
+
+
+@pytest.mark.usefixtures("hopper")
 def test_the_script_for_a_hopper_gpu_checks_times_and_writes_the_table(monkeypatch, capsys):
     """benchmarks/hopper.py with a stand-in for what needs the GPU."""
-    wrong, said = 0, list[tuple[str, bool | None]]()
+    wrong, said, compiled = 0, list[tuple[str, bool | None]](), []
     comparison = SimpleNamespace(parity=SimpleNamespace(ok=True), name="head", implementation="a config")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(hopper_script, "check_configs", lambda *a, **k: iter([comparison, comparison]))
     monkeypatch.setattr(hopper_script, "check", lambda share, dtype, *_: share(0, 1, dtype, record) or (2, wrong))
+    monkeypatch.setattr(hopper_script, "compile_share", lambda sizes, device, *_: compiled.append((sizes, device)))
 
     def record(text: str, held: bool | None) -> None:
         said.append((text, held))
@@ -443,6 +472,7 @@ def test_the_script_for_a_hopper_gpu_checks_times_and_writes_the_table(monkeypat
     out = capsys.readouterr().out
     assert "2 of 2 launch configurations hold" in out
     assert "hopper (hopper 1.0, torch 2.0 us), 75 TFLOP/s" in out  # 2 x 9 x 64 x 64 x 1024 in a microsecond
+    assert "bf16: 2 candidates compiled, 0 not" in out and compiled == [([(1, 32, 32)], "cuda")]
     assert measured.table(GPU) == {key: entry}
     assert [held for _, held in said] == [True, True] and said[0][0].startswith("head, a config: ")
     wrong = 1
