@@ -152,7 +152,7 @@ def main() -> int:
     if arguments.one_layer:
         run_one_layer()
         return 0
-    sizes = [tuple(map(int, size.split("x"))) for size in arguments.size or ()] or kernels.hopper.TUNED_SIZES
+    sizes: Any = [tuple(map(int, size.split("x"))) for size in arguments.size or ()] or kernels.hopper.TUNED_SIZES
     dtypes = arguments.dtype or ["bf16", "fp16"]
     torch.backends.cudnn.benchmark = True  # cuDNN at its best
     torch.backends.cudnn.allow_tf32 = True
