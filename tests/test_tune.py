@@ -222,6 +222,17 @@ class TestChoice:
             row = explain_config(UNetConfig(1, 2, norm=norm), (1, 1, 32, 32), GPU, BF16).rows[-2]
             assert row.choice.reason == f"measured, in microseconds: {explained}"
 
+    @pytest.mark.parametrize("fastest, chosen", [("hopper", "hopper"), ("triton", "triton"), ("torch", "triton")])
+    def test_of_factors_that_were_not_measured_our_kernels_think_nothing(self, fastest, chosen):
+        entry = Entry(fastest, {"triton": 3.0, fastest: 2.0}, CONFIG_FIELDS if fastest == "hopper" else None)
+        save(measured.cache_path(GPU), GPU, {KEY: entry})
+        found = choice(factors=True)
+        assert found.implementation == chosen
+        reason = "fused kernel; no measurement of this layer's shape yet"
+        if fastest != "torch":
+            reason = f"{choice().reason}, without a norm's factors"
+        assert found.reason == reason and (found.entry == entry) == (fastest != "torch")
+
     @pytest.mark.parametrize("channels, classes", [(65, 2), (64, 17)])
     def test_a_head_that_no_tile_holds_is_a_pass_of_its_own(self, channels, classes):
         layer = "conv2d_relu_head", LAYER[1], (channels, 64, 3, 3), GPU, BF16

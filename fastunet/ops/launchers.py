@@ -43,7 +43,7 @@ def choose(
             as it is chosen.
         factors: whether the bias is (2, O): cuDNN takes such a norm in a pass of its own.
     """
-    key = measured.layer_key(op, maps, weight, dtype, mode, step, geometry, classes, factors)
+    layer = op, maps, weight, dtype, mode, step, geometry, classes
 
     def obstacle(implementation: str) -> str | None:
         if geometry:
@@ -54,7 +54,11 @@ def choose(
             return None
         return kernels.hopper.why_not_layer(op, maps, weight, dtype, mode=mode, tf32=tf32())
 
-    choice = dispatch.choose_layer(device, dtype, key, obstacle, step)
+    choice = dispatch.choose_layer(device, dtype, measured.layer_key(*layer, factors), obstacle, step)
+    if factors and choice.entry is None:  # ours take a multiplication more
+        plain = dispatch.choose_layer(device, dtype, measured.layer_key(*layer), obstacle, step)
+        if plain.entry is not None and plain.implementation != "torch":
+            choice = dataclasses.replace(plain, reason=f"{plain.reason}, without a norm's factors")
     if not classes or choice.implementation == "torch":
         return choice
     if classes > kernels.HEAD_CLASSES or weight[0] > kernels.HEAD_CHANNELS:
