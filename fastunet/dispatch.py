@@ -113,7 +113,12 @@ def geometry(stride: Sequence[int], padding: str) -> str:
 
 
 def choose_layer(
-    device: torch.device, dtype: torch.dtype, key: str, obstacle: Callable[[str], str | None], step: str = "forward"
+    device: torch.device,
+    dtype: torch.dtype,
+    key: str,
+    obstacle: Callable[[str], str | None],
+    step: str = "forward",
+    alike: str = "",
 ) -> Choice:
     """Pick the implementation of a step of one layer.
 
@@ -121,6 +126,7 @@ def choose_layer(
         key: of :func:`measured.layer_key`.
         obstacle: why one of those that serve some layers cannot serve this one's forward pass, on a device where
             it runs; None if it can.
+        alike: key of a layer that costs our own kernels as much, for where this one was not measured.
     """
     choice = choose(device, dtype, step)
     forced = _forced.get().get(step)
@@ -133,7 +139,10 @@ def choose_layer(
     if choice.implementation != "triton" or forced is not None or device.type != "cuda":
         return choice
     layers = measured.table(device)
-    entry = layers.get(key)
+    entry, words = layers.get(key), "measured, in microseconds"
+    if entry is None and alike in layers:
+        entry, which = layers[alike].of_ours(), "with" if alike.endswith("with factors") else "without"
+        words = f"measured {which} factors, in microseconds"
     if entry is None:
         what = "this layer's shape" if layers else "this device"
         why = why_not_hopper(device) if step == "forward" else None
@@ -144,7 +153,7 @@ def choose_layer(
         if why is not None:
             return Choice("triton", f"{choice.reason}; a table says {entry.implementation}, but {why}")
     times = ", ".join(f"{name} {time:.0f}" for name, time in sorted(entry.microseconds.items(), key=lambda i: i[1]))
-    return Choice(entry.implementation, f"measured, in microseconds: {times}", entry)
+    return Choice(entry.implementation, f"{words}: {times}", entry)
 
 
 def asked_for() -> str | None:

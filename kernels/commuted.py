@@ -4,8 +4,7 @@
     z_ij = weight[:, :C1, i, j] x    at x's resolution, t = b + weight[:, C1:] * skip    (* is 3x3, zeros around)
 
 which is exact, for a product mixes channels and ``up`` mixes pixels. z and t are two convolutions of
-conv3x3.py or hopper/conv3x3.py, kept in float32 so that nothing is rounded twice; what is left is a gather, which
-applies the factors of a bias (2, O) to the sum of both.
+conv3x3.py or hopper/conv3x3.py, kept in float32 so that nothing is rounded twice; what is left is a gather.
 
 Tiling: one program makes BLOCK_P pixels x BLOCK_C channels, of 36 reads each (9 for nearest).
 
@@ -31,9 +30,8 @@ from .upsample_concat import load_upsampled
 
 @triton.jit
 def _gather_taps_kernel(
-    z_ptr, t_ptr, factors_ptr, y_ptr, pixels, O, h, w, H, W, top, left,
-    MODE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, SCALED: tl.constexpr, SLOPE: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    z_ptr, t_ptr, y_ptr, pixels, O, h, w, H, W, top, left,
+    MODE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, SLOPE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(O, BLOCK_C)
     pixel = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -52,10 +50,6 @@ def _gather_taps_kernel(
         acc += load_upsampled(
             z_ptr, origin, tap * O + c, u, v, mask & inside[:, None], h, w, w * 9 * O, 9 * O, MODE, ALIGN_CORNERS
         )
-    if SCALED:
-        scale = tl.load(factors_ptr + c, mask=c < O, other=0.0).to(tl.float32)
-        shift = tl.load(factors_ptr + O + c, mask=c < O, other=0.0).to(tl.float32)
-        acc = acc * scale[None, :] + shift[None, :]
     tl.store(y_ptr + offset, activate(acc, SLOPE).to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -82,16 +76,19 @@ def upconcat_conv3x3_commuted_fwd(
     if y.numel() == 0:
         return y
     taps = weight[:, :c1].permute(2, 3, 0, 1).reshape(9 * o, c1, 1, 1)
-    factors, bias = (bias, None) if scaled(bias) else (None, bias)
-    z = conv(x, taps, None, slope=1.0, tf32=tf32, out_dtype=torch.float32)
+    factors = None
+    if bias is not None and scaled(bias):  # of the sums of both
+        factors = torch.stack([bias[0], torch.zeros_like(bias[0])]).repeat(1, 9)
+    z = conv(x, taps, factors, slope=1.0, tf32=tf32, out_dtype=torch.float32)
     if c2:
         t = conv(skip, weight[:, c1:], bias, slope=1.0, tf32=tf32, out_dtype=torch.float32)
     else:  # no skip comes in
-        t = empty_channels_last(y, o, height, width, torch.float32).copy_(bias_or_zeros(bias, o, y)[:, None, None])
+        added = bias_or_zeros(bias, o, y)
+        added = added[1] if scaled(bias) else added
+        t = empty_channels_last(y, o, height, width, torch.float32).copy_(added[:, None, None])
     config, pixels = gather_config(o), n * height * width
-    top, left = (height - 2 * h) // 2, (width - 2 * w) // 2
     _gather_taps_kernel[(triton.cdiv(pixels, config.block_p) * triton.cdiv(o, config.block_c),)](
-        z, t, None if factors is None else factors.contiguous(), y, pixels, o, h, w, height, width, top, left,
-        MODE=mode, ALIGN_CORNERS=align_corners, SCALED=factors is not None, SLOPE=slope, **config.options(),
+        z, t, y, pixels, o, h, w, height, width, (height - 2 * h) // 2, (width - 2 * w) // 2,
+        MODE=mode, ALIGN_CORNERS=align_corners, SLOPE=slope, **config.options(),
     )  # fmt: skip
     return y

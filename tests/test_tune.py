@@ -222,16 +222,29 @@ class TestChoice:
             row = explain_config(UNetConfig(1, 2, norm=norm), (1, 1, 32, 32), GPU, BF16).rows[-2]
             assert row.choice.reason == f"measured, in microseconds: {explained}"
 
-    @pytest.mark.parametrize("fastest, chosen", [("hopper", "hopper"), ("triton", "triton"), ("torch", "triton")])
-    def test_of_factors_that_were_not_measured_our_kernels_think_nothing(self, fastest, chosen):
-        entry = Entry(fastest, {"triton": 3.0, fastest: 2.0}, CONFIG_FIELDS if fastest == "hopper" else None)
-        save(measured.cache_path(GPU), GPU, {KEY: entry})
-        found = choice(factors=True)
-        assert found.implementation == chosen
-        reason = "fused kernel; no measurement of this layer's shape yet"
-        if fastest != "torch":
-            reason = f"{choice().reason}, without a norm's factors"
-        assert found.reason == reason and (found.entry == entry) == (fastest != "torch")
+    @pytest.mark.parametrize("measured_with", [True, False])
+    @pytest.mark.parametrize(
+        "entry, chosen",
+        [
+            (Entry("hopper", {"hopper": 2.0, "torch": 2.5, "triton": 3.0}, CONFIG_FIELDS), "hopper 2, triton 3"),
+            (Entry("triton", {"triton": 2.0, "hopper": 3.0}), "triton 2, hopper 3"),
+            (Entry("torch", {"triton": 3.0, "torch": 1.0, "hopper": 2.0}), "hopper 2, triton 3"),
+            (Entry("torch", {"torch": 1.0}), None),
+        ],
+        ids=["hopper", "triton", "torch", "torch alone"],
+    )
+    def test_what_was_measured_with_factors_or_without_alone(self, entry, chosen, measured_with):
+        """Our kernels cost the same either way; what cuDNN costs is not known."""
+        save(measured.cache_path(GPU), GPU, {KEY + measured_with * " with factors": entry})
+        found = choice(factors=not measured_with)
+        if chosen is None:
+            assert found == dispatch.Choice("triton", "fused kernel; no measurement of this layer's shape yet")
+            return
+        which = "with" if measured_with else "without"
+        assert found.reason == f"measured {which} factors, in microseconds: {chosen}"
+        assert found.implementation == chosen.split()[0] and found.entry is not None
+        assert found.entry.config == (CONFIG_FIELDS if entry.implementation == "hopper" else None)
+        assert choice(factors=measured_with).implementation == entry.implementation
 
     @pytest.mark.parametrize("channels, classes", [(65, 2), (64, 17)])
     def test_a_head_that_no_tile_holds_is_a_pass_of_its_own(self, channels, classes):

@@ -54,11 +54,9 @@ def choose(
             return None
         return kernels.hopper.why_not_layer(op, maps, weight, dtype, mode=mode, tf32=tf32())
 
-    choice = dispatch.choose_layer(device, dtype, measured.layer_key(*layer, factors), obstacle, step)
-    if factors and choice.entry is None:  # ours take a multiplication more
-        plain = dispatch.choose_layer(device, dtype, measured.layer_key(*layer), obstacle, step)
-        if plain.entry is not None and plain.implementation != "torch":
-            choice = dataclasses.replace(plain, reason=f"{plain.reason}, without a norm's factors")
+    # With factors our kernels take a multiplication more.
+    key, alike = (measured.layer_key(*layer, with_them) for with_them in (factors, not factors))
+    choice = dispatch.choose_layer(device, dtype, key, obstacle, step, alike)
     if not classes or choice.implementation == "torch":
         return choice
     if classes > kernels.HEAD_CLASSES or weight[0] > kernels.HEAD_CHANNELS:

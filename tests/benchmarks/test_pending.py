@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
+import time
 
 import pytest
 
@@ -43,20 +45,42 @@ def test_each_command_runs_once_and_what_it_prints_is_kept(listed, capsys):
     assert out[-2:] == ["by itself: somebody looks", "without --data: PYTHONPATH=. ls DATA"]
 
 
+def test_who_stops_it_stops_what_it_runs(listed):
+    """A command is given time to say what it has; of a process that does not listen nothing is left either."""
+    said = 'trap "echo so far; exit" INT; while true; do sleep 0.1; done'
+    (listed / "PENDING.md").write_text(TABLE.partition("| one")[0] + f"| it runs | - | `PYTHONPATH=. ; {said}` |\n")
+    program = f"""
+import sys
+from pathlib import Path
+from benchmarks import pending
+pending.PENDING = Path({str(listed / "PENDING.md")!r})
+sys.exit(pending.main(["--out", {str(listed / "logs")!r}]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=pending.ROOT)
+    log = listed / "logs" / "01.txt"
+    while not log.exists() or not log.stat().st_size:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.terminate()
+    assert process.wait(30) == 1
+    assert log.read_text().endswith("so far\n")
+
+
 def test_data_and_a_choice(listed, capsys):
     (listed / "image.png").touch()
     assert pending.main(["--out", str(listed / "logs"), "--only", "of data", "--data", str(listed)]) == 0
     (log,) = (listed / "logs").iterdir()
     assert "image.png" in log.read_text()
-    assert pending.main(["--out", str(listed / "logs"), "--only", "one", "--budget", "0"]) == 0
+    assert pending.main(["--out", str(listed / "logs"), "--only", "one", "--budget", "0"]) == 1
     assert capsys.readouterr().out.count("out of time: PYTHONPATH=. echo") == 2
 
 
 def test_the_list_itself():
     """Three cells a row, and commands that a shell can read."""
     found = list(pending.claims(pending.PENDING.read_text(encoding="utf-8")))
+    assert any(commands for _, commands in found)
     for claim, commands in found:
         for command in commands:
             assert subprocess.run(["bash", "-n", "-c", command], check=False).returncode == 0, (claim, command)
-            for code in re.findall(r'python3 -c "(.*)"$', command):
+            for code in re.findall(r'python3 -c "(.*?)"(?=;|$)', command):
                 compile(code, claim, "exec")

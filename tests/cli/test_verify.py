@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -361,6 +363,18 @@ def test_what_ends_in_the_middle_loses_nothing(run, monkeypatch, tmp_path):
     assert "ended early: the networks could not be run (RuntimeError: out of memory)" in shown.out
     found = json.loads((tmp_path / "report.json").read_text())
     assert len(found["results"]) == 1 and not found["ok"] and "out of memory" in found["failure"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not interpreted where they can run")
+def test_the_interpreter_as_users_have_it():
+    """It truncates to bfloat16 where these tests' own rounds."""
+    command = [sys.executable, "-m", "fastunet", "verify", "--config", '{"features": [2, 3]}', "--size", "4x4"]
+    shown = subprocess.run(
+        [*command, "--batch", "1", "--dtype", "bf16", "--no-gradients"],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=Path(__file__).parents[2], capture_output=True, text=True,
+    )  # fmt: skip
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert "with the head in one pass" in shown.stdout  # as kernels alone have it
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not interpreted where they can run")

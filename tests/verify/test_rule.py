@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastunet.parity import compare
-from fastunet.parity.rule import TF32_EPS
+from fastunet.parity.rule import TF32_EPS, truncating_stages
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -34,6 +34,21 @@ def test_the_limit_is_the_baselines_error_plus_the_floor(dtype, truth):
     wrong = baseline.clone()
     wrong[2, 3] += 4 * parity.limit
     assert not compare(wrong, baseline, truth).ok
+
+
+def test_an_interpreter_that_truncates_is_allowed_for(seed):
+    """Errors of one layer behind another that all go towards 0 add up as they are."""
+
+    def truncated(x):
+        return (x.float().view(torch.int32) & -65536).view(torch.float32).bfloat16()
+
+    truth, layers = 1 + torch.rand(64, 64, dtype=torch.float64), 4
+    candidate, baseline = truncated(truth), truth.bfloat16()
+    for _ in range(layers - 1):
+        truth, candidate, baseline = 1.1 * truth, truncated(1.1 * candidate.double()), 1.1 * baseline
+    assert not compare(candidate, baseline, truth, stages=layers).ok
+    assert compare(candidate, baseline, truth, stages=truncating_stages(layers, torch.bfloat16, True)).ok
+    assert truncating_stages(layers, torch.bfloat16, False) == truncating_stages(layers, torch.float16, True) == layers
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
