@@ -47,7 +47,7 @@ def test_each_command_runs_once_and_what_it_prints_is_kept(listed, capsys):
 
 def test_who_stops_it_stops_what_it_runs(listed):
     """A command is given time to say what it has; of a process that does not listen nothing is left either."""
-    said = 'trap "echo so far; exit" INT; while true; do sleep 0.1; done'
+    said = 'trap "echo so far; exit" INT; echo begun; while true; do sleep 0.1; done'
     (listed / "PENDING.md").write_text(TABLE.partition("| one")[0] + f"| it runs | - | `PYTHONPATH=. ; {said}` |\n")
     program = f"""
 import sys
@@ -58,9 +58,9 @@ sys.exit(pending.main(["--out", {str(listed / "logs")!r}]))
 """
     process = subprocess.Popen([sys.executable, "-c", program], cwd=pending.ROOT)
     log = listed / "logs" / "01.txt"
-    while not log.exists() or not log.stat().st_size:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().endswith("\nbegun\n")):
         time.sleep(0.05)
-    time.sleep(0.5)
     process.terminate()
     assert process.wait(30) == 1
     assert log.read_text().endswith("so far\n")
