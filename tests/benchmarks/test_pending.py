@@ -36,10 +36,10 @@ def listed(tmp_path, monkeypatch):
 
 
 def test_each_command_runs_once_and_what_it_prints_is_kept(listed, capsys):
-    assert pending.main(["--out", str(listed / "logs"), "--each", "2"]) == 1
+    assert pending.main(["--out", str(listed / "logs"), "--each", "4"]) == 1
     logs = [path.read_text() for path in sorted((listed / "logs").iterdir())]
     assert logs[0].startswith("claim: one holds\nclaim: so does another\n$ PYTHONPATH=. echo first\n\nfirst\n")
-    assert "second\n" in logs[1] and "broken\n\nexit code 3" in logs[2] and "stopped, out of 2 s" in logs[3]
+    assert "second\n" in logs[1] and "broken\n\nexit code 3" in logs[2] and "stopped, out of 4 s" in logs[3]
     out = capsys.readouterr().out.splitlines()
     assert [line[:20] for line in out[:3]] == ["01.txt: exit code 0:", "02.txt: exit code 0:", "03.txt: exit code 3:"]
     assert out[-2:] == ["by itself: somebody looks", "without --data: PYTHONPATH=. ls DATA"]
