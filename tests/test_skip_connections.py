@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fastunet import train
@@ -103,3 +105,21 @@ def test_images_too_small_to_show_are_said_before_anything_is_trained(
     with pytest.raises(SystemExit):
         example.main()
     assert "data: expected a validation image of at least 128x128 pixels" in capsys.readouterr().err
+
+
+def test_the_example_from_data_to_picture(seed: int, example: ModuleType, tmp_path: Path, monkeypatch, capsys) -> None:
+    folder, out = write_split(tmp_path / "data", np.random.default_rng(seed)), tmp_path / "a.png"
+    monkeypatch.setattr(example, "SHOWN", 32)
+    words = ["skip_connections.py", str(folder), "--out", str(out), "--steps", "2", "--seeds", "2"]
+    monkeypatch.setattr("sys.argv", words)
+    example.main()
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if "%" not in line]
+    table = {row[0]: row[1:] for row in rows if row[0] in ("concat", "add", "none")}
+    assert list(table) == ["concat", "add", "none"]
+    for parameters, *scores in table.values():
+        assert int(parameters.replace(",", "")) > 0
+        for score in scores:
+            mean, low, high = (float(number) for number in re.findall(r"[01]\.\d+", score))
+            assert 0 <= low <= mean <= high <= 1
+    with Image.open(out) as picture:
+        assert picture.format == "PNG" and min(picture.size) > 200
