@@ -41,7 +41,13 @@ def run(command: str, log: Path, seconds: float) -> str:
     start = time.monotonic()
     with log.open("a", encoding="utf-8") as out:
         process = subprocess.Popen(
-            ["bash", "-c", command], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            ["bash", "-c", command],
+            cwd=ROOT,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # What runs in the background may be told to ignore an interrupt, and would hand that on.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
             ended = f"exit code {process.wait(seconds)}"
