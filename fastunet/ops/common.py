@@ -18,6 +18,11 @@ def takes_triton(x: Tensor) -> bool:
     return dispatch.choose(x.device, x.dtype).implementation == "triton"
 
 
+def has_factors(bias: Tensor | None) -> bool:
+    """Whether it is (2, O): a norm's factors and shifts."""
+    return bias is not None and bias.dim() == 2
+
+
 _watched: ContextVar[bool] = ContextVar("fastunet_watched", default=False)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, measured
-from .common import tf32
+from .common import has_factors, tf32
 
 if TYPE_CHECKING or dispatch.has_triton():
     from .. import kernels
@@ -88,7 +88,7 @@ def launcher(
     """The launcher of that name in the module that serves these tensors; None for plain torch."""
     shapes = tuple(tuple(x.shape) for x in maps)
     layer = op, shapes, tuple(weight.shape), maps[-1].device, maps[-1].dtype, mode
-    choice = _remembered(*layer, tuple(stride), padding, classes, bias is not None and bias.dim() == 2)
+    choice = _remembered(*layer, tuple(stride), padding, classes, has_factors(bias))
     if choice.implementation == "torch":
         return None
     if choice.implementation == "commuted":

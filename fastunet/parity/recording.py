@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from .. import dispatch, ops
 from ..config import UNetConfig
 from ..model import FastUNet, joins_head
+from ..ops.common import has_factors
 from ..ops.upsampling import launched
 from ..trace import Layer, trace
 
@@ -104,7 +105,7 @@ def _implementation(operator: str, given: dict[str, Any]) -> str:
     if "skip" in given:
         maps, mode = launched(x, given["skip"], given["mode"], given["match"])
     how: Any = {"geometry": dispatch.geometry(given.get("stride", (1, 1)), given.get("padding", "same"))}
-    how["factors"] = given["bias"] is not None and given["bias"].dim() == 2
+    how["factors"] = has_factors(given["bias"])
     return ops.choose(operator, maps, tuple(weight.shape), x.device, x.dtype, mode, **how).implementation
 
 
@@ -266,7 +267,7 @@ def logits_in_one_pass(network: FastUNet, run: Run) -> Tensor | None:
     conv, head = (step.arguments for step in list(run.steps.values())[-2:])
     x, weight, classes = conv["x"], conv["weight"], len(head["weight"])
     shapes = (tuple(x.shape),), tuple(weight.shape)
-    how = {"classes": classes, "factors": conv["bias"] is not None and conv["bias"].dim() == 2}
+    how = {"classes": classes, "factors": has_factors(conv["bias"])}
     if ops.choose("conv2d_relu_head", *shapes, x.device, x.dtype, **how).implementation == "torch":
         return None
     given = x, weight, conv["bias"], head["weight"], head["bias"]

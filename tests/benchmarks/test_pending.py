@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -32,7 +33,9 @@ TABLE = """# What only a GPU can settle
 def listed(tmp_path, monkeypatch):
     (tmp_path / "PENDING.md").write_text(TABLE)
     monkeypatch.setattr(pending, "PENDING", tmp_path / "PENDING.md")
-    return tmp_path
+    before = signal.getsignal(signal.SIGTERM)  # which the program takes for itself
+    yield tmp_path
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_each_command_runs_once_and_what_it_prints_is_kept(listed, capsys):
