@@ -69,6 +69,8 @@ def layer(make):
 def test_a_mutant_is_found(mutant, eagerness, emulate, layer):
     function, text, other, error, complaint = MUTANTS[mutant]
     emulate(eagerness, {function: (text, other)})
+    if mutant.startswith("reads-") and eagerness:  # of 240 orders, in one all stop before anybody reads
+        error, complaint = (error, Deadlock), f"{complaint}|nothing can go on"
     with pytest.raises(error, match=complaint):
         hopper.conv_fwd(*layer, slope=0.0, config=FEW_PIXELS if text == X_EMPTY else IN_TURNS)
 
