@@ -1,10 +1,12 @@
-"""Does FastUNet train as plain PyTorch does? Same seeds, same windows, both networks; a table and a picture.
+"""Does FastUNet train as plain PyTorch does? Same seeds, same windows, a table and a picture.
 
     python benchmarks/training.py DATA --out docs/training_curves.png
     python benchmarks/training.py DATA --all --norm batch --steps 1600 --out docs/training_curves_all.png
 
-DATA is a folder for ``fastunet train``. Each seed draws initial weights, which both networks get, and
-windows. FastUNet runs its operators, also on a CPU, which left alone trains with plain PyTorch.
+DATA is a folder for ``fastunet train``. Each seed draws initial weights, which all networks get, and
+windows. FastUNet runs its operators, also on a CPU, which left alone trains with plain PyTorch. Plain PyTorch
+trains twice, the second time in ``channels_last``: the same mathematics with its sums in another order, which
+tells how far roundings alone carry a training.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from fastunet.files import atomic_write
 from fastunet.reference import UNet
 
 CONFIG = UNetConfig(features=(8, 16, 32, 64), align_corners=False)
-OURS, PLAIN = NETWORKS = "FastUNet", "plain PyTorch"
+OURS, PLAIN, AGAIN = NETWORKS = "FastUNet", "plain PyTorch", "plain PyTorch, channels_last"
+STYLES = dict(zip(NETWORKS, ("-", "--", ":"), strict=True))
 FIRST, LAST = 10, 50  # steps: compared one by one; averaged
 
 
@@ -73,6 +76,8 @@ def run(
     """The loss of each step, and the points."""
     torch.manual_seed(seed)
     model, losses, start = new_model(name, config), [], time.perf_counter()
+    if name == AGAIN:
+        model.to(memory_format=torch.channels_last)
     settings = dataclasses.replace(settings, seed=seed)
     process = train.Processes(torch.device(device))
     operators = dispatch.forced("torch" if device == "cpu" else "triton")
@@ -99,6 +104,12 @@ def report(curves: dict[tuple[str, int], list[float]], dices: dict[tuple[str, in
         points = [dices[name, seed][-1] for seed in seeds]
         pooled, by_image = spread([p.dice for p in points]), spread([p.mean_dice for p in points])
         print(f"| all | {name} | | {ends} | {pooled} | {by_image} |")
+    for name in (OURS, AGAIN):
+        ends = distance([end(curves[name, seed]) - end(curves[PLAIN, seed]) for seed in seeds])
+        points = [(dices[name, seed][-1], dices[PLAIN, seed][-1]) for seed in seeds]
+        pooled = distance([a.dice - b.dice for a, b in points])
+        by_image = distance([a.mean_dice - b.mean_dice for a, b in points])
+        print(f"| from {PLAIN} | {name} | | {ends} | {pooled} | {by_image} |")
 
 
 def new_model(name: str, config: UNetConfig) -> UNet:
@@ -124,6 +135,12 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
 
 
+def distance(values: list[float]) -> str:
+    """Signed mean; root mean square and largest size."""
+    size = (statistics.mean(v * v for v in values)) ** 0.5
+    return f"{statistics.mean(values):+.4f} (rms {size:.4f}, at most {max(map(abs, values)):.4f})"
+
+
 def draw(
     path: Path, curves: dict[tuple[str, int], list[float]], dices: dict[tuple[str, int], list[train.Point]]
 ) -> None:
@@ -131,12 +148,12 @@ def draw(
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     losses, gaps, scores = figure.subplots(1, 3)
     for (name, seed), values in curves.items():
-        style = {"color": f"C{seed}", "ls": "-" if name == OURS else "--", "label": f"{name}, {seed}"}
+        style = {"color": f"C{seed}", "ls": STYLES[name], "label": f"{name}, {seed}"}
         mean = torch.tensor(values).unfold(0, min(20, len(values)), 1).mean(1)
         losses.plot(range(len(values) - len(mean) + 1, len(values) + 1), mean, **style)
         points = dices[name, seed]
         scores.plot([p.step for p in points], [p.dice for p in points], **style)
-        if name == OURS:
+        if name != PLAIN:
             gap = differences(curves, name, seed)
             gaps.plot(range(1, len(values) + 1), gap, lw=0.7, **style)
             if any(gap):

@@ -278,6 +278,39 @@ def test_two_processes_train_as_one_with_the_whole_batch(run, folder: Path, tmp_
         assert not torch.equal(a, p)
 
 
+@pytest.mark.slow
+def test_two_processes_go_on_to_the_same_bits_when_one_was_killed(folder: Path, tmp_path: Path) -> None:
+    script = tmp_path / "dies.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "import fastunet.cli.train as command\n"
+        "from fastunet.cli import main\n"
+        "fit = command.fit\n"
+        "def dies(*arguments, on_step, **options):\n"
+        "    def step(done, loss):\n"
+        "        if done == 3 and os.environ['RANK'] == '1':  # one after the checkpoint\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        on_step(done, loss)\n"
+        "    return fit(*arguments, on_step=step, **options)\n"
+        "command.fit = dies\n"
+        "sys.exit(main(['train', *sys.argv[1:]]))\n"
+    )
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    uninterrupted, killed = (
+        start(folder, *QUICK, "--out", to, program=(*TORCHRUN, *program))
+        for to, program in ((whole, TRAIN), (out, (str(script),)))
+    )
+    for child, succeeds in ((uninterrupted, True), (killed, False)):
+        _, err = child.communicate(timeout=600)
+        assert (child.returncode == 0) == succeeds, err
+    assert torch.load(out / "last.pt", weights_only=True)["step"] == 2
+    resumed = start(folder, *QUICK, "--out", out, "--resume", program=(*TORCHRUN, *TRAIN))
+    _, err = resumed.communicate(timeout=600)
+    assert resumed.returncode == 0, err
+    assert_same(files_of(out), files_of(whole))
+    assert names_of(out) == FILES
+
+
 def _initial() -> fastunet.FastUNet:
     torch.manual_seed(0)  # the default of --seed
     return fastunet.FastUNet.from_config(UNetConfig.from_json(CONFIG))

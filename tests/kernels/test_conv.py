@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from fastunet import kernels
 from fastunet.reference import conv2d_relu
@@ -116,11 +117,17 @@ def test_nan_and_inf_go_where_torch_lets_them(value, precision, make):
     x, weight, bias = make(precision, 1, 6, 7, 8), make(precision, 9, 6, 3, 3, fan_in=54), make(precision, 9)
     x[0, 2, 3, 4] = value
     y, pooled = kernels.conv_pool_fwd(x, weight, bias, slope=0.0, tf32=tf32)
-    check(precision, y, conv2d_relu, x, weight, bias, 0.0)
-    check(precision, pooled, lambda *a: F.max_pool2d(conv2d_relu(*a), 2), x, weight, bias, 0.0)
+    check(precision, y, _summed_in_float32, x, weight, bias)
+    check(precision, pooled, lambda *a: F.max_pool2d(_summed_in_float32(*a), 2), x, weight, bias)
     x, weight = x[:, :3], weight[:, :3]
     y = kernels.stem_fwd(x, weight, bias, slope=0.0, tf32=tf32)
-    check(precision, y, conv2d_relu, x, weight, bias, 0.0)
+    check(precision, y, _summed_in_float32, x, weight, bias)
+
+
+def _summed_in_float32(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """With AVX512-BF16, PyTorch's own bfloat16 lets a NaN reach pixels that no tap takes it to."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return conv2d_relu(x.to(wide), weight.to(wide), bias.to(wide), 0.0).to(x.dtype)
 
 
 @pytest.mark.overflow
