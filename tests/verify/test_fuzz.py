@@ -17,15 +17,15 @@ SIMPLE = Case(UNetConfig(1, 1, (1, 1), align_corners=False), False, 1, 2, 2, "co
 
 
 # Fixed seeds: what is drawn here is repeated by whoever runs the suite; `fastunet verify --fuzz` draws afresh.
-SEEDS = pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.fuzz) for seed in (2, 3, 4))])
+SEEDS = pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.fuzz) for seed in range(2, 11))])
 
 
 @pytest.mark.slow
 @SEEDS
 def test_500_random_networks_hold(seed):
-    found = fuzz(125, seed)
+    found = fuzz(50, seed)
     assert found.case is None, f"{found.case}\n{found.finding}"
-    assert found.passed == 125
+    assert found.passed == 50
 
 
 @pytest.mark.slow
@@ -33,9 +33,9 @@ def test_500_random_networks_hold(seed):
 @SEEDS
 def test_200_random_networks_hold_in_the_interpreter(seed):
     with dispatch.forced("triton"):
-        found = fuzz(50, seed)
+        found = fuzz(20, seed)
     assert found.case is None, f"{found.case}\n{found.finding}"
-    assert found.passed == 50
+    assert found.passed == 20
 
 
 # Each was drawn, and told that it did not hold, before the rule knew how large the terms of its gradients were.
