@@ -156,6 +156,11 @@ def choose_layer(
     return Choice(entry.implementation, f"{words}: {times}", entry)
 
 
+def table(device: torch.device) -> object:
+    """What choices on ``device`` follow: another object when there are new measurements."""
+    return measured.table(device) if device.type == "cuda" else None
+
+
 def asked_for() -> str | None:
     """What the innermost block of :func:`forced` asks for, of a forward pass."""
     return _forced.get().get("forward")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from . import dispatch, ops
-from .sources import Sources
+from . import ops
+from .sources import Kept
 
 Run = Callable[[Tensor], Tensor]
 Result = TypeVar("Result")
@@ -37,34 +36,29 @@ class Graphs:
     def __init__(self, limit: int, outer: Graphs | None = None) -> None:
         if limit < 1:
             raise ValueError(f"limit: expected at least 1, got {limit}")
-        self.limit, self.outer = limit, outer
-        self.captured: OrderedDict[Hashable, tuple[Run, Sources]] = OrderedDict()
-        self.lock = threading.RLock()
+        self.outer = outer
+        self._captured: Kept[Run] = Kept(limit)
+        self._turn = threading.RLock()
 
     def clear(self) -> None:
         """Forget the graphs, of the blocks around this one too."""
-        with self.lock:
-            self.captured.clear()
+        self._captured.clear()
         if self.outer is not None:
             self.outer.clear()
 
-    def __call__(self, forward: Run, x: Tensor, sources: list[Tensor]) -> Tensor:
-        """``forward(x)``, replayed where a graph can say the same.
+    def __call__(self, forward: Run, x: Tensor, tensors: Sequence[Tensor], objects: Sequence[object]) -> Tensor:
+        """``forward(x)``, replayed.
 
         Args:
-            sources: parameters and buffers that the forward pass reads; a change of one counts a version.
+            tensors: parameters and buffers that it reads; a change of one counts a version.
+            objects: what else it depends on, if another takes its place.
         """
-        if not _capturable(x):
-            return forward(x)
-        key = _signature(x)
-        with self.lock:
-            run, made_from = self.captured.get(key, (None, None))
-            if run is None or made_from is None or not made_from.are(sources):
+        key = ops.signature(x)
+        with self._turn:
+            run = self._captured.find(key, tensors, objects)
+            if run is None:
                 run = _capture(forward, x)
-                self.captured[key] = run, Sources(sources)
-            self.captured.move_to_end(key)
-            while len(self.captured) > self.limit:
-                self.captured.popitem(last=False)
+                self._captured.keep(key, run, tensors, objects)
             return run(x)
 
 
@@ -72,18 +66,13 @@ def _on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def _capturable(x: Tensor) -> bool:
-    if not _on_gpu(x) or torch.compiler.is_compiling():
+def repeats(x: Tensor) -> bool:
+    """Whether a forward pass of ``x``, if its weights stay the same, is the same work again, and nobody looks on."""
+    if not _on_gpu(x) or type(x) is not Tensor or ops.someone_looks_on():
         return False
     if torch.cuda.is_current_stream_capturing():  # the user's own capture takes the launches as they come
         return False
-    return not (torch.is_grad_enabled() and x.requires_grad)
-
-
-def _signature(x: Tensor) -> Hashable:
-    """What a capture depends on beside the weights."""
-    autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
-    return x.shape, x.stride(), x.dtype, x.device, autocast, ops.tf32(), dispatch.asked_for()
+    return x.numel() > 0 and not (torch.is_grad_enabled() and x.requires_grad)
 
 
 def captured(call: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:

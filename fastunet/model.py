@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from . import checkpoint, dispatch, hub, ops
 from .built import as_built
-from .graph import Graphs
+from .graph import Graphs, repeats
 from .origin import Origin
+from .plan import Plans
 from .prepared import Prepared, cacheable, foldable, prepare, wants_gradient
 from .reference import UNet, center_crop
 from .small import is_small
+from .sources import parts
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing.Self is new in Python 3.11
@@ -82,9 +84,14 @@ class FastUNet(UNet):
     def _prepared(self) -> dict[nn.Module, Prepared]:
         return self.__dict__.setdefault("_prepared_weights", {})
 
+    @property
+    def _plans(self) -> Plans:
+        return self.__dict__.setdefault("_plans_by_input", Plans())
+
     def refresh(self) -> None:
-        """Forget the prepared weights; the next forward prepares them anew."""
+        """Forget the prepared weights, and all that was made of them; the next forward prepares them anew."""
         self._prepared.clear()
+        self._plans.clear()
         if self._graphs is not None:
             self._graphs.clear()
 
@@ -121,15 +128,21 @@ class FastUNet(UNet):
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         state.pop("_prepared_weights", None)  # copies and pickles prepare their own
+        state.pop("_plans_by_input", None)
         state.pop("_captured_graphs", None)
         return state
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
-        if self._graphs is None or any(module.training for module in self.modules()):
+        if not repeats(x):
             return self._forward(x)
-        sources = [*self.parameters(), *self.buffers()]
-        return self._graphs(self._forward, x, sources) if cacheable(sources) else self._forward(x)
+        layers, tensors = parts(self)
+        if any(layer.training for layer in layers) or not cacheable(tensors):
+            return self._forward(x)
+        if self._graphs is not None:
+            return self._graphs(self._forward, x, tensors, layers)
+        objects = [*layers, dispatch.table(x.device)]
+        return self._plans(self._forward, x, tensors, objects, suits=lambda: not self.runs_on_plain_torch(x))
 
     def _forward(self, x: Tensor) -> Tensor:
         if self.runs_on_plain_torch(x):

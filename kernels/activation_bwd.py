@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
 from .reduce_slabs import reduce_slabs
 from .tensors import empty_channels_last, without_graph
 from .tuning import PointwiseConfig, cell_config, slabs
@@ -150,7 +151,8 @@ def _launch(
     cells = images * triton.cdiv(h, 2) * triton.cdiv(w, 2)
     count, steps = slabs(triton.cdiv(cells, config.block_p), blocks * groups)
     sums = torch.empty((count, wanted * groups * o), dtype=torch.float32, device=y.device) if wanted else None
-    _activation_bwd_kernel[(count * groups * blocks,)](
+    launch(
+        _activation_bwd_kernel, (count * groups * blocks,),
         grad, grad_pooled, y, x, mean, rstd, g, sums, groups, images, h, w, o, steps,
         *grad.stride(), *(grad if grad_pooled is None else grad_pooled).stride(),
         SLOPE=slope, POOL=grad_pooled is not None, SUMS=wanted, **config.options(),

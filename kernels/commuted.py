@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .conv3x3 import conv_fwd
 from .implicit_gemm import activate
+from .launch import launch
 from .tensors import bias_or_zeros, empty_channels_last, scaled, without_graph
 from .tuning import gather_config
 from .upsample_concat import load_upsampled
@@ -87,7 +88,8 @@ def upconcat_conv3x3_commuted_fwd(
         added = added[1] if scaled(bias) else added
         t = empty_channels_last(y, o, height, width, torch.float32).copy_(added[:, None, None])
     config, pixels = gather_config(o), n * height * width
-    _gather_taps_kernel[(triton.cdiv(pixels, config.block_p) * triton.cdiv(o, config.block_c),)](
+    launch(
+        _gather_taps_kernel, (triton.cdiv(pixels, config.block_p) * triton.cdiv(o, config.block_c),),
         z, t, y, pixels, o, h, w, height, width, (height - 2 * h) // 2, (width - 2 * w) // 2,
         MODE=mode, ALIGN_CORNERS=align_corners, SLOPE=slope, **config.options(),
     )  # fmt: skip

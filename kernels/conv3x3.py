@@ -32,6 +32,7 @@ from .implicit_gemm import (
     tile_origin,
     tile_pixels,
 )
+from .launch import launch
 from .tensors import (
     bias_or_zeros,
     convolved_size,
@@ -183,7 +184,8 @@ def _launch(
         raise ValueError(f"config: expected one of pointers, for a stride of {stride}, got {config}")
     if head is not None and config.block_co < o:
         raise ValueError(f"config: expected a tile of all {o} channels, for a head, got {config}")
-    _conv_fwd_kernel[(config.tiles(n, height, width, o),)](
+    launch(
+        _conv_fwd_kernel, (config.tiles(n, height, width, o),),
         pixel_descriptor(x, config) if config.tma else x,
         weight_descriptor(rows, config) if config.tma else rows,
         bias_or_zeros(bias, o, y), y, pooled, *(head or (None, None)),

@@ -33,6 +33,7 @@ from torch import Tensor
 from .conv3x3 import conv_fwd
 from .conv_transpose import conv_transpose_fwd
 from .implicit_gemm import INTERPRETED, tile_pixels
+from .launch import launch
 from .reduce_slabs import reduce_slabs
 from .stem import STEM_CHANNELS
 from .tensors import placed, unit_channel_stride, without_graph
@@ -205,7 +206,8 @@ def wgrad(
     channel0 = 0
     for source, all_taps, tile, programs in zip(sources, few, tiles, blocks, strict=True):
         x, top, left = placed(source if all_taps else unit_channel_stride(source), *size)
-        _conv_wgrad_kernel[(programs, count)](
+        launch(
+            _conv_wgrad_kernel, (programs, count),
             g, x, partial, sums, n, h, w, o, x.shape[1], channel0, channels,
             x.shape[2], x.shape[3], top, left, steps,
             g.stride(0), g.stride(2), g.stride(3), *x.stride(),

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .implicit_gemm import add_bias_activate, dot, load_weights, store_tile, tile_origin, tile_pixels
+from .launch import launch
 from .tensors import (
     bias_or_zeros,
     empty_channels_last,
@@ -115,7 +116,8 @@ def conv_transpose_fwd(
             precise=x.dtype == torch.float32 and not tf32,
             tma=tma_serves(x) and rows.data_ptr() % 16 == 0,
         )  # fmt: skip
-    _conv_transpose_fwd_kernel[(config.tiles(n, *cells, o), step[0] * step[1])](
+    launch(
+        _conv_transpose_fwd_kernel, (config.tiles(n, *cells, o), step[0] * step[1]),
         pixel_descriptor(x, config) if config.tma else x,
         weight_descriptor(rows, config) if config.tma else rows,
         bias_or_zeros(bias, o, y), y, n, c, h, w, o, *y.shape[2:], x.stride(0), x.stride(2), x.stride(3),

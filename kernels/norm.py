@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .activation_bwd import activation_norm_bwd
 from .implicit_gemm import activate
+from .launch import launch
 from .tensors import bias_or_zeros, empty_channels_last, without_graph
 from .tuning import FUSION, REDUCTION_PROGRAMS, cell_config, power_of_2, slabs
 
@@ -215,7 +216,8 @@ def norm_fwd(
         images, blocks = n // groups, triton.cdiv(c, config.block_c)
         cells = images * triton.cdiv(h, 2) * triton.cdiv(w, 2)
         gamma, beta = x.new_ones(c) if weight is None else weight.contiguous(), bias_or_zeros(bias, c, x)
-        _norm_fwd_kernel[(triton.cdiv(cells, config.block_p) * groups * blocks,)](
+        launch(
+            _norm_fwd_kernel, (triton.cdiv(cells, config.block_p) * groups * blocks,),
             x, mean, rstd, gamma, beta, y, pooled, groups, images, h, w, c,
             SLOPE=slope, POOL=pool, **config.options(),
         )  # fmt: skip
@@ -234,7 +236,7 @@ def statistics(x: Tensor, eps: float, per_image: bool) -> Statistics:
     # Of a group, however many there are: an image's statistics do not depend on who is in its batch.
     count, steps = slabs(triton.cdiv(pixels, config.block_p), blocks)
     partial = torch.empty((count, 3, groups, c), dtype=torch.float32, device=x.device)
-    _moments_kernel[(count * groups * blocks,)](x, partial, groups, pixels, c, steps, **config.options())
+    launch(_moments_kernel, (count * groups * blocks,), x, partial, groups, pixels, c, steps, **config.options())
     return merged_statistics(partial, eps, per_image)
 
 
@@ -247,12 +249,12 @@ def merged_statistics(partial: Tensor, eps: float, per_image: bool) -> Statistic
         fewer = triton.cdiv(count, 64)
         condensed = partial.new_empty((fewer, *partial.shape[1:]))
         grid = fewer, triton.cdiv(merged, 16)
-        _condense_moments_kernel[grid](partial, condensed, count, merged, BLOCK_S=64, **tile)
+        launch(_condense_moments_kernel, grid, partial, condensed, count, merged, BLOCK_S=64, **tile)
         partial, count = condensed, fewer
     of_what = (groups, c) if per_image else (c,)
     mean, rstd, variance = (partial.new_empty(of_what) for _ in range(3))
     grid, block_s = (triton.cdiv(merged, 16),), power_of_2(count, 1, 64)
-    _merge_moments_kernel[grid](partial, mean, rstd, variance, count, merged, eps, BLOCK_S=block_s, **tile)
+    launch(_merge_moments_kernel, grid, partial, mean, rstd, variance, count, merged, eps, BLOCK_S=block_s, **tile)
     return mean, rstd, variance
 
 
@@ -285,7 +287,8 @@ def norm_bwd(
         config, groups = cell_config(c), mean.numel() // c
         pixels = n // groups * h * w
         grid = (triton.cdiv(pixels, config.block_p) * groups * triton.cdiv(c, config.block_c),)
-        _norm_bwd_kernel[grid](
+        launch(
+            _norm_bwd_kernel, grid,
             g, x, mean, rstd, x.new_ones(c) if weight is None else weight.contiguous(), sums, groups, pixels, c,
             FIXED=fixed, **config.options(),
         )  # fmt: skip

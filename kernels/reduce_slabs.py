@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
 from .tuning import FUSION, reduce_blocks
 
 
@@ -33,7 +34,8 @@ def reduce_slabs(partial: Tensor, dtype: torch.dtype) -> Tensor:
     y = torch.empty(m, dtype=dtype, device=partial.device)
     if m:
         block_s, block_m = reduce_blocks(slabs)
-        _reduce_slabs_kernel[(triton.cdiv(m, block_m),)](
-            partial, y, slabs, m, BLOCK_S=block_s, BLOCK_M=block_m, num_warps=4, **FUSION
-        )
+        launch(
+            _reduce_slabs_kernel, (triton.cdiv(m, block_m),),
+            partial, y, slabs, m, BLOCK_S=block_s, BLOCK_M=block_m, num_warps=4, **FUSION,
+        )  # fmt: skip
     return y

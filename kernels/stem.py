@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .implicit_gemm import add_bias_activate, convolved, dot, store_tile, tile_origin, tile_pixels
+from .launch import launch
 from .tensors import bias_or_zeros, convolved_size, empty_channels_last, packed_weight, scaled, without_graph
 from .tuning import ConvConfig, stem_config
 
@@ -72,7 +73,8 @@ def stem_fwd(
     if y.numel() == 0:
         return y
     config = config or stem_config(c, o, *size, precise=x.dtype == torch.float32 and not tf32)
-    _stem_fwd_kernel[(config.tiles(n, *size, o),)](
+    launch(
+        _stem_fwd_kernel, (config.tiles(n, *size, o),),
         x, packed_weight(weight), bias_or_zeros(bias, o, y), y, n, h, w, o, *x.stride(),
         C=c, PAD=pad, STRIDE_H=stride[0], STRIDE_W=stride[1], SCALED=scaled(bias), SLOPE=slope,
         PRECISION="tf32" if tf32 else "ieee", **config.options(),

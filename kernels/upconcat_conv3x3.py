@@ -29,6 +29,7 @@ from .implicit_gemm import (
     tile_origin,
     tile_pixels,
 )
+from .launch import launch
 from .tensors import (
     bias_or_zeros,
     convolved_size,
@@ -156,7 +157,8 @@ def upconcat_conv3x3_fwd(
             tma=tma and rows.data_ptr() % 16 == 0,
             interpolating=mode != "none",
         )  # fmt: skip
-    _upconcat_conv3x3_fwd_kernel[(config.tiles(n, *size, o),)](
+    launch(
+        _upconcat_conv3x3_fwd_kernel, (config.tiles(n, *size, o),),
         pixel_descriptor(x, config) if config.tma else x,
         pixel_descriptor(skip, config) if config.tma else skip,
         weight_descriptor(rows, config) if config.tma else rows,

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
 from .tensors import empty_channels_last, without_graph
 from .tuning import PointwiseConfig, gather_config
 from .upsample_concat import source_pixels
@@ -85,7 +86,8 @@ def upsample_bwd(
         return grad_x
     config = config or gather_config(c)
     pixels = n * height * width
-    _upsample_bwd_kernel[(triton.cdiv(pixels, config.block_p) * triton.cdiv(c, config.block_c),)](
+    launch(
+        _upsample_bwd_kernel, (triton.cdiv(pixels, config.block_p) * triton.cdiv(c, config.block_c),),
         grad, grad_x, pixels, c, height, width, h, w, (h - 2 * height) // 2, (w - 2 * width) // 2, *grad.stride(),
         MODE=mode, ALIGN_CORNERS=align_corners, **config.options(),
     )  # fmt: skip

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
 from .tensors import empty_channels_last, without_graph
 from .tuning import PointwiseConfig, pointwise_config
 
@@ -125,7 +126,8 @@ def upsample_concat_fwd(
     config = config or pointwise_config(min(c1, c2), x.dtype)
     pixels = n * height * width
     blocks = triton.cdiv(c1, config.block_c) + triton.cdiv(c2, config.block_c)
-    _upsample_concat_fwd_kernel[(triton.cdiv(pixels, config.block_p) * blocks,)](
+    launch(
+        _upsample_concat_fwd_kernel, (triton.cdiv(pixels, config.block_p) * blocks,),
         x, skip, y, pixels, c1, c2, h, w, height, width, (height - 2 * h) // 2, (width - 2 * w) // 2,
         *x.stride(), *skip.stride(),
         MODE=mode, ALIGN_CORNERS=align_corners, **config.options(),

@@ -34,11 +34,12 @@ from .arguments import (
     slope_of,
     unexpected,
 )
-from .common import at_once, is_watched, tf32, watched
+from .common import at_once, bare, is_watched, on_device, signature, someone_looks_on, tf32, watched
 from .launchers import choose
 from .upsampling import launched
 
 __all__ = [
+    "bare",
     "batch_norm_relu",
     "choose",
     "conv2d_moments",
@@ -47,6 +48,9 @@ __all__ = [
     "conv_transpose2x2",
     "instance_norm_relu",
     "is_watched",
+    "on_device",
+    "signature",
+    "someone_looks_on",
     "tf32",
     "upsample_concat",
     "upsample_concat_conv2d_moments",

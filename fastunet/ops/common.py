@@ -41,6 +41,19 @@ def is_watched() -> bool:
     return _watched.get()
 
 
+_bare: ContextVar[bool] = ContextVar("fastunet_bare", default=False)
+
+
+@contextlib.contextmanager
+def bare() -> Iterator[None]:
+    """Within the block operators are their bodies, for who looks on at what these do and wants no gradients."""
+    token = _bare.set(True)
+    try:
+        yield
+    finally:
+        _bare.reset(token)
+
+
 def at_once(x: Tensor) -> bool:
     """Whether torch's operators serve ``x`` without the dispatcher: on a CPU, without gradients, in eager."""
     if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or is_watched():
@@ -61,18 +74,27 @@ class Operator:
         self.register_fake, self.register_autograd = self.registered.register_fake, self.registered.register_autograd
 
     def __call__(self, x: Tensor, *others: Any) -> Any:
-        return (self.body if _unnoticed(x, others) else self.registered)(x, *others)
+        return (self.body if _bare.get() or _unnoticed(x, others) else self.registered)(x, *others)
 
 
 def _unnoticed(x: Tensor, others: tuple[Any, ...]) -> bool:
     """Whether neither autograd, a tracer, a transform, a mode nor a subclass of tensors wants to see a call."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_watched() or _C._get_tracing_state():
-        return False
-    if _C._len_torch_dispatch_stack() or _C._len_torch_function_stack() or peek_interpreter_stack():
-        return False
-    if x.device.type not in ("cpu", "cuda"):
+    if torch.is_grad_enabled() or someone_looks_on() or x.device.type not in ("cpu", "cuda"):
         return False
     return all(type(t) in (Tensor, Parameter) for t in (x, *others) if isinstance(t, Tensor))
+
+
+def someone_looks_on() -> bool:
+    """Whether a tracer, a transform, a mode or a block of :func:`watched` wants to see each operator."""
+    if torch.compiler.is_compiling() or is_watched() or _C._get_tracing_state():
+        return True
+    return bool(_C._len_torch_dispatch_stack() or _C._len_torch_function_stack() or peek_interpreter_stack())
+
+
+def signature(x: Tensor) -> tuple[Any, ...]:
+    """What all choices of a forward pass depend on, beside its weights."""
+    autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
+    return x.shape, x.stride(), x.dtype, x.device, autocast, tf32(), dispatch.asked_for()
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from .. import commuted
+from ..launch import launch
 from ..norm import Moments, merged_statistics, statistics
 from ..tensors import (
     bias_or_zeros,
@@ -212,7 +213,8 @@ def _launch(
         moments = torch.empty((slabs, 3, groups, o), dtype=torch.float32, device=y.device)
     filter_rows = 2 if transposed else 1
     grid = min(filter_rows * config.tiles(n, h, w, o), multiprocessors(y.device))
-    _conv_fwd_kernel[(grid,)](
+    launch(
+        _conv_fwd_kernel, (grid,),
         *operands, *((None,) * (6 - len(operands))), bias, stored, small, *(head or (None, None)), moments,
         n, h, w, o, channels[0], sum(channels[1:]), top, left,
         KSIZE=1 if transposed else ksize, TWO_SOURCES=len(maps) == 2, SCALED=scaled(bias), SLOPE=slope,

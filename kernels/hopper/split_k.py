@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
 from ..tensors import scaled
 from ..tuning import PointwiseConfig, power_of_2
 
@@ -66,7 +67,8 @@ def sum_splits(shares: Tensor, bias: Tensor, y: Tensor, pooled: Tensor | None, s
     splits, n, h, w, o = shares.shape
     block_c = power_of_2(o, 16, 64)
     grid = (triton.cdiv(n * triton.cdiv(h, 2) * triton.cdiv(w, 2), 1024 // block_c), triton.cdiv(o, block_c))
-    _sum_splits_kernel[grid](
+    launch(
+        _sum_splits_kernel, grid,
         shares, bias, y, pooled, n, h, w, o, y.stride(0), y.stride(2), y.stride(3),
         SPLITS=splits, SCALED=scaled(bias), SLOPE=slope, POOL=pooled is not None,
         **PointwiseConfig(block_p=1024 // block_c, block_c=block_c, num_warps=4).options(),
