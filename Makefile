@@ -62,6 +62,7 @@ sass: $(VENV)/installed ## compile every kernel for every alignment of its argum
 $(OTHER_TRITONS:%=triton-%): triton-%: $(VENV)/triton-%/installed
 	@PYTHONPATH=$(<D) $(RUN) -c "import triton; print('Triton', triton.__version__); assert triton.__version__ == '$*'"
 	PYTHONPATH=$(<D) OMP_NUM_THREADS=1 $(RUN) -m pytest -q -rs $(TESTED_THERE)
+	PYTHONPATH=$(<D):. OMP_NUM_THREADS=1 $(RUN) tests/stand_in_launches.py hopper
 	PYTHONPATH=$(<D) $(RUN) benchmarks/sass.py --once $(COMPILED_BY_$*)
 
 bench: $(VENV)/installed ## timings against plain PyTorch, every output checked first; rows and page

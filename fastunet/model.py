@@ -86,7 +86,7 @@ class FastUNet(UNet):
 
     @property
     def _plans(self) -> Plans:
-        return self.__dict__.setdefault("_plans_by_input", Plans())
+        return self.__dict__.get("_plans_by_input") or self.__dict__.setdefault("_plans_by_input", Plans())
 
     def refresh(self) -> None:
         """Forget the prepared weights, and all that was made of them; the next forward prepares them anew."""
@@ -136,13 +136,16 @@ class FastUNet(UNet):
         self.check_input(x)
         if not repeats(x):
             return self._forward(x)
-        layers, tensors = parts(self)
-        if any(layer.training for layer in layers) or not cacheable(tensors):
+        (_, *layers), tensors = parts(self)
+        if self.training or any(layer.training for layer in layers) or not cacheable(tensors):
             return self._forward(x)
         if self._graphs is not None:
             return self._graphs(self._forward, x, tensors, layers)
-        objects = [*layers, dispatch.table(x.device)]
-        return self._plans(self._forward, x, tensors, objects, suits=lambda: not self.runs_on_plain_torch(x))
+
+        def suits() -> bool:
+            return not self.runs_on_plain_torch(x) and all(type(t) in (Tensor, nn.Parameter) for t in tensors)
+
+        return self._plans(self._forward, x, tensors, [*layers, dispatch.table(x.device)], suits=suits)
 
     def _forward(self, x: Tensor) -> Tensor:
         if self.runs_on_plain_torch(x):

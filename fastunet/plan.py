@@ -22,7 +22,7 @@ from .sources import Kept
 
 if TYPE_CHECKING or dispatch.has_triton():
     from .kernels.launch import Launch, seen
-    from .kernels.tensors import described
+    from .kernels.tensors import described, without_memory
 
 Run = Callable[[Tensor], Tensor]
 Held = list[Any]  # tensors by slot; the input is in the first
@@ -34,6 +34,9 @@ _ALLOCATE = frozenset(
 )
 
 
+ONCE, NONE = "came once", "cannot be"  # in a plan's place
+
+
 class Unrepeatable(Exception):
     """A forward pass does what a plan cannot."""
 
@@ -42,7 +45,7 @@ class Plans:
     """Plans of one model by the kind of input; made when a kind comes for the second time."""
 
     def __init__(self) -> None:
-        self._kept: Kept[Run] = Kept(KEPT)
+        self._kept: Kept[Plan | str] = Kept(KEPT)
 
     def clear(self) -> None:
         """Forget them."""
@@ -61,32 +64,22 @@ class Plans:
 
         Args:
             tensors: parameters and buffers that it reads; a change of one counts a version.
-            objects: what else it depends on, if another takes its place.
+            objects: what else it depends on, if another takes its place. Not the model, which would never be let go.
             suits: asked before a plan is made, whether one may be.
         """
         key, given = _signature(x), (tensors, objects)
-        run = self._kept.find(key, *given)
-        if run is None:
-            y = forward(x)  # which compiles kernels and lays out weights
-            self._kept.keep(key, _Once(forward), *given)
-            return y
-        if not isinstance(run, _Once):
-            return run(x)
-        try:
-            y, run = recorded(forward, x) if suits() else (forward(x), forward)
-        except Unrepeatable:
-            y, run = forward(x), forward
-        self._kept.keep(key, run, *given)
+        plan = self._kept.find(key, *given)
+        if isinstance(plan, Plan):
+            return plan(x)
+        if plan == ONCE and suits():
+            try:
+                y, plan = recorded(forward, x)
+            except Unrepeatable:
+                y, plan = forward(x), NONE
+        else:  # the first time it compiles kernels and lays out weights, which are not to be recorded
+            y, plan = forward(x), NONE if plan else ONCE
+        self._kept.keep(key, plan, *given)
         return y
-
-
-class _Once(NamedTuple):
-    """In a plan's place, where the kind of input came once."""
-
-    forward: Run
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.forward(x)
 
 
 def _signature(x: Tensor) -> Hashable:
@@ -98,9 +91,9 @@ class View(NamedTuple):
     """A tensor in a slot's memory, ``offset`` elements behind its start."""
 
     slot: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
+    size: Sequence[Any]
+    stride: Sequence[Any]
+    offset: Any
 
     def of(self, held: Held) -> Tensor:
         whole = held[self.slot]
@@ -112,8 +105,8 @@ class Allocate:
     """New memory in a slot."""
 
     slot: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
+    size: Sequence[Any]
+    stride: Sequence[Any]
     options: dict[str, Any]
 
     def __call__(self, held: Held) -> None:
@@ -212,7 +205,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.steps: list[Step] = []
         self.slots = 0
-        self._whole: dict[int, tuple[int, torch.dtype, int]] = {}  # slot, dtype, first element, by address
+        self._whole: dict[int, tuple[int, torch.dtype, Any]] = {}  # slot, dtype, first element, by address
         self._made: dict[int, Tensor] = {}  # constants that the pass itself makes, by address, kept from being let go
         self._new_slot(x)
 
@@ -232,6 +225,12 @@ class _Recorder(TorchDispatchMode):
             raise Unrepeatable(f"memory of {dtype} taken for {x.dtype}")
         return View(slot, tuple(x.shape), x.stride(), x.storage_offset() - first)
 
+    def _made_once(self, constants: list[Tensor]) -> list[Tensor]:
+        for t in constants:
+            self._whole.pop(_address(t), None)
+            self._made[_address(t)] = t
+        return constants
+
     def launched(self, launch: Launch) -> None:
         moving = []
         for i, argument in enumerate(launch.arguments):
@@ -239,10 +238,11 @@ class _Recorder(TorchDispatchMode):
             x = argument if descriptor is None else descriptor.base
             view = self.place(x) if isinstance(x, Tensor) else None
             if view is not None:
-                moving.append((i, view.slot, view if view.offset else None, descriptor))
+                template = None if descriptor is None else without_memory(descriptor)
+                moving.append((i, view.slot, view if view.offset else None, template))
         fixed = list(launch.arguments)
-        for i, _, _, descriptor in moving:  # not to hold what is replaced
-            fixed[i] = descriptor
+        for i, *_ in moving:  # not to hold what is replaced
+            fixed[i] = None
         self.steps.append(Again(launch.again, tuple(fixed), tuple(moving)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -253,20 +253,23 @@ class _Recorder(TorchDispatchMode):
             options = {"dtype": result.dtype, "device": result.device}
             self.steps.append(Allocate(self._new_slot(result), tuple(result.shape), result.stride(), options))
             return result
+        if schema.name == "aten::lift_fresh":  # of memory whose allocation nobody saw
+            return self._made_once([result])[0]
         if any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns):  # a view
             return result
         given, spec = tree_flatten((args, kwargs))
         leaves = tuple((self.place(t) or t) if isinstance(t, Tensor) else t for t in given)
         found, _ = tree_flatten(result)
-        if not all(isinstance(t, Tensor) for t in found):
-            raise Unrepeatable(f"{func} gives what Python reads")
         theirs = {_address(t) for t in given if isinstance(t, Tensor)}
+        if not all(isinstance(t, Tensor) for t in found):
+            if theirs:
+                raise Unrepeatable(f"{func} gives what Python reads")
+            return result  # of dtypes and the like
         if schema.is_mutable and not theirs.isdisjoint(self._made):
             raise Unrepeatable(f"{func} changes what is made once")
-        if theirs and not schema.is_mutable and not any(type(leaf) is View for leaf in leaves):
-            for t in found:  # of weights alone: made once
-                self._whole.pop(_address(t), None)
-                self._made[_address(t)] = t
+        fixed = not (schema.is_mutable or any(type(leaf) is View for leaf in leaves))
+        if theirs and fixed and torch.Tag.nondeterministic_seeded not in func.tags:  # of weights alone
+            self._made_once(found)
             return result
         kept = tuple((i, self._new_slot(t)) for i, t in enumerate(found) if _address(t) not in theirs)
         self.steps.append(Call(func, leaves, spec, kept))

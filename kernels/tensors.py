@@ -143,6 +143,15 @@ def described(x: Tensor, checked: Descriptor) -> Descriptor:
     """``checked``, of the aligned memory of ``x``: its own checks take a host as long as all else of a launch."""
     if x.data_ptr() % 16:
         raise ValueError(f"x: expected memory aligned to 16 bytes, for TMA, got a map at {x.data_ptr():#x}")
+    return _of(x, checked)
+
+
+def without_memory(descriptor: Descriptor) -> Descriptor:
+    """``descriptor`` for :func:`described`, which does not hold what it describes."""
+    return _of(None, descriptor)
+
+
+def _of(x: Tensor | None, checked: Descriptor) -> Descriptor:
     descriptor = object.__new__(type(checked))
     descriptor.__dict__.update(checked.__dict__, base=x)
     return descriptor

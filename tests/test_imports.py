@@ -36,12 +36,13 @@ ROOMS: dict[str, set[str]] = {
     "dispatch": {"config", "measured"},
     "trace": {"config", "dispatch"},
     "ops": {"config", "dispatch", "measured", "reference", "kernels"},
-    "graph": {"dispatch", "ops", "sources"},
+    "graph": {"ops", "sources"},
+    "plan": {"dispatch", "kernels", "ops", "sources"},
     "built": {"reference"},
     "prepared": {"graph", "sources"},
     "small": {"config", "trace"},
     "model": {"config", "reference", "dispatch", "graph", "ops", "checkpoint", "hub"}
-    | {"origin", "built", "prepared", "small"},
+    | {"origin", "built", "plan", "prepared", "small", "sources"},
     # What is done with a model.
     "parity": {"built", "config", "dispatch", "kernels", "reference", "ops", "model", "trace"},
     "convert": {"config", "reference", "model", "checkpoint", "origin"},

@@ -1,0 +1,109 @@
+"""What kernels compiled for sm_90a are launched with, by a forward pass and by the plan of it.
+
+    python tests/stand_in_launches.py [triton] [hopper]
+
+A driver that stands in for the GPU takes the launches. Exits 1 where a plan's differ from the pass's own. Their memory
+is another, so what is compared of it is which arguments share it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from fastunet import FastUNet, dispatch
+from fastunet.plan import recorded
+
+Launches = list[tuple[Any, ...]]
+
+
+class StandIn:
+    """A driver of an H200 that keeps what it is to launch."""
+
+    def __init__(self) -> None:
+        self.launches: Launches = []
+        self.utils, self.loaded = self, 0
+        stand_in = self
+
+        class Launcher:
+            def __init__(self, src: Any, metadata: Any) -> None:
+                pass
+
+            def __call__(self, *arguments: Any) -> None:
+                x, y, z, stream, function, packed, _for_hooks, *rest = arguments
+                stand_in.launches.append((function, x, y, z, stream, packed, *rest))
+
+        self.launcher_cls = Launcher
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 227 * 1024}
+
+    def load_binary(self, *_: Any) -> tuple[int, ...]:
+        self.loaded += 1
+        return 0, self.loaded, 32, 0, 1024
+
+    def taken(self) -> Launches:
+        found, self.launches = self.launches, []
+        return found
+
+
+def shown(launches: Launches) -> list[list[Any]]:
+    """The launches with memory as the number of its first appearance; the launches keep it from being used twice."""
+    addresses: dict[int, int] = {}
+
+    def show(argument: Any) -> Any:
+        if isinstance(argument, Tensor):
+            return addresses.setdefault(argument.data_ptr(), len(addresses)), argument.dtype
+        if hasattr(argument, "block_shape"):
+            fields = {name: value for name, value in vars(argument).items() if name != "base"}
+            return show(argument.base), str(sorted(fields.items()))
+        return argument
+
+    return [[show(argument) for argument in launch] for launch in launches]
+
+
+def main() -> int:
+    stand_in: Any = StandIn()
+    driver.set_active(stand_in)
+    dispatch.why_not_hopper = lambda device: None
+    dispatch.why_not_triton = lambda device, dtype: None
+    dispatch.interpreting = lambda: False
+    model = FastUNet(1, 2, (16, 64), norm="batch").half().eval()
+    x, other = (torch.randn(1, 1, 18, 20).half() for _ in range(2))
+    for implementation in sys.argv[1:] or ("triton", "hopper"):
+        with torch.no_grad(), dispatch.forced(implementation):
+            model._forward(x)
+            stand_in.taken()
+            _, plan = recorded(model._forward, x)
+            stand_in.taken()
+            model._forward(other)
+            own = stand_in.taken()
+            plan(other)
+            again = stand_in.taken()
+        a, b = shown(own), shown(again)
+        for i, (theirs, ours) in enumerate(zip(a, b, strict=True)):
+            if theirs != ours:
+                print(f"{implementation}, launch {i}:\n  {theirs}\n  {ours}")  # noqa: T201
+                return 1
+        kinds = len({launch[0] for launch in own})
+        print(f"Triton {triton.__version__}, {implementation}: {len(own)} launches of {kinds} kernels")  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

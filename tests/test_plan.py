@@ -1,0 +1,357 @@
+"""Plans of a forward pass: the same bits as the pass itself, when one is made, and when it no longer holds."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import os
+import re
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fastunet import FastUNet, dispatch, graph, ops, plan
+from fastunet.parity.fuzz import _draw_network, randomise
+from fastunet.plan import Plans, recorded
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+NETWORKS: list[dict[str, Any]] = [
+    {},
+    {"norm": "batch"},
+    {"norm": "batch", "order": "conv_act_norm"},  # whose statistics are cast, and rooted, once
+    {"norm": "instance"},
+    {"upsample": "transpose", "concat": "skip_first"},
+    {"upsample": "nearest_conv", "match": "replicate_pad"},  # the padding is PyTorch's
+    {"upsample": "bilinear_conv", "final_activation": "sigmoid"},  # as is the last step
+]
+
+
+@pytest.fixture(autouse=True)
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A CPU's maps are taken for a GPU's, and operators run, on PyTorch where the kernels are not looked at."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(graph, "_on_gpu", lambda x: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with dispatch.forced("triton" if torch.cuda.is_available() else "torch"), torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the inputs that a plan was made for."""
+    made: list[tuple[int, ...]] = []
+
+    def record(forward: Callable[[Tensor], Tensor], x: Tensor) -> Any:
+        found = recorded(forward, x)
+        made.append(tuple(x.shape))
+        return found
+
+    monkeypatch.setattr(plan, "recorded", record)
+    return made
+
+
+@pytest.fixture
+def model(seed: int, device: str) -> FastUNet:
+    return FastUNet(1, 2, (4, 8), norm="batch").to(device).eval()
+
+
+def inputs(device: str, count: int = 4, *shape: int) -> list[Tensor]:
+    return [torch.randn(shape or (1, 1, 9, 10), device=device) for _ in range(count)]
+
+
+def assert_same(y: Tensor, expected: Tensor) -> None:
+    assert torch.equal(y, expected) and y.stride() == expected.stride() and y.dtype == expected.dtype
+    assert not y._is_view()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("options", NETWORKS, ids=str)
+def test_same_bits(options, dtype, seed, device, plans):
+    model = FastUNet(2, 3, (4, 6), **options)
+    randomise(model, seed)
+    model.to(device, dtype).eval()
+    with dispatch.forced("triton"):
+        for x in inputs(device, 3, 2, 2, 7, 9):
+            x = x.to(dtype)
+            assert_same(model(x), model._forward(x))
+    assert plans == [(2, 2, 7, 9)]
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), seed=st.integers(0, 2**31))
+def test_any_network(data, seed, device):
+    torch.manual_seed(seed)
+    config = _draw_network(data.draw, st.integers(1, 6), 3, 2)
+    model = FastUNet.from_config(config)
+    randomise(model, seed)
+    model.to(device).eval()
+    size = [-(-2 * config.minimum_size // step) * step for step in config.reductions]
+    with dispatch.forced("triton"):
+        for x in inputs(device, 3, 1, config.in_channels, *size):
+            assert_same(model(x), model._forward(x))
+
+
+def test_one_plan_for_each_kind_of_input(model, device, plans):
+    a, b = torch.rand(1, 1, 8, 8, device=device), torch.rand(2, 1, 8, 8, device=device)
+    odd = torch.rand(65, device=device)[1:].view(1, 1, 8, 8)  # of memory that is not aligned
+    for x in (a, b, a, b, a + 1, b + 1):
+        assert_same(model(x), model._forward(x))
+    assert plans == [(1, 1, 8, 8), (2, 1, 8, 8)]
+    for other in (a.transpose(2, 3), odd):
+        for x in (other, other):
+            assert_same(model(x), model._forward(x))
+    with torch.autocast(device, torch.bfloat16):
+        assert_same(model(a), model._forward(a))
+        assert_same(model(a), model._forward(a))
+    with torch.inference_mode():
+        assert model(a).is_inference() and model(a).is_inference() and model(a).is_inference()
+    assert len(plans) == 6
+    assert not model(a).is_inference()
+    with dispatch.forced("triton"):
+        model(a)
+    assert len(plans) == 6
+
+
+def test_a_part_of_a_larger_map(model, device, plans):
+    """Which begins elsewhere each time."""
+    whole = torch.rand(3, 2, 12, 14, device=device)
+    for top, left, image in [(0, 0, 0), (4, 2, 1), (3, 6, 2), (1, 5, 0)]:
+        x = whole[image : image + 1, :1, top : top + 8, left : left + 8]
+        assert_same(model(x), model._forward(x))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.head.weight.add_(1),
+        lambda m: m.bottleneck.net[1].running_mean.add_(1),
+        lambda m: m.load_state_dict(FastUNet(1, 2, (4, 8), norm="batch").state_dict()),
+        lambda m: setattr(m.head, "bias", nn.Parameter(torch.ones_like(m.head.bias))),
+        lambda m: m.half().float(),
+        lambda m: (m.head.weight.data.add_(1), m.refresh()),
+        lambda m: m.bottleneck.net.__setitem__(2, nn.SiLU()),
+    ],
+    ids=["in-place", "running-statistic", "load_state_dict", "new-parameter", "to", "data-and-refresh", "layer"],
+)
+def test_what_changed_is_seen(change, model, device, plans):
+    x, *others = inputs(device)
+    for other in (*others, x):
+        model(other)
+    before = model(x)
+    change(model)
+    for other in (x, *inputs(device)):
+        assert_same(model(other), copy.deepcopy(model)._forward(other))
+    assert not torch.equal(before, model._forward(x))
+
+
+def test_new_measurements_are_chosen_by(model, device, monkeypatch, plans):
+    tables = [object()]
+    monkeypatch.setattr(dispatch, "table", lambda device: tables[-1])
+    (x,) = inputs(device, 1)
+    for _ in range(3):
+        model(x)
+    tables.append(object())
+    for _ in range(3):
+        model(x)
+    assert len(plans) == 2
+
+
+def test_where_a_plan_would_not_say_the_same(model, device, plans, monkeypatch):
+    (x,) = inputs(device, 1)
+
+    class Mode(TorchFunctionMode):
+        seen = 0
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.seen += func in (F.conv2d, torch.conv2d) or getattr(func, "namespace", None) == "fastunet"
+            return func(*args, **(kwargs or {}))
+
+    def thrice() -> None:
+        for _ in range(3):
+            model(x)
+
+    with torch.enable_grad():
+        thrice()
+        model(x).sum().backward()
+        for p in model.parameters():
+            p.requires_grad_(False)
+        model(x.clone().requires_grad_()).sum().backward()
+    with ops.watched():
+        thrice()
+    with Mode() as mode:
+        thrice()
+    assert mode.seen >= 15 and model.head.weight.grad is not None
+    model.bottleneck.net[1].train()
+    thrice()
+    model.eval()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    thrice()
+    monkeypatch.undo()
+    assert not plans and not list(model._plans._kept._made)
+
+
+def test_frozen_weights_need_no_no_grad(model, device, plans):
+    model.requires_grad_(False)
+    with torch.enable_grad():
+        for x in inputs(device):
+            assert_same(model(x), model._forward(x))
+    assert plans
+
+
+def test_a_network_that_is_not_as_built_runs_as_it_is(model, device, plans):
+    model.bottleneck.net[2] = nn.Hardswish()
+    seen = []
+    model.bottleneck.register_forward_hook(lambda *_: seen.append(1))
+    for x in inputs(device):
+        assert_same(model(x), model._forward(x))
+    assert not plans and len(seen) == 8
+
+
+def test_a_model_is_let_go_of_at_once(model, device, plans):
+    """With its memory: by no cycle, for which the collector would have to come by."""
+    twin = copy.deepcopy(model)
+    for x in inputs(device):
+        twin(x)
+    gone = weakref.ref(twin)
+    gc.disable()
+    try:
+        del twin
+        assert plans and gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_plan_holds_no_map(device, seed):
+    """But weights: what is recorded is let go, boxes of it too."""
+    model = FastUNet(1, 2, (64, 64)).to(device).half().eval()
+    x = torch.rand(1, 1, 4, 4, device=device).half()
+    with dispatch.forced("triton"):
+        model._forward(x)
+        _, again = recorded(model._forward, x)
+    launches = [step for step in again.steps if isinstance(step, plan.Again)]
+    boxes = [d for step in launches for *_, d in step.moving if d is not None]
+    assert boxes and all(box.base is None for box in boxes)
+    laid_out = [t for prepared in model._prepared.values() for pair in prepared.weights.values() for t in pair]
+    weights = {t.data_ptr() for t in laid_out if t is not None}
+    for step in launches:
+        for argument in step.arguments:
+            held = getattr(argument, "base", argument)
+            assert not isinstance(held, Tensor) or held.untyped_storage().data_ptr() in weights
+
+
+def test_copies_make_their_own(model, device, plans):
+    x, *others = inputs(device)
+    for other in (*others, x):
+        model(other)
+    twin = copy.deepcopy(model)
+    twin.head.bias.add_(1)
+    assert_same(twin(x), twin._forward(x))
+    assert_same(model(x), model._forward(x))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the driver is the GPU's")
+def test_compiled_kernels_are_launched_with_the_same(tmp_path):
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, ROOT / "tests" / "stand_in_launches.py"], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert re.findall(r"(\w+): \d+ launches", run.stdout) == ["triton", "hopper"]
+
+
+def test_threads(model, device, plans):
+    right = []
+
+    def work(x: Tensor) -> None:
+        with torch.no_grad(), dispatch.forced("torch"):
+            right.extend(torch.equal(model(x), model._forward(x)) for _ in range(30))
+
+    threads = [threading.Thread(target=work, args=(x,)) for x in inputs(device)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert right == 120 * [True] and 1 <= len(plans) <= 4
+
+
+# Of PyTorch's own operators: a table may prefer them, and what we have no kernel for is theirs.
+WEIGHT = torch.randn(3, 2, 3, 3)
+PASSES = {
+    "convolution and pool": lambda x: F.max_pool2d(F.conv2d(x, WEIGHT.to(x)), 2),
+    "in place, of a view": lambda x: (y := x * 2, y[:, 1:].add_(x[:, :1]).relu_(), y + 1)[-1],
+    "the input": lambda x: x.add(1).mul_(x),
+    "several results": lambda x: math.prod(F.max_pool2d_with_indices(x, [2, 2])),
+    "cut and joined": lambda x: torch.cat([t.exp() for t in x.split(1, 1)] + [x[..., 1:3, 1:3].mean((2, 3), True)
+                                                                              .expand_as(x)], 1),
+    "made of weights": lambda x: x * (WEIGHT.to(x).square().sum() + 1).rsqrt(),
+    "zeros that are added to": lambda x: torch.zeros_like(x).add_(x),
+    "a part of the result": lambda x: (x * 3)[:, :1].clone(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("forward", PASSES.values(), ids=PASSES)
+def test_of_pytorchs_own_operators(forward, seed, device):
+    x, *others = inputs(device, 4, 2, 2, 6, 5)
+    y, again = recorded(forward, x)
+    assert torch.equal(y, forward(x))
+    for x in others:
+        kept = x.clone()
+        assert_same(again(x), forward(kept))
+
+
+def test_a_view_is_given_as_one(seed, device):
+    x, other = inputs(device, 2, 2, 2, 6, 5)
+    forward = lambda x: (x * 3)[:, 1:].transpose(2, 3)
+    _, again = recorded(forward, x)
+    assert torch.equal(again(other), forward(other)) and again(other).stride() == forward(other).stride()
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda x: x * 2 if x.sum() > 0 else x * 3,
+        lambda x: x * (WEIGHT.to(x) * 1).add_(WEIGHT.to(x).mean()).sum(),
+        lambda x: WEIGHT.to(x).sum() * 2,
+        lambda x: x.view(torch.int32).bitwise_not().view(torch.float32),
+    ],
+    ids=["reads a value", "changes what is made once", "is not of its input", "takes memory for another dtype"],
+)
+def test_what_no_plan_can_do_is_done_as_before(forward, seed, device):
+    plans = Plans()
+    for x in inputs(device, 5):
+        x = x.abs() if seed % 2 else -x.abs()
+        seed += 1
+        y = plans(forward, x, [], [], suits=lambda: True)
+        assert torch.equal(y.nan_to_num(), forward(x).nan_to_num())
+
+
+def test_memory_is_let_go_of_behind_its_last_reader(seed, device):
+    def forward(x: Tensor) -> Tensor:
+        for _ in range(6):
+            x = x + 1
+        return x
+
+    _, again = recorded(forward, torch.rand(1, 1, 4, 4, device=device))
+    held: list[Any] = [torch.rand(1, 1, 4, 4, device=device)] + [None] * (again.slots - 1)
+    most = 0
+    for step in again.steps:
+        step(held)
+        most = max(most, sum(t is not None for t in held))
+    assert most == 2 and [i for i, t in enumerate(held) if t is not None] == [again.result.slot]
