@@ -37,6 +37,9 @@ class FastUNet(UNet):
     step, ``load_state_dict``, ``copy_`` under ``no_grad`` all count. Writing in place through
     ``.data`` bypasses the counter; call :meth:`refresh` after it.
 
+    On a GPU the work of such a pass is written down when a kind of input comes for the second time, and repeated after
+    that (:mod:`fastunet.plan`). Call :meth:`refresh` after changing an attribute of a layer, such as a norm's ``eps``.
+
     Do not rely on forward hooks of inner modules: the operators take their parameters and pass them by. (Where a
     CPU runs the reference network, as in training and for small layers, they run.) So shard the network as a whole,
     ``fully_shard(model)``, not module by module.
