@@ -55,10 +55,11 @@ class Graphs:
         """
         key = ops.signature(x)
         with self._turn:
-            run = self._captured.find(key, tensors, objects)
+            captured = self._captured.made_from(tensors, objects)
+            run = captured.find(key)
             if run is None:
                 run = _capture(forward, x)
-                self._captured.keep(key, run, tensors, objects)
+                captured.keep(key, run)
             return run(x)
 
 

@@ -129,11 +129,12 @@ class FastUNet(UNet):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        state.pop("_prepared_weights", None)  # copies and pickles prepare their own
-        state.pop("_plans_by_input", None)
-        state.pop("_captured_graphs", None)
-        return state
+        return _without_what_was_made(self.__dict__)
+
+    def _replicate_for_data_parallel(self) -> Self:
+        replica: Any = super()._replicate_for_data_parallel()
+        replica.__dict__ = _without_what_was_made(replica.__dict__)
+        return replica
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
@@ -146,9 +147,11 @@ class FastUNet(UNet):
             return self._graphs(self._forward, x, tensors, layers)
 
         def suits() -> bool:
-            return not self.runs_on_plain_torch(x) and all(type(t) in (Tensor, nn.Parameter) for t in tensors)
+            plain = all(type(t) in (Tensor, nn.Parameter) for t in tensors)
+            return plain and not any(map(_is_made_up, layers)) and not self.runs_on_plain_torch(x)
 
-        return self._plans(self._forward, x, tensors, [*layers, dispatch.table(x.device)], suits=suits)
+        objects = [*layers, self.config, dispatch.table(x.device)]
+        return self._plans(self._forward, x, tensors, objects, suits=suits)
 
     def _forward(self, x: Tensor) -> Tensor:
         if self.runs_on_plain_torch(x):
@@ -273,6 +276,17 @@ class FastUNet(UNet):
 
     def _weights(self, x: Tensor, conv: Any, norm: Any = None, roll: int = 0) -> tuple[Tensor, Tensor | None]:
         return prepare(self._prepared, x, conv, norm, roll)
+
+
+def _without_what_was_made(state: dict[str, Any]) -> dict[str, Any]:
+    """Of a model's attributes those that copies, pickles and replicas get; they make the others of their own."""
+    made = "_prepared_weights", "_plans_by_input", "_captured_graphs"
+    return {name: value for name, value in state.items() if name not in made}
+
+
+def _is_made_up(layer: nn.Module) -> bool:
+    """Whether its weight is no parameter but made in each pass, of what nobody counts the versions of."""
+    return isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) and layer._parameters.get("weight") is None
 
 
 def joins_head(network: FastUNet) -> tuple[Any, Any] | None:

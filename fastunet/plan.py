@@ -8,12 +8,15 @@ allocated and let go as in the pass that was recorded, and results are the same 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -34,7 +37,11 @@ _ALLOCATE = frozenset(
 )
 
 
-ONCE, NONE = "came once", "cannot be"  # in a plan's place
+class Instead(Enum):
+    """What is kept in a plan's place."""
+
+    ONCE = "this kind of input came once"
+    NEVER = "no plan can do what the pass does"
 
 
 class Unrepeatable(Exception):
@@ -45,7 +52,7 @@ class Plans:
     """Plans of one model by the kind of input; made when a kind comes for the second time."""
 
     def __init__(self) -> None:
-        self._kept: Kept[Plan | str] = Kept(KEPT)
+        self._kept: Kept[Plan | Instead] = Kept(KEPT)
 
     def clear(self) -> None:
         """Forget them."""
@@ -67,18 +74,22 @@ class Plans:
             objects: what else it depends on, if another takes its place. Not the model, which would never be let go.
             suits: asked before a plan is made, whether one may be.
         """
-        key, given = _signature(x), (tensors, objects)
-        plan = self._kept.find(key, *given)
+        kept, key = self._kept.made_from(tensors, objects), _signature(x)
+        plan = kept.find(key)
         if isinstance(plan, Plan):
             return plan(x)
-        if plan == ONCE and suits():
+        if plan is None:
+            y = forward(x)  # which compiles kernels and lays out weights
+            kept.keep(key, Instead.ONCE)
+        elif plan is Instead.NEVER or not suits():
+            y = forward(x)
+            kept.keep(key, Instead.NEVER)
+        else:
             try:
                 y, plan = recorded(forward, x)
             except Unrepeatable:
-                y, plan = forward(x), NONE
-        else:  # the first time it compiles kernels and lays out weights, which are not to be recorded
-            y, plan = forward(x), NONE if plan else ONCE
-        self._kept.keep(key, plan, *given)
+                y, plan = forward(x), Instead.NEVER
+            kept.keep(key, plan)
         return y
 
 
@@ -139,18 +150,22 @@ class Call:
     """One of PyTorch's own operators on other memory.
 
     Attributes:
-        leaves, spec: its arguments, as ``tree_flatten`` has them. kept: (result, slot) of those that are new memory.
+        leaves, spec: its arguments, as ``tree_flatten`` has them.
+        results: (which, slot) of those that are new memory.
+        repeats: whether cuDNN is asked to repeat.
     """
 
     function: Callable[..., Any]
     leaves: tuple[Any, ...]
     spec: Any
-    kept: tuple[tuple[int, int], ...]
+    results: tuple[tuple[int, int], ...]
+    repeats: bool
 
     def __call__(self, held: Held) -> None:
         arguments, options = tree_unflatten([x.of(held) if type(x) is View else x for x in self.leaves], self.spec)
-        found, _ = tree_flatten(self.function(*arguments, **options))
-        for i, slot in self.kept:
+        with ops.repeatable_cudnn() if self.repeats else contextlib.nullcontext():
+            found, _ = tree_flatten(self.function(*arguments, **options))
+        for i, slot in self.results:
             held[slot] = found[i]
 
 
@@ -182,9 +197,9 @@ class Plan:
         with ops.on_device(x):
             for step in self.steps:
                 step(held)
-        y = held[self.result.slot]
+        y, (_, size, stride, offset) = held[self.result.slot], self.result
         # No view if it need not be one, which autograd would not let be changed in place.
-        return y if (y.shape, y.stride()) == (self.result.size, self.result.stride) else self.result.of(held)
+        return y if (y.shape, y.stride(), 0) == (size, stride, offset) else self.result.of(held)
 
 
 def recorded(forward: Run, x: Tensor) -> tuple[Tensor, Plan]:
@@ -195,7 +210,19 @@ def recorded(forward: Run, x: Tensor) -> tuple[Tensor, Plan]:
     result = recorder.place(y)
     if result is None:
         raise Unrepeatable("the result is in memory of its own")
+    if recorder.made_once and x.is_cuda:
+        torch.cuda.synchronize(x.device)  # other streams may be about to read it
     return y, Plan(tuple(_freed(recorder.steps, result.slot)), recorder.slots, result)
+
+
+class _Slot(NamedTuple):
+    """Memory as it was when the slot was filled: elements ``first`` to ``end`` of it."""
+
+    number: int
+    memory: StorageWeakRef
+    dtype: torch.dtype
+    first: Any
+    end: Any
 
 
 class _Recorder(TorchDispatchMode):
@@ -205,94 +232,105 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.steps: list[Step] = []
         self.slots = 0
-        self._whole: dict[int, tuple[int, torch.dtype, Any]] = {}  # slot, dtype, first element, by address
-        self._made: dict[int, Tensor] = {}  # constants that the pass itself makes, by address, kept from being let go
-        self._new_slot(x)
+        self.made_once = False
+        self._by_address: dict[int, _Slot] = {}
+        self._constants: dict[int, Tensor] = {}  # that the pass itself makes, by address
+        self._cudnn = _cudnn()
+        self._fill_slot(x)
 
-    def _new_slot(self, x: Tensor) -> int:
-        # An address may have been another slot's, whose memory was let go.
-        self._whole[_address(x)] = self.slots, x.dtype, x.storage_offset()
+    def _fill_slot(self, x: Tensor) -> int:
+        memory, number = StorageWeakRef(x.untyped_storage()), self.slots
+        self._by_address[_address(x)] = _Slot(number, memory, x.dtype, x.storage_offset(), _end(x))
         self.slots += 1
-        return self.slots - 1
+        return number
 
     def place(self, x: Tensor) -> View | None:
         """Where in the slots' memory ``x`` is; None for a constant."""
-        found = self._whole.get(_address(x))
-        if found is None or not x.numel():
+        slot = self._by_address.get(_address(x))
+        if slot is None or slot.memory.expired() or not x.numel():  # another's address since it was let go
             return None
-        slot, dtype, first = found
-        if x.dtype != dtype:
-            raise Unrepeatable(f"memory of {dtype} taken for {x.dtype}")
-        return View(slot, tuple(x.shape), x.stride(), x.storage_offset() - first)
-
-    def _made_once(self, constants: list[Tensor]) -> list[Tensor]:
-        for t in constants:
-            self._whole.pop(_address(t), None)
-            self._made[_address(t)] = t
-        return constants
+        if x.dtype != slot.dtype or x.storage_offset() < slot.first or _end(x) > slot.end:
+            raise Unrepeatable("memory of one tensor taken for another's")
+        return View(slot.number, tuple(x.shape), x.stride(), x.storage_offset() - slot.first)
 
     def launched(self, launch: Launch) -> None:
-        moving = []
+        moving, fixed = [], list(launch.arguments)
         for i, argument in enumerate(launch.arguments):
-            descriptor = None if isinstance(argument, Tensor) or not hasattr(argument, "block_shape") else argument
+            descriptor = argument if hasattr(argument, "block_shape") else None
             x = argument if descriptor is None else descriptor.base
             view = self.place(x) if isinstance(x, Tensor) else None
             if view is not None:
                 template = None if descriptor is None else without_memory(descriptor)
                 moving.append((i, view.slot, view if view.offset else None, template))
-        fixed = list(launch.arguments)
-        for i, *_ in moving:  # not to hold what is replaced
-            fixed[i] = None
+                fixed[i] = None  # not to hold what is replaced
         self.steps.append(Again(launch.again, tuple(fixed), tuple(moving)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = func(*args, **(kwargs or {}))
+        if not isinstance(func, torch._ops.OpOverload):
+            raise Unrepeatable(f"{func} takes functions")
         schema = func._schema
         if f"{schema.name}.{schema.overload_name}".rstrip(".") in _ALLOCATE:
             options = {"dtype": result.dtype, "device": result.device}
-            self.steps.append(Allocate(self._new_slot(result), tuple(result.shape), result.stride(), options))
-            return result
-        if schema.name == "aten::lift_fresh":  # of memory whose allocation nobody saw
-            return self._made_once([result])[0]
-        if any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns):  # a view
-            return result
-        given, spec = tree_flatten((args, kwargs))
-        leaves = tuple((self.place(t) or t) if isinstance(t, Tensor) else t for t in given)
-        found, _ = tree_flatten(result)
-        theirs = {_address(t) for t in given if isinstance(t, Tensor)}
-        if not all(isinstance(t, Tensor) for t in found):
-            if theirs:
-                raise Unrepeatable(f"{func} gives what Python reads")
-            return result  # of dtypes and the like
-        if schema.is_mutable and not theirs.isdisjoint(self._made):
-            raise Unrepeatable(f"{func} changes what is made once")
-        fixed = not (schema.is_mutable or any(type(leaf) is View for leaf in leaves))
-        if theirs and fixed and torch.Tag.nondeterministic_seeded not in func.tags:  # of weights alone
-            self._made_once(found)
-            return result
-        kept = tuple((i, self._new_slot(t)) for i, t in enumerate(found) if _address(t) not in theirs)
-        self.steps.append(Call(func, leaves, spec, kept))
+            self.steps.append(Allocate(self._fill_slot(result), tuple(result.shape), result.stride(), options))
+        elif schema.name != "aten::set_" and not _is_view(schema):  # both of memory that is known
+            self._called(func, tree_flatten((args, kwargs or {})), tree_flatten(result)[0])
         return result
+
+    def _called(self, func: torch._ops.OpOverload, arguments: Any, results: list[Any]) -> None:
+        given, spec = arguments
+        addresses = {_address(t) for t in given if isinstance(t, Tensor)}
+        if not all(isinstance(t, Tensor) for t in results):
+            if addresses:
+                raise Unrepeatable(f"{func} gives what Python reads")
+            return  # of dtypes and the like, which are the same for each input
+        changes = func._schema.is_mutable
+        if changes and not addresses.isdisjoint(self._constants):
+            raise Unrepeatable(f"{func} changes what is made once")
+        leaves = tuple((self.place(t) or t) if isinstance(t, Tensor) else t for t in given)
+        of_constants = bool(addresses) and not any(type(leaf) is View for leaf in leaves)
+        if of_constants and not changes and torch.Tag.nondeterministic_seeded not in func.tags:
+            self._constants |= {_address(t): t for t in results}
+            self.made_once = True
+            return
+        repeats = _cudnn() != self._cudnn
+        if repeats and _cudnn() != ops.REPEATABLE:
+            raise Unrepeatable("the pass sets what cuDNN may do")
+        new = tuple((i, self._fill_slot(t)) for i, t in enumerate(results) if _address(t) not in addresses)
+        self.steps.append(Call(func, leaves, spec, new, repeats))
+
+
+def _is_view(schema: Any) -> bool:
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+
+
+def _cudnn() -> tuple[bool, bool]:
+    return torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
 
 
 def _address(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
+def _end(x: Tensor) -> Any:
+    """The element of its memory behind its last one."""
+    return x.storage_offset() + 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
 def _freed(steps: list[Step], result: int) -> Iterator[Step]:
     """The steps without memory that nothing reads, each slot let go of behind the last that reads it."""
-    last: dict[int, int] = {}
+    last = {result: len(steps)}
     for i, step in enumerate(steps):
-        for slot in _read(step):
-            last[slot] = i
+        last |= {slot: i for slot in _read(step) if slot != result}
     for i, step in enumerate(steps):
         if isinstance(step, Allocate) and step.slot not in last:
             continue
+        if isinstance(step, Call):
+            step = replace(step, results=tuple(r for r in step.results if r[1] in last))
         yield step
-        done = tuple(slot for slot in _read(step) if last[slot] == i and slot != result)
+        done = tuple(dict.fromkeys(slot for slot in _read(step) if last[slot] == i))
         if done:
-            yield Free(tuple(dict.fromkeys(done)))
+            yield Free(done)
 
 
 def _read(step: Step) -> tuple[int, ...]:

@@ -44,36 +44,49 @@ def parts(network: nn.Module) -> tuple[list[nn.Module], list[Tensor]]:
     return modules, [t for kept in held for t in kept.values() if t is not None]
 
 
+class Generation(Generic[Made]):
+    """What was made of the same sources, by key; the least recently used of more than ``limit`` goes."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._made: OrderedDict[Hashable, Made] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, key: Hashable) -> Made | None:
+        with self._lock:
+            made = self._made.get(key)
+            if made is not None:
+                self._made.move_to_end(key)
+            return made
+
+    def keep(self, key: Hashable, made: Made) -> None:
+        with self._lock:
+            self._made[key] = made
+            self._made.move_to_end(key)
+            while len(self._made) > self._limit:
+                self._made.popitem(last=False)
+
+
 class Kept(Generic[Made]):
-    """What was made, by key, for as long as its sources are the same; the least recently used of more goes.
+    """What was made, for as long as its sources are the same.
+
+    Ask first, make then, and keep it in the generation that was asked: if sources change meanwhile, it goes with that.
 
     Args:
         limit: how many are kept.
     """
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._made: OrderedDict[Hashable, tuple[Made, Sources]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._limit = limit
+        self._now: tuple[Sources, Generation[Made]] | None = None
 
-    def find(self, key: Hashable, tensors: Sequence[Tensor], objects: Sequence[object] = ()) -> Made | None:
-        """What was kept under ``key``, made from these; else None."""
-        with self._lock:
-            made, sources = self._made.get(key, (None, None))
-            if made is None or sources is None or not sources.are(tensors, objects):
-                return None
-            self._made.move_to_end(key)
-            return made
-
-    def keep(self, key: Hashable, made: Made, tensors: Sequence[Tensor], objects: Sequence[object] = ()) -> None:
-        """Put it there, in place of what was."""
-        with self._lock:
-            self._made[key] = made, Sources(tensors, objects)
-            self._made.move_to_end(key)
-            while len(self._made) > self.limit:
-                self._made.popitem(last=False)
+    def made_from(self, tensors: Sequence[Tensor], objects: Sequence[object] = ()) -> Generation[Made]:
+        """What was made of these; all else is forgotten."""
+        now = self._now
+        if now is None or not now[0].are(tensors, objects):
+            now = self._now = Sources(tensors, objects), Generation(self._limit)
+        return now[1]
 
     def clear(self) -> None:
         """Forget all."""
-        with self._lock:
-            self._made.clear()
+        self._now = None

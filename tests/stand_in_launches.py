@@ -62,13 +62,23 @@ class StandIn:
         return found
 
 
-def shown(launches: Launches) -> list[list[Any]]:
-    """The launches with memory as the number of its first appearance; the launches keep it from being used twice."""
-    addresses: dict[int, int] = {}
+def addresses(launches: Launches) -> set[int]:
+    given = [getattr(argument, "base", argument) for launch in launches for argument in launch]
+    return {x.data_ptr() for x in given if isinstance(x, Tensor)}
+
+
+def shown(launches: Launches, constant: set[int]) -> list[list[Any]]:
+    """The launches with memory as the number of its first appearance, and weights by their address.
+
+    The launches hold memory, so that none is used twice.
+    """
+    numbers: dict[int, int] = {}
 
     def show(argument: Any) -> Any:
         if isinstance(argument, Tensor):
-            return addresses.setdefault(argument.data_ptr(), len(addresses)), argument.dtype
+            address = argument.data_ptr()
+            place = address if address in constant else numbers.setdefault(address, len(numbers))
+            return place, argument.dtype
         if hasattr(argument, "block_shape"):
             fields = {name: value for name, value in vars(argument).items() if name != "base"}
             return show(argument.base), str(sorted(fields.items()))
@@ -95,7 +105,9 @@ def main() -> int:
             own = stand_in.taken()
             plan(other)
             again = stand_in.taken()
-        a, b = shown(own), shown(again)
+        constant = addresses(own) & addresses(again)
+        a, b = shown(own, constant), shown(again, constant)
+        assert len(constant) > len(own) > 4, "weights and biases, of which each launch has some"
         for i, (theirs, ours) in enumerate(zip(a, b, strict=True)):
             if theirs != ours:
                 print(f"{implementation}, launch {i}:\n  {theirs}\n  {ours}")  # noqa: T201

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import math
 import os
@@ -21,11 +22,14 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastunet import FastUNet, dispatch, graph, ops, plan
 from fastunet.parity.fuzz import _draw_network, randomise
-from fastunet.plan import Plans, recorded
+from fastunet.plan import Instead, Plans, recorded
+from fastunet.sources import parts
 
 ROOT = Path(__file__).parent.parent
 
@@ -128,6 +132,36 @@ def test_one_plan_for_each_kind_of_input(model, device, plans):
     assert len(plans) == 6
 
 
+def test_of_weights_that_change_there_is_one_generation(model, device, plans):
+    """Not a plan of each size, with weights of its time."""
+    for size in range(8, 14):
+        model.head.weight.add_(1)
+        for x in inputs(device, 3, 1, 1, size, size):
+            assert_same(model(x), model._forward(x))
+    (_, *layers), tensors = parts(model)
+    objects = [*layers, model.config, dispatch.table(torch.device(device))]
+    assert len(model._plans._kept.made_from(tensors, objects)._made) == 1 and len(plans) == 6
+
+
+def test_a_plan_of_weights_that_change_meanwhile_is_not_taken(device, seed):
+    weight, (x, *_) = torch.ones(1, device=device), inputs(device, 1)
+    change = []
+
+    def forward(x: Tensor) -> Tensor:
+        y = x * weight
+        if change:  # as another thread might
+            change.pop()
+            with _disable_current_modes():
+                weight.add_(1)
+        return y
+
+    plans = Plans()
+    for now in ([], [1], [], [], []):
+        change.extend(now)
+        plans(forward, x, [weight], [], suits=lambda: True)
+    assert torch.equal(plans(forward, x, [weight], [], suits=lambda: True), 2 * x)
+
+
 def test_a_part_of_a_larger_map(model, device, plans):
     """Which begins elsewhere each time."""
     whole = torch.rand(3, 2, 12, 14, device=device)
@@ -146,8 +180,20 @@ def test_a_part_of_a_larger_map(model, device, plans):
         lambda m: m.half().float(),
         lambda m: (m.head.weight.data.add_(1), m.refresh()),
         lambda m: m.bottleneck.net.__setitem__(2, nn.SiLU()),
+        lambda m: setattr(m, "config", dataclasses.replace(m.config, final_activation="sigmoid")),
+        lambda m: as_a_plain_attribute(m.head),
     ],
-    ids=["in-place", "running-statistic", "load_state_dict", "new-parameter", "to", "data-and-refresh", "layer"],
+    ids=[
+        "in-place",
+        "running-statistic",
+        "load_state_dict",
+        "new-parameter",
+        "to",
+        "data-and-refresh",
+        "layer",
+        "config",
+        "plain-attribute",
+    ],
 )
 def test_what_changed_is_seen(change, model, device, plans):
     x, *others = inputs(device)
@@ -158,6 +204,49 @@ def test_what_changed_is_seen(change, model, device, plans):
     for other in (x, *inputs(device)):
         assert_same(model(other), copy.deepcopy(model)._forward(other))
     assert not torch.equal(before, model._forward(x))
+
+
+def as_a_plain_attribute(layer: Any) -> None:
+    weight = layer.weight.detach() * 2
+    del layer.weight
+    layer.weight = weight
+
+
+class Scaled(nn.Module):
+    """A parametrization whose strength nobody counts the versions of."""
+
+    scale = 1.0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.scale * weight
+
+
+def test_a_weight_that_is_made_in_each_pass_gets_no_plan(model, device, plans):
+    scaled = Scaled()
+    parametrize.register_parametrization(model.head, "weight", scaled)
+    x, *others = inputs(device)
+    for other in (*others, x):
+        assert_same(model(other), model._forward(other))
+    scaled.scale = 3.0
+    assert_same(model(x), model._forward(x))
+    assert not plans
+
+
+def test_replicas_of_data_parallel_share_nothing(model, device):
+    model(*inputs(device, 1))
+    replica = model._replicate_for_data_parallel()
+    assert "_plans_by_input" in model.__dict__ and "_prepared_weights" in model.__dict__
+    assert "_plans_by_input" not in replica.__dict__ and "_prepared_weights" not in replica.__dict__
+
+
+def test_a_default_device_is_no_mode_that_looks_on(model, device, plans):
+    torch.set_default_device(device)
+    try:
+        for x in inputs(device):
+            assert_same(model(x), model._forward(x))
+    finally:
+        torch.set_default_device(None)
+    assert plans
 
 
 def test_new_measurements_are_chosen_by(model, device, monkeypatch, plans):
@@ -202,8 +291,7 @@ def test_where_a_plan_would_not_say_the_same(model, device, plans, monkeypatch):
     model.eval()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     thrice()
-    monkeypatch.undo()
-    assert not plans and not list(model._plans._kept._made)
+    assert not plans and model._plans._kept._now is None
 
 
 def test_frozen_weights_need_no_no_grad(model, device, plans):
@@ -249,10 +337,11 @@ def test_a_plan_holds_no_map(device, seed):
     assert boxes and all(box.base is None for box in boxes)
     laid_out = [t for prepared in model._prepared.values() for pair in prepared.weights.values() for t in pair]
     weights = {t.data_ptr() for t in laid_out if t is not None}
-    for step in launches:
-        for argument in step.arguments:
-            held = getattr(argument, "base", argument)
-            assert not isinstance(held, Tensor) or held.untyped_storage().data_ptr() in weights
+    calls = [step for step in again.steps if isinstance(step, plan.Call)]
+    for argument in [a for step in launches for a in step.arguments] + [a for step in calls for a in step.leaves]:
+        held = getattr(argument, "base", argument)
+        assert not isinstance(held, Tensor) or held.untyped_storage().data_ptr() in weights
+        assert not isinstance(held, torch.UntypedStorage)
 
 
 def test_copies_make_their_own(model, device, plans):
@@ -316,6 +405,23 @@ def test_of_pytorchs_own_operators(forward, seed, device):
         assert_same(again(x), forward(kept))
 
 
+def test_cudnn_is_asked_to_repeat_where_the_pass_asked(seed, device):
+    """Of what a plan calls; and not elsewhere, whatever was asked for when it was made."""
+    x, other = inputs(device, 2, 2, 2, 6, 5)
+
+    def forward(x: Tensor) -> Tensor:
+        with ops.repeatable_cudnn():
+            x = F.conv2d(x, WEIGHT.to(x))
+        return x + 1
+
+    _, again = recorded(forward, x)
+    calls = {str(step.function): step.repeats for step in again.steps if isinstance(step, plan.Call)}
+    assert calls == {"aten.convolution.default": True, "aten.add.Tensor": False}
+    before = plan._cudnn()
+    assert_same(again(other), forward(other))
+    assert plan._cudnn() == before
+
+
 def test_a_view_is_given_as_one(seed, device):
     x, other = inputs(device, 2, 2, 2, 6, 5)
     forward = lambda x: (x * 3)[:, 1:].transpose(2, 3)
@@ -330,22 +436,32 @@ def test_a_view_is_given_as_one(seed, device):
         lambda x: x * (WEIGHT.to(x) * 1).add_(WEIGHT.to(x).mean()).sum(),
         lambda x: WEIGHT.to(x).sum() * 2,
         lambda x: x.view(torch.int32).bitwise_not().view(torch.float32),
+        lambda x: x * x.as_strided((1,), (1,), x.storage_offset() + x.numel() - 1 + 8),
     ],
-    ids=["reads a value", "changes what is made once", "is not of its input", "takes memory for another dtype"],
+    ids=[
+        "reads a value",
+        "changes what is made once",
+        "is not of its input",
+        "takes memory for another dtype",
+        "reads a weight in the input's memory",
+    ],
 )
 def test_what_no_plan_can_do_is_done_as_before(forward, seed, device):
     plans = Plans()
-    for x in inputs(device, 5):
-        x = x.abs() if seed % 2 else -x.abs()
+    for x in inputs(device, 5, 2, 1, 9, 10):
+        x = (x.abs() if seed % 2 else -x.abs())[:1]
         seed += 1
         y = plans(forward, x, [], [], suits=lambda: True)
         assert torch.equal(y.nan_to_num(), forward(x).nan_to_num())
+    assert plans._kept.made_from([]).find(plan._signature(x)) is Instead.NEVER
 
 
 def test_memory_is_let_go_of_behind_its_last_reader(seed, device):
+    """That of results which nobody reads at once."""
+
     def forward(x: Tensor) -> Tensor:
         for _ in range(6):
-            x = x + 1
+            x, _ = F.max_pool2d_with_indices(x, [3, 3], [1, 1], [1, 1])
         return x
 
     _, again = recorded(forward, torch.rand(1, 1, 4, 4, device=device))

@@ -34,11 +34,23 @@ from .arguments import (
     slope_of,
     unexpected,
 )
-from .common import at_once, bare, is_watched, on_device, signature, someone_looks_on, tf32, watched
+from .common import (
+    REPEATABLE,
+    at_once,
+    bare,
+    is_watched,
+    on_device,
+    repeatable_cudnn,
+    signature,
+    someone_looks_on,
+    tf32,
+    watched,
+)
 from .launchers import choose
 from .upsampling import launched
 
 __all__ = [
+    "REPEATABLE",
     "bare",
     "batch_norm_relu",
     "choose",
@@ -49,6 +61,7 @@ __all__ = [
     "instance_norm_relu",
     "is_watched",
     "on_device",
+    "repeatable_cudnn",
     "signature",
     "someone_looks_on",
     "tf32",

@@ -24,15 +24,15 @@ from .common import channels_last, empty
 from .launchers import Shapes, choose
 from .steps import (
     Gradient,
-    activation_kernel,
+    activation_backward,
+    conv_dgrad,
+    conv_transpose_dgrad,
+    conv_transpose_wgrad,
+    conv_wgrad,
     convolution_backward,
-    dgrad_kernel,
     norm_backward,
-    norm_kernel,
-    transpose_dgrad_kernel,
-    transpose_wgrad_kernel,
-    wgrad_kernel,
-    wgrad_of_two_kernel,
+    norm_backward_torch,
+    upsample_concat_wgrad,
 )
 from .upsampling import fitted, launched, upsample_backward
 
@@ -101,7 +101,7 @@ def _activation_backward(
 ) -> tuple[Tensor, Gradient]:
     """Gradient of the sums and, from our kernel, of the bias; without an activation that comes with the weight's."""
     if ctx.kernels and y is not None:
-        g, grad_bias = activation_kernel(grad, grad_pooled, y, ctx.slope, bias)
+        g, grad_bias = activation_backward(grad, grad_pooled, y, ctx.slope, bias)
         return g, grad_bias if bias else None
     if y is None:
         return grad, None
@@ -123,7 +123,7 @@ def _through_max_pool(grad_pooled: Tensor, y: Tensor) -> Tensor:
 def _dgrad(ctx: Any, g: Tensor, weight: Tensor, height: int, width: int) -> Gradient:
     """Gradient of an input of ``height`` x ``width``."""
     if ctx.dgrad:
-        return dgrad_kernel(g, weight, ctx.stride, ctx.padding, height, width)
+        return conv_dgrad(g, weight, ctx.stride, ctx.padding, height, width)
     # PyTorch asks for the input, and reads its shape and layout.
     x = empty(g, weight.shape[1], height, width)
     return convolution_backward(g, x, weight, (True, False, False), ctx.stride, ctx.padding)[0]
@@ -174,7 +174,7 @@ def _conv_gradients(ctx: Any, grad: Tensor, grad_pooled: Tensor | None) -> tuple
     need_bias &= grad_bias is None
     grad_weight = None
     if need_weight and ctx.wgrad:
-        grad_weight, with_it = wgrad_kernel(g, x, weight, *geometry, need_bias)
+        grad_weight, with_it = conv_wgrad(g, x, weight, *geometry, need_bias)
         grad_bias = with_it if need_bias else grad_bias
     elif need_weight or need_bias:
         grad_weight, grad_bias_torch = _wgrad_torch(ctx, g, [x], weight, need_weight, need_bias)
@@ -217,11 +217,11 @@ def norm_relu(ctx: Any, grad: Tensor, grad_pooled: Tensor, *_: Any) -> tuple[Any
     x, y, weight, mean, variance, rstd = ctx.saved_tensors
     pooled = grad_pooled if ctx.pool else None
     if ctx.kernels:
-        grad_x, sums = norm_kernel(grad, pooled, x, y, weight, mean, rstd, ctx.slope, ctx.fixed)
+        grad_x, sums = norm_backward(grad, pooled, x, y, weight, mean, rstd, ctx.slope, ctx.fixed)
     else:
         g = _activation_backward(ctx, grad, pooled, y, False)[0]
         fixed = (mean, variance) if ctx.fixed else (None, None)
-        grad_x, sums = norm_backward(g, x, weight, *fixed, ctx.eps, ctx.per_image)
+        grad_x, sums = norm_backward_torch(g, x, weight, *fixed, ctx.eps, ctx.per_image)
     of_bias, of_weight = sums
     grads = [None if dtype is None else s.to(dtype) for s, dtype in zip((of_weight, of_bias), ctx.dtypes, strict=True)]
     return grad_x, *grads, *[None] * 7
@@ -279,7 +279,7 @@ def upsample_concat_conv2d_relu(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     need_bias &= grad_bias is None
     # The weight's first, so that the upsampled map is gone before the gradient of it comes.
     if need_weight and ctx.wgrad:
-        grad_weight, with_it = wgrad_of_two_kernel(g, x, skip, weight, *how, ctx.padding, need_bias)
+        grad_weight, with_it = upsample_concat_wgrad(g, x, skip, weight, *how, ctx.padding, need_bias)
         grad_bias = with_it if need_bias else grad_bias
     elif need_weight or need_bias:
         sources = [fitted(x, skip, *how), skip] if c2 else [fitted(x, skip, *how)]
@@ -310,9 +310,9 @@ def conv_transpose2x2(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
     found: list[Gradient] = [None, None, None]
     if ctx.dgrad and need_x:
-        found[0], need_x = transpose_dgrad_kernel(grad, weight), False
+        found[0], need_x = conv_transpose_dgrad(grad, weight), False
     if ctx.wgrad and need_weight:
-        found[1], with_it = transpose_wgrad_kernel(grad, x, weight, need_bias)
+        found[1], with_it = conv_transpose_wgrad(grad, x, weight, need_bias)
         found[2] = with_it if need_bias else None
         need_weight = need_bias = False
     if need_x or need_weight or need_bias:

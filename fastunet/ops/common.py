@@ -10,6 +10,7 @@ from torch import _C, Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses import FakeTensor
 from torch.nn import Parameter
+from torch.utils._device import DeviceContext
 
 from .. import dispatch
 
@@ -69,17 +70,36 @@ class Operator:
     """
 
     def __init__(self, body: Callable[..., Any]) -> None:
-        self.body = body
+        self.body = self.recorded = body
         self.registered = torch.library.custom_op(f"fastunet::{body.__name__}", body, mutates_args=())
-        self.register_fake, self.register_autograd = self.registered.register_fake, self.registered.register_autograd
+        self.register_fake = self.registered.register_fake
+
+    def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+        """What ``torch.library`` calls so; for calls around the dispatcher too."""
+        self.registered.register_autograd(backward, setup_context=setup_context)
+        body = self.body
+
+        class Recorded(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *arguments: Any) -> Any:
+                result = body(*arguments)
+                setup_context(ctx, arguments, result)
+                return result
+
+        Recorded.backward = staticmethod(backward)
+        self.recorded = Recorded.apply
 
     def __call__(self, x: Tensor, *others: Any) -> Any:
-        return (self.body if _bare.get() or _unnoticed(x, others) else self.registered)(x, *others)
+        if not _unnoticed(x, others):
+            return self.registered(x, *others)
+        return (self.recorded if torch.is_grad_enabled() and not _bare.get() else self.body)(x, *others)
 
 
 def _unnoticed(x: Tensor, others: tuple[Any, ...]) -> bool:
-    """Whether neither autograd, a tracer, a transform, a mode nor a subclass of tensors wants to see a call."""
-    if torch.is_grad_enabled() or someone_looks_on() or x.device.type not in ("cpu", "cuda"):
+    """Whether neither a tracer, a transform, a mode nor a subclass of tensors wants to see a call."""
+    if not torch.compiler.is_compiling() and _bare.get():
+        return True
+    if someone_looks_on() or x.device.type not in ("cpu", "cuda"):
         return False
     return all(type(t) in (Tensor, Parameter) for t in (x, *others) if isinstance(t, Tensor))
 
@@ -88,7 +108,10 @@ def someone_looks_on() -> bool:
     """Whether a tracer, a transform, a mode or a block of :func:`watched` wants to see each operator."""
     if torch.compiler.is_compiling() or is_watched() or _C._get_tracing_state():
         return True
-    return bool(_C._len_torch_dispatch_stack() or _C._len_torch_function_stack() or peek_interpreter_stack())
+    if _C._len_torch_dispatch_stack() or peek_interpreter_stack():
+        return True
+    functions = _C._len_torch_function_stack()  # of which torch.set_default_device is one
+    return any(type(_C._get_function_stack_at(i)) is not DeviceContext for i in range(functions))
 
 
 def signature(x: Tensor) -> tuple[Any, ...]:
@@ -108,13 +131,15 @@ def tf32() -> bool:
     return torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]
 
 
+REPEATABLE = True, False  # deterministic and benchmark, which may choose another algorithm in another process
+
+
 @contextlib.contextmanager
 def repeatable_cudnn() -> Iterator[None]:
     """Within the block cuDNN gives the same bits each time; its fastest gradients of weights do not."""
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
-    # A benchmark may choose another algorithm in another process.
-    cudnn.deterministic, cudnn.benchmark = True, False
+    cudnn.deterministic, cudnn.benchmark = REPEATABLE
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from .common import channels_last, empty, on_device, repeatable_cudnn, result, tf32, zeros
+from .common import Operator, channels_last, empty, on_device, repeatable_cudnn, result, tf32, zeros
 from .upsampling import fitted, is_replicated
 
 if TYPE_CHECKING or dispatch.has_triton():
@@ -20,8 +20,8 @@ aten = torch.ops.aten
 Gradient = Tensor | None
 
 
-@torch.library.custom_op("fastunet::activation_backward", mutates_args=())
-def activation_kernel(
+@Operator
+def activation_backward(
     grad: Tensor, grad_pooled: Tensor | None, y: Tensor, slope: float, bias: bool
 ) -> tuple[Tensor, Tensor]:
     with on_device(grad):
@@ -29,13 +29,13 @@ def activation_kernel(
     return g, grad.new_empty(0) if grad_bias is None else grad_bias
 
 
-@activation_kernel.register_fake
+@activation_backward.register_fake
 def _(grad: Tensor, grad_pooled: Tensor | None, y: Tensor, slope: float, bias: bool) -> tuple[Tensor, Tensor]:
     return empty(y, *y.shape[1:]), grad.new_empty(y.shape[1] if bias else 0)
 
 
-@torch.library.custom_op("fastunet::norm_backward", mutates_args=())
-def norm_kernel(
+@Operator
+def norm_backward(
     grad: Tensor,
     grad_pooled: Tensor | None,
     x: Tensor,
@@ -50,7 +50,7 @@ def norm_kernel(
         return kernels.norm_bwd(grad, grad_pooled, x, y, weight, mean, rstd, slope=slope, fixed=fixed)
 
 
-@norm_kernel.register_fake
+@norm_backward.register_fake
 def _(
     grad: Tensor,
     grad_pooled: Tensor | None,
@@ -65,8 +65,8 @@ def _(
     return empty(x, *x.shape[1:]), mean.new_empty(2, mean.shape[-1])
 
 
-@torch.library.custom_op("fastunet::norm_backward_torch", mutates_args=())
-def norm_backward(
+@Operator
+def norm_backward_torch(
     g: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -93,7 +93,7 @@ def norm_backward(
     return result(grad_x.view(x.shape)), torch.stack(sums[::-1]).view(2, -1, c).sum(1)
 
 
-@norm_backward.register_fake
+@norm_backward_torch.register_fake
 def _(
     g: Tensor,
     x: Tensor,
@@ -121,7 +121,7 @@ def convolution_backward(
     geometry = list(stride), 0 if transposed else zeros(weight, padding), transposed
     if not grad.is_cuda:
         return _convolution_backward(grad, x, weight, list(mask), *geometry)
-    found = _cudnn_backward(grad, x, weight, list(mask), *geometry)
+    found = cudnn_backward(grad, x, weight, list(mask), *geometry)
     x_grad, weight_grad, bias_grad = (g if wanted else None for g, wanted in zip(found, mask, strict=True))
     return x_grad, weight_grad, bias_grad
 
@@ -134,8 +134,8 @@ def _convolution_backward(
 
 
 # Compiled code, which takes no operator of ours apart, would lose what is set around the call.
-@torch.library.custom_op("fastunet::cudnn_backward", mutates_args=())
-def _cudnn_backward(
+@Operator
+def cudnn_backward(
     grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool], stride: list[int], pad: int, transposed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     with repeatable_cudnn():
@@ -146,7 +146,7 @@ def _cudnn_backward(
     return grad_x, channels_last(grad_weight) if mask[1] else grad_weight, grad_bias
 
 
-@_cudnn_backward.register_fake
+@cudnn_backward.register_fake
 def _(
     grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool], stride: list[int], pad: int, transposed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,21 +155,21 @@ def _(
     return grad_x, grad_weight, grad.new_empty(grad.shape[1] if mask[2] else 0)
 
 
-@torch.library.custom_op("fastunet::conv_dgrad", mutates_args=())
-def dgrad_kernel(g: Tensor, weight: Tensor, stride: Sequence[int], padding: str, height: int, width: int) -> Tensor:
+@Operator
+def conv_dgrad(g: Tensor, weight: Tensor, stride: Sequence[int], padding: str, height: int, width: int) -> Tensor:
     """Gradient of an input of ``height`` x ``width``."""
     with on_device(g):
         how: Any = {"stride": tuple(stride), "pad": zeros(weight, padding), "size": (height, width)}
         return kernels.conv_dgrad(g, weight, tf32=tf32(), **how)
 
 
-@dgrad_kernel.register_fake
+@conv_dgrad.register_fake
 def _(g: Tensor, weight: Tensor, stride: Sequence[int], padding: str, height: int, width: int) -> Tensor:
     return empty(g, weight.shape[1], height, width)
 
 
-@torch.library.custom_op("fastunet::conv_wgrad", mutates_args=())
-def wgrad_kernel(
+@Operator
+def conv_wgrad(
     g: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: str, bias: bool
 ) -> tuple[Tensor, Tensor]:
     """Of ``weight`` the shape alone counts."""
@@ -178,13 +178,13 @@ def wgrad_kernel(
         return _both(*kernels.conv_wgrad(g, [x], weight.shape[-1], bias=bias, tf32=tf32(), **how))
 
 
-@wgrad_kernel.register_fake
+@conv_wgrad.register_fake
 def _(g: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: str, bias: bool) -> tuple[Tensor, Tensor]:
     return empty(weight, *weight.shape[1:]), g.new_empty(g.shape[1] if bias else 0)
 
 
-@torch.library.custom_op("fastunet::upsample_concat_wgrad", mutates_args=())
-def wgrad_of_two_kernel(
+@Operator
+def upsample_concat_wgrad(
     g: Tensor,
     x: Tensor,
     skip: Tensor,
@@ -206,7 +206,7 @@ def wgrad_of_two_kernel(
         return _both(*kernels.conv_wgrad(g, sources, 3, bias=bias, tf32=tf32(), **how))
 
 
-@wgrad_of_two_kernel.register_fake
+@upsample_concat_wgrad.register_fake
 def _(
     g: Tensor,
     x: Tensor,
@@ -226,19 +226,19 @@ def _both(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return weight, weight.new_empty(0) if bias is None else bias
 
 
-@torch.library.custom_op("fastunet::conv_transpose_dgrad", mutates_args=())
-def transpose_dgrad_kernel(grad: Tensor, weight: Tensor) -> Tensor:
+@Operator
+def conv_transpose_dgrad(grad: Tensor, weight: Tensor) -> Tensor:
     with on_device(grad):
         return kernels.conv_transpose_dgrad(grad, weight, tf32=tf32())
 
 
-@transpose_dgrad_kernel.register_fake
+@conv_transpose_dgrad.register_fake
 def _(grad: Tensor, weight: Tensor) -> Tensor:
     return empty(grad, weight.shape[0], grad.shape[2] // weight.shape[2], grad.shape[3] // weight.shape[3])
 
 
-@torch.library.custom_op("fastunet::conv_transpose_wgrad", mutates_args=())
-def transpose_wgrad_kernel(grad: Tensor, x: Tensor, weight: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+@Operator
+def conv_transpose_wgrad(grad: Tensor, x: Tensor, weight: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
     """Of ``weight`` the shape alone counts."""
     with on_device(grad):
         found, grad_bias = kernels.conv_transpose_wgrad(grad, x, bias=bias, tf32=tf32())
@@ -246,6 +246,6 @@ def transpose_wgrad_kernel(grad: Tensor, x: Tensor, weight: Tensor, bias: bool) 
     return _both(grad.new_empty(weight.shape).copy_(found), grad_bias)
 
 
-@transpose_wgrad_kernel.register_fake
+@conv_transpose_wgrad.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
     return grad.new_empty(weight.shape), grad.new_empty(grad.shape[1] if bias else 0)

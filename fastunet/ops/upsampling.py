@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch, reference
-from .common import channels_last, empty, on_device, result
+from .common import Operator, channels_last, empty, on_device, result
 
 if TYPE_CHECKING or dispatch.has_triton():
     from .. import kernels
@@ -45,7 +45,7 @@ def upsampled_size(height: int, width: int, mode: str) -> tuple[int, int]:
 
 
 # An operator on every device: torch's bilinear backward cannot be traced with symbolic shapes.
-@torch.library.custom_op("fastunet::upsample_backward", mutates_args=())
+@Operator
 def upsample_backward(
     grad: Tensor, height: int, width: int, mode: str, align_corners: bool, match: str, kernel: bool
 ) -> Tensor:

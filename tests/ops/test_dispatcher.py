@@ -50,17 +50,43 @@ def test_where_nobody_looks_on(given, calls):
     with dispatch.forced("triton"):
         with torch.no_grad():
             around = ops.conv2d_relu(*given)
-        assert not calls
         assert torch.equal(ops.conv2d_relu(*given), around)
+        assert not calls
+        with ops.watched():
+            assert torch.equal(ops.conv2d_relu(*given), around)
         assert calls
 
 
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_gradients_are_those_of_the_registered_operator(implementation, given, calls):
+    def gradients():
+        wanted = [t.clone().requires_grad_() for t in given]
+        y, pooled = ops.conv2d_relu(*wanted, pool=True)
+        return torch.autograd.grad(y.square().sum() + pooled.sum(), wanted)
+
+    with dispatch.forced(implementation):
+        around = gradients()
+        with ops.watched():
+            through = gradients()
+    assert all(map(torch.equal, around, through))
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("who", [ops.watched, Functions, Dispatched, torch.enable_grad])
+@pytest.mark.parametrize("who", [ops.watched, Functions, Dispatched])
 def test_whoever_looks_on_sees_the_operator(who, given, calls):
     with dispatch.forced("triton"), who():
         ops.conv2d_relu(*given)
     assert calls
+
+
+def test_a_default_device_is_nobody(given, calls, device):
+    torch.set_default_device(device)
+    try:
+        with dispatch.forced("triton"):
+            ops.conv2d_relu(*given)
+    finally:
+        torch.set_default_device(None)
+    assert not calls
 
 
 @torch.no_grad()
