@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import tifffile
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..images import SUFFIXES, ImageError, is_tiff, is_turned, limits, list_images, read_image
 
@@ -111,6 +111,8 @@ def read_mask(path: Path, classes: int) -> np.ndarray:
         mask = _stored(path)
     except ImageError:
         raise
+    except (UnidentifiedImageError, tifffile.TiffFileError):
+        raise ImageError(f"{path}: not an image, expected a PNG or TIFF") from None
     except Exception as error:  # decoders raise many types on corrupt files
         raise ImageError(f"{path}: cannot be read ({str(error).partition(chr(10))[0] or repr(error)})") from None
     if mask.ndim == 3 and mask.shape[2] in (3, 4) and (mask[..., 1:3] == mask[..., :1]).all():

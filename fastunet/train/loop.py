@@ -133,7 +133,7 @@ class _Run:
 
     def __init__(self, model: UNet, settings: Settings, process: Processes, state: dict[str, Any] | None) -> None:
         self.model, self.process, self.device = model.train(), process, process.device.type
-        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
+        self.average = AveragedModel(model, multi_avg_fn=self._averages, use_buffers=True)
         self.optimiser = torch.optim.AdamW(model.parameters(), settings.lr, weight_decay=settings.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device, enabled=settings.dtype == "fp16")
         self.settings, self.dtype = settings, DTYPES[settings.dtype]
@@ -151,6 +151,9 @@ class _Run:
             torch.set_rng_state(state["rng"])
         # Broadcasts the first process's weights; gradients are averaged as they arise.
         self.parallel: nn.Module = DistributedDataParallel(model) if process.count > 1 else model
+
+    def _averages(self, *averaged_and_now: Any) -> None:
+        get_ema_multi_avg_fn(self.settings.decay(self.step))(*averaged_and_now)
 
     def state(self) -> dict[str, Any]:
         points = [dataclasses.asdict(point) for point in self.points]

@@ -34,7 +34,8 @@ class Settings:
         dice_weight: of the soft Dice loss beside cross-entropy; 0 leaves cross-entropy alone.
         plain: share of the steps, the last ones, whose windows are turned and flipped alone, not zoomed nor exposed
             otherwise: what is learnt then is of images as they are (Ge et al. 2021, arXiv:2107.08430, end so too).
-        ema: decay, a step, of the averaged weights, which are validated and saved; 0 for the latest ones.
+        ema: decay, a step, of the averaged weights, which are validated and saved; 0 for the latest ones. At first it
+            is less, as of TensorFlow's ``ExponentialMovingAverage`` with ``num_updates``.
         every: steps between two validations, each with a checkpoint.
         dtype: "fp32", "bf16" or "fp16", the latter two under autocast; fp16 with a loss scale.
         seed: of the windows.
@@ -91,6 +92,10 @@ class Settings:
     def plain_from(self) -> int:
         """The first step of ``plain`` windows, counted from 0."""
         return self.steps - round(self.plain * self.steps)
+
+    def decay(self, step: int) -> float:
+        """Of the averaged weights behind ``step``, counted from 0: of few steps the initial weights would be most."""
+        return min(self.ema, (1 + step) / (10 + step))
 
     def rate(self, step: int) -> float:
         """Learning rate of ``step``, counted from 0, as a share of ``lr``."""

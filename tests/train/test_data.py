@@ -122,6 +122,12 @@ def test_everything_wrong_is_said_at_once_by_file(folder: Path) -> None:
     )
 
 
+def test_a_mask_that_is_no_image_is_said_as_of_an_image(folder: Path) -> None:
+    (folder / "val" / "labels" / "a.png").write_bytes(b"")
+    with pytest.raises(train.DataError, match=r"val/labels/a\.png: not an image, expected a PNG or TIFF$"):
+        train.find(folder, 1, 2)
+
+
 @pytest.mark.parametrize(
     ("spoil", "problem"),
     [

@@ -75,7 +75,7 @@ def test_a_step_is_adamw_on_the_mean_loss_and_the_average_decays(data: train.Dat
     start = [p.detach().clone() for p in truth.parameters()]
     m, v = ([torch.zeros_like(p) for p in truth.parameters()] for _ in range(2))
     average: list[Tensor] = []
-    settings = Settings(steps=3, batch=2, size=16, every=3, ema=0.5, warmup=0.0, lr=1e-3, weight_decay=0.1)
+    settings = Settings(steps=3, batch=2, size=16, every=3, ema=0.2, warmup=0.0, lr=1e-3, weight_decay=0.1)
     seen: list[float] = []
     for step in range(3):
         x, y = Windows(data, 16, 0)[step, 0, 2]
@@ -90,7 +90,8 @@ def test_a_step_is_adamw_on_the_mean_loss_and_the_average_decays(data: train.Dat
                 p.mul_(1 - lr * 0.1)
                 p -= lr * (m_ / (1 - 0.9 ** (step + 1))) / ((v_ / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
         now = [p.detach().clone() for p in truth.parameters()]
-        average = [0.5 * a + 0.5 * p for a, p in zip(average, now, strict=True)] if average else now
+        decay = (0.0, 2 / 11, 0.2)[step]  # of the second less than asked for
+        average = [decay * a + (1 - decay) * p for a, p in zip(average, now, strict=True)] if average else now
     losses: list[float] = []
     model = new_model(config)
     train.fit(model, data, tmp_path, settings, on_step=lambda _, loss: losses.append(loss.item()))
