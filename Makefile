@@ -72,7 +72,7 @@ bench: $(VENV)/installed ## timings against plain PyTorch, every output checked 
 # Each step has its own limit in seconds and runs whatever came of those before it; together 8 minutes at most. The
 # benchmark's table of verdicts comes last, of what was measured by then if its time ran out.
 GPU_TESTS := tests/kernels tests/ops tests/test_model.py tests/test_training.py \
-	tests/test_kept_for_backward.py tests/test_graph.py tests/verify
+	tests/test_kept_for_backward.py tests/test_graph.py tests/test_plan.py tests/verify
 STEP = PYTHONPATH=. timeout --kill-after=15
 
 gpu: ## on this machine's GPU, in this checkout, with its own Python: tests, verify, the quick benchmark
