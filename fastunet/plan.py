@@ -210,7 +210,7 @@ def recorded(forward: Run, x: Tensor) -> tuple[Tensor, Plan]:
     result = recorder.place(y)
     if result is None:
         raise Unrepeatable("the result is in memory of its own")
-    if recorder.made_once and x.is_cuda:
+    if recorder.constants and x.is_cuda:
         torch.cuda.synchronize(x.device)  # other streams may be about to read it
     return y, Plan(tuple(_freed(recorder.steps, result.slot)), recorder.slots, result)
 
@@ -232,9 +232,8 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.steps: list[Step] = []
         self.slots = 0
-        self.made_once = False
+        self.constants: dict[int, Tensor] = {}  # that the pass itself makes, by address
         self._by_address: dict[int, _Slot] = {}
-        self._constants: dict[int, Tensor] = {}  # that the pass itself makes, by address
         self._cudnn = _cudnn()
         self._fill_slot(x)
 
@@ -285,13 +284,12 @@ class _Recorder(TorchDispatchMode):
                 raise Unrepeatable(f"{func} gives what Python reads")
             return  # of dtypes and the like, which are the same for each input
         changes = func._schema.is_mutable
-        if changes and not addresses.isdisjoint(self._constants):
+        if changes and not addresses.isdisjoint(self.constants):
             raise Unrepeatable(f"{func} changes what is made once")
         leaves = tuple((self.place(t) or t) if isinstance(t, Tensor) else t for t in given)
         of_constants = bool(addresses) and not any(type(leaf) is View for leaf in leaves)
         if of_constants and not changes and torch.Tag.nondeterministic_seeded not in func.tags:
-            self._constants |= {_address(t): t for t in results}
-            self.made_once = True
+            self.constants |= {_address(t): t for t in results}
             return
         repeats = _cudnn() != self._cudnn
         if repeats and _cudnn() != ops.REPEATABLE:
