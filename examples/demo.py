@@ -32,13 +32,13 @@ REPEATS = 3
 
 
 def milliseconds(forward: Callable[[], Tensor]) -> float:
-    """Median wall time of a few forwards, after one to warm up."""
+    """Median wall time of a few forwards of a network that has run before."""
     times = []
-    for _ in range(REPEATS + 1):
+    for _ in range(REPEATS):
         start = time.perf_counter()
         forward().cpu()  # waits for the device
         times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times[1:])
+    return statistics.median(times)
 
 
 @torch.inference_mode()
