@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import pytest
 import torch
 
@@ -100,7 +102,9 @@ def test_opcheck(name, implementation, seed, device):
     tests = ["test_schema", "test_faketensor"]
     if implementation == "torch":  # gradients are registered once, whatever runs
         tests.append("test_autograd_registration")
-    if implementation == "triton" or "norm" in name:  # of the others' gradients on torch, none of ours computes any
+    # Of the others' gradients on torch, none of ours computes any. In the interpreter this takes seconds: half, by seed.
+    drawn = torch.cuda.is_available() or (seed + zlib.crc32(name.encode())) % 2
+    if (implementation == "triton" and drawn) or "norm" in name:
         tests.append("test_aot_dispatch_dynamic")
     with dispatch.forced(implementation):
         torch.library.opcheck(op, arguments, test_utils=tests)
