@@ -102,7 +102,7 @@ def test_opcheck(name, implementation, seed, device):
     tests = ["test_schema", "test_faketensor"]
     if implementation == "torch":  # gradients are registered once, whatever runs
         tests.append("test_autograd_registration")
-    # Of the others' gradients on torch, none of ours computes any. In the interpreter this takes seconds: half, by seed.
+    # Of the others' gradients on torch, none of ours computes any. The interpreter takes seconds: half, by seed.
     drawn = torch.cuda.is_available() or (seed + zlib.crc32(name.encode())) % 2
     if (implementation == "triton" and drawn) or "norm" in name:
         tests.append("test_aot_dispatch_dynamic")
