@@ -17,7 +17,7 @@ from .built import as_built
 from .graph import Graphs, repeats
 from .origin import Origin
 from .plan import Plans
-from .prepared import Prepared, cacheable, foldable, prepare, wants_gradient
+from .prepared import Prepared, cacheable, foldable, laid_out, prepare, wants_gradient
 from .reference import UNet, center_crop
 from .small import is_small
 from .sources import parts
@@ -146,12 +146,14 @@ class FastUNet(UNet):
         if self._graphs is not None:
             return self._graphs(self._forward, x, tensors, layers)
 
-        def suits() -> bool:
+        def constants() -> list[Tensor] | None:
             plain = all(type(t) in (Tensor, nn.Parameter) for t in tensors)
-            return plain and not any(map(_is_made_up, layers)) and not self.runs_on_plain_torch(x)
+            if not plain or any(map(_is_made_up, layers)) or self.runs_on_plain_torch(x):
+                return None
+            return [*tensors, *laid_out(self._prepared)]
 
         objects = [*layers, self.config, dispatch.table(x.device)]
-        return self._plans(self._forward, x, tensors, objects, suits=suits)
+        return self._plans(self._forward, x, tensors, objects, constants)
 
     def _forward(self, x: Tensor) -> Tensor:
         if self.runs_on_plain_torch(x):

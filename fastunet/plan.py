@@ -64,15 +64,15 @@ class Plans:
         x: Tensor,
         tensors: Sequence[Tensor],
         objects: Sequence[object],
-        *,
-        suits: Callable[[], bool],
+        constants: Callable[[], list[Tensor] | None],
     ) -> Tensor:
         """``forward(x)``.
 
         Args:
             tensors: parameters and buffers that it reads; a change of one counts a version.
             objects: what else it depends on, if another takes its place. Not the model, which would never be let go.
-            suits: asked before a plan is made, whether one may be.
+            constants: asked before a plan is made: all memory beside the input's that it may read; None if none may be
+                made.
         """
         kept, key = self._kept.made_from(tensors, objects), _signature(x)
         plan = kept.find(key)
@@ -81,12 +81,12 @@ class Plans:
         if plan is None:
             y = forward(x)  # which compiles kernels and lays out weights
             kept.keep(key, Instead.ONCE)
-        elif plan is Instead.NEVER or not suits():
+        elif plan is Instead.NEVER or (known := constants()) is None:
             y = forward(x)
             kept.keep(key, Instead.NEVER)
         else:
             try:
-                y, plan = recorded(forward, x)
+                y, plan = recorded(forward, x, known)
             except Unrepeatable:
                 y, plan = forward(x), Instead.NEVER
             kept.keep(key, plan)
@@ -95,7 +95,7 @@ class Plans:
 
 def _signature(x: Tensor) -> Hashable:
     """What a plan depends on beside weights; code is compiled for aligned memory apart."""
-    return ops.signature(x), x.data_ptr() % 16, torch.is_inference_mode_enabled()
+    return ops.signature(x), x.data_ptr() % 16, torch.is_inference_mode_enabled(), _cudnn()
 
 
 class View(NamedTuple):
@@ -202,15 +202,19 @@ class Plan:
         return y if (y.shape, y.stride(), 0) == (size, stride, offset) else self.result.of(held)
 
 
-def recorded(forward: Run, x: Tensor) -> tuple[Tensor, Plan]:
-    """``forward(x)``, and the plan of it; Unrepeatable for what a plan cannot do."""
-    recorder = _Recorder(x)
+def recorded(forward: Run, x: Tensor, constants: Sequence[Tensor]) -> tuple[Tensor, Plan]:
+    """``forward(x)``, and the plan of it; Unrepeatable for what a plan cannot do.
+
+    Args:
+        constants: weights, whose memory it may read.
+    """
+    recorder = _Recorder(x, constants)
     with ops.bare(), recorder, seen(recorder.launched):
         y = forward(x)
     result = recorder.place(y)
     if result is None:
         raise Unrepeatable("the result is in memory of its own")
-    if recorder.constants and x.is_cuda:
+    if recorder.made_once and x.is_cuda:
         torch.cuda.synchronize(x.device)  # other streams may be about to read it
     return y, Plan(tuple(_freed(recorder.steps, result.slot)), recorder.slots, result)
 
@@ -226,13 +230,14 @@ class _Slot(NamedTuple):
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes steps down. A tensor's slot is told by its memory; what is in no slot, as weights are, is a constant."""
+    """Writes steps down. A tensor's slot is told by its memory; what is in none must be a constant that is known."""
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, constants: Sequence[Tensor]) -> None:
         super().__init__()
         self.steps: list[Step] = []
         self.slots = 0
-        self.constants: dict[int, Tensor] = {}  # that the pass itself makes, by address
+        self.made_once: dict[int, Tensor] = {}  # constants that the pass itself makes, by address
+        self._known = {_address(t) for t in constants}
         self._by_address: dict[int, _Slot] = {}
         self._cudnn = _cudnn()
         self._fill_slot(x)
@@ -247,6 +252,8 @@ class _Recorder(TorchDispatchMode):
         """Where in the slots' memory ``x`` is; None for a constant."""
         slot = self._by_address.get(_address(x))
         if slot is None or slot.memory.expired() or not x.numel():  # another's address since it was let go
+            if x.numel() and _address(x) not in self._known and _address(x) not in self.made_once:
+                raise Unrepeatable("memory that nobody saw being filled")
             return None
         if x.dtype != slot.dtype or x.storage_offset() < slot.first or _end(x) > slot.end:
             raise Unrepeatable("memory of one tensor taken for another's")
@@ -272,24 +279,27 @@ class _Recorder(TorchDispatchMode):
         if f"{schema.name}.{schema.overload_name}".rstrip(".") in _ALLOCATE:
             options = {"dtype": result.dtype, "device": result.device}
             self.steps.append(Allocate(self._fill_slot(result), tuple(result.shape), result.stride(), options))
-        elif schema.name != "aten::set_" and not _is_view(schema):  # both of memory that is known
+        elif schema.name != "aten::set_":  # which takes memory that is known
             self._called(func, tree_flatten((args, kwargs or {})), tree_flatten(result)[0])
         return result
 
     def _called(self, func: torch._ops.OpOverload, arguments: Any, results: list[Any]) -> None:
         given, spec = arguments
         addresses = {_address(t) for t in given if isinstance(t, Tensor)}
+        # By memory, for in inference mode ``to`` and ``contiguous`` come whole, which are views at times.
+        if _may_be_view(func._schema) and all(isinstance(t, Tensor) and _address(t) in addresses for t in results):
+            return
         if not all(isinstance(t, Tensor) for t in results):
             if addresses:
                 raise Unrepeatable(f"{func} gives what Python reads")
             return  # of dtypes and the like, which are the same for each input
         changes = func._schema.is_mutable
-        if changes and not addresses.isdisjoint(self.constants):
+        if changes and not addresses.isdisjoint(self.made_once):
             raise Unrepeatable(f"{func} changes what is made once")
         leaves = tuple((self.place(t) or t) if isinstance(t, Tensor) else t for t in given)
         of_constants = bool(addresses) and not any(type(leaf) is View for leaf in leaves)
         if of_constants and not changes and torch.Tag.nondeterministic_seeded not in func.tags:
-            self.constants |= {_address(t): t for t in results}
+            self.made_once |= {_address(t): t for t in results}
             return
         repeats = _cudnn() != self._cudnn
         if repeats and _cudnn() != ops.REPEATABLE:
@@ -298,7 +308,7 @@ class _Recorder(TorchDispatchMode):
         self.steps.append(Call(func, leaves, spec, new, repeats))
 
 
-def _is_view(schema: Any) -> bool:
+def _may_be_view(schema: Any) -> bool:
     return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
 
 

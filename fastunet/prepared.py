@@ -63,6 +63,12 @@ class Prepared:
             torch.cuda.synchronize(weight.device)
 
 
+def laid_out(kept: dict[nn.Module, Prepared]) -> list[Tensor]:
+    """All weights and biases that are kept."""
+    pairs = (pair for prepared in kept.values() for pair in prepared.weights.values())
+    return [t for pair in pairs for t in pair if t is not None]
+
+
 def fold(weight: Tensor, bias: Tensor | None, norm: Any, apart: bool) -> tuple[Tensor, Tensor | None]:
     """norm(conv(x)) as one convolution: scale = gamma / sqrt(var + eps), in float32 or wider.
 

@@ -19,6 +19,7 @@ from triton.runtime import driver
 
 from fastunet import FastUNet, dispatch
 from fastunet.plan import recorded
+from fastunet.prepared import laid_out
 
 Launches = list[tuple[Any, ...]]
 
@@ -99,7 +100,7 @@ def main() -> int:
         with torch.no_grad(), dispatch.forced(implementation):
             model._forward(x)
             stand_in.taken()
-            _, plan = recorded(model._forward, x)
+            _, plan = recorded(model._forward, x, [*model.parameters(), *model.buffers(), *laid_out(model._prepared)])
             stand_in.taken()
             model._forward(other)
             own = stand_in.taken()

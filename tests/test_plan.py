@@ -26,9 +26,10 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fastunet import FastUNet, dispatch, graph, ops, plan
+from fastunet import FastUNet, dispatch, graph, kernels, ops, plan, reference
 from fastunet.parity.fuzz import _draw_network, randomise
 from fastunet.plan import Instead, Plans, recorded
+from fastunet.prepared import laid_out
 from fastunet.sources import parts
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +53,8 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if not torch.cuda.is_available():
         monkeypatch.setattr(graph, "_on_gpu", lambda x: True)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        uncached: Any = reference._standard  # as there
+        monkeypatch.setattr(reference, "_standard", uncached.__wrapped__)
     with dispatch.forced("triton" if torch.cuda.is_available() else "torch"), torch.no_grad():
         yield
 
@@ -61,8 +64,8 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of the inputs that a plan was made for."""
     made: list[tuple[int, ...]] = []
 
-    def record(forward: Callable[[Tensor], Tensor], x: Tensor) -> Any:
-        found = recorded(forward, x)
+    def record(forward: Callable[[Tensor], Tensor], x: Tensor, constants: list[Tensor]) -> Any:
+        found = recorded(forward, x, constants)
         made.append(tuple(x.shape))
         return found
 
@@ -96,6 +99,20 @@ def test_same_bits(options, seed, device, plans):
             x = x.to(dtype)
             assert_same(model(x), model._forward(x))
     assert plans == [(2, 2, 7, 9)]
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["as-it-is", "autocast"])
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("norm", [None, "batch"], ids=str)
+def test_in_inference_mode(norm, implementation, autocast, seed, device, plans):
+    """Where operators of PyTorch come whole that are taken apart elsewhere; of an input that wants another layout."""
+    channels = kernels.STEM_CHANNELS + 2
+    model = FastUNet(channels, 2, (4, 6), norm=norm).to(device).eval()
+    narrow = torch.autocast(device, torch.bfloat16, enabled=autocast)
+    with torch.inference_mode(), dispatch.forced(implementation), narrow:
+        for x in inputs(device, 4, 1, channels, 7, 9):
+            assert torch.equal(model(x), model._forward(x))
+    assert plans
 
 
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -159,8 +176,8 @@ def test_a_plan_of_weights_that_change_meanwhile_is_not_taken(device, seed):
     plans = Plans()
     for now in ([], [1], [], [], []):
         change.extend(now)
-        plans(forward, x, [weight], [], suits=lambda: True)
-    assert torch.equal(plans(forward, x, [weight], [], suits=lambda: True), 2 * x)
+        plans(forward, x, [weight], [], lambda: [weight])
+    assert torch.equal(plans(forward, x, [weight], [], lambda: [weight]), 2 * x)
 
 
 def test_a_part_of_a_larger_map(model, device, plans):
@@ -332,12 +349,11 @@ def test_a_plan_holds_no_map(device, seed):
     x = torch.rand(1, 1, 4, 4, device=device).half()
     with dispatch.forced("triton"):
         model._forward(x)
-        _, again = recorded(model._forward, x)
+        _, again = recorded(model._forward, x, [*model.parameters(), *laid_out(model._prepared)])
     launches = [step for step in again.steps if isinstance(step, plan.Again)]
     boxes = [d for step in launches for *_, d in step.moving if d is not None]
     assert boxes and all(box.base is None for box in boxes)
-    laid_out = [t for prepared in model._prepared.values() for pair in prepared.weights.values() for t in pair]
-    weights = {t.data_ptr() for t in laid_out if t is not None}
+    weights = {t.data_ptr() for t in laid_out(model._prepared)}
     calls = [step for step in again.steps if isinstance(step, plan.Call)]
     for argument in [a for step in launches for a in step.arguments] + [a for step in calls for a in step.leaves]:
         held = getattr(argument, "base", argument)
@@ -402,7 +418,7 @@ PASSES = {
 @pytest.mark.parametrize("forward", PASSES.values(), ids=PASSES)
 def test_of_pytorchs_own_operators(forward, seed, device):
     x, *others = inputs(device, 4, 2, 2, 6, 5)
-    y, again = recorded(forward, x)
+    y, again = recorded(forward, x, [WEIGHT])
     assert torch.equal(y, forward(x))
     for x in others:
         kept = x.clone()
@@ -418,7 +434,7 @@ def test_cudnn_is_asked_to_repeat_where_the_pass_asked(seed, device):
             x = F.conv2d(x, WEIGHT.to(x))
         return x + 1
 
-    _, again = recorded(forward, x)
+    _, again = recorded(forward, x, [WEIGHT])
     calls = {str(step.function): step.repeats for step in again.steps if isinstance(step, plan.Call)}
     assert calls == {"aten.convolution.default": True, "aten.add.Tensor": False}
     before = plan._cudnn()
@@ -429,7 +445,7 @@ def test_cudnn_is_asked_to_repeat_where_the_pass_asked(seed, device):
 def test_a_view_is_given_as_one(seed, device):
     x, other = inputs(device, 2, 2, 2, 6, 5)
     forward = lambda x: (x * 3)[:, 1:].transpose(2, 3)
-    _, again = recorded(forward, x)
+    _, again = recorded(forward, x, [WEIGHT])
     assert torch.equal(again(other), forward(other)) and again(other).stride() == forward(other).stride()
 
 
@@ -441,6 +457,7 @@ def test_a_view_is_given_as_one(seed, device):
         lambda x: WEIGHT.to(x).sum() * 2,
         lambda x: x.view(torch.int32).bitwise_not().view(torch.float32),
         lambda x: x * x.as_strided((1,), (1,), x.storage_offset() + x.numel() - 1 + 8),
+        lambda x: x * torch.tensor([2.0], device=x.device),
     ],
     ids=[
         "reads a value",
@@ -448,6 +465,7 @@ def test_a_view_is_given_as_one(seed, device):
         "is not of its input",
         "takes memory for another dtype",
         "reads a weight in the input's memory",
+        "reads what nobody saw being filled",
     ],
 )
 def test_what_no_plan_can_do_is_done_as_before(forward, seed, device):
@@ -455,7 +473,7 @@ def test_what_no_plan_can_do_is_done_as_before(forward, seed, device):
     one, *others = inputs(device, 5, 2, 1, 9, 10)
     for i, x in enumerate([*others, one]):
         x = (x.abs() if (seed + i) % 2 else -x.abs())[:1]
-        y = plans(forward, x, [], [], suits=lambda: True)
+        y = plans(forward, x, [], [], lambda: [WEIGHT])
         assert torch.equal(y.nan_to_num(), forward(x).nan_to_num())
     assert plans._kept.made_from([]).find(plan._signature(one[:1])) is Instead.NEVER
 
@@ -468,7 +486,7 @@ def test_memory_is_let_go_of_behind_its_last_reader(seed, device):
             x, _ = F.max_pool2d_with_indices(x, [3, 3], [1, 1], [1, 1])
         return x
 
-    _, again = recorded(forward, torch.rand(1, 1, 4, 4, device=device))
+    _, again = recorded(forward, torch.rand(1, 1, 4, 4, device=device), [])
     held: list[Any] = [torch.rand(1, 1, 4, 4, device=device)] + [None] * (again.slots - 1)
     most = 0
     for step in again.steps:

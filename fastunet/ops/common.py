@@ -9,6 +9,7 @@ import torch
 from torch import _C, Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._device import DeviceContext
 
@@ -79,20 +80,19 @@ class Operator:
         self.registered.register_autograd(backward, setup_context=setup_context)
         body = self.body
 
-        class Recorded(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, *arguments: Any) -> Any:
-                result = body(*arguments)
-                setup_context(ctx, arguments, result)
-                return result
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            result = body(*arguments)
+            setup_context(ctx, arguments, result)
+            return result
 
-        Recorded.backward = staticmethod(backward)
-        self.recorded = Recorded.apply
+        functions = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self.recorded = type(body.__name__, (torch.autograd.Function,), functions).apply
 
     def __call__(self, x: Tensor, *others: Any) -> Any:
         if not _unnoticed(x, others):
             return self.registered(x, *others)
-        return (self.recorded if torch.is_grad_enabled() and not _bare.get() else self.body)(x, *others)
+        wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, *others))
+        return (self.recorded if wanted else self.body)(x, *others)
 
 
 def _unnoticed(x: Tensor, others: tuple[Any, ...]) -> bool:
@@ -106,7 +106,7 @@ def _unnoticed(x: Tensor, others: tuple[Any, ...]) -> bool:
 
 def someone_looks_on() -> bool:
     """Whether a tracer, a transform, a mode or a block of :func:`watched` wants to see each operator."""
-    if torch.compiler.is_compiling() or is_watched() or _C._get_tracing_state():
+    if torch.compiler.is_compiling() or is_watched() or _C._get_tracing_state() or forward_ad._current_level >= 0:
         return True
     if _C._len_torch_dispatch_stack() or peek_interpreter_stack():
         return True

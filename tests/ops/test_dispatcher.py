@@ -71,8 +71,23 @@ def test_gradients_are_those_of_the_registered_operator(implementation, given, c
     assert all(map(torch.equal, around, through))
 
 
+def test_gradients_that_nobody_wants_are_not_prepared(given, monkeypatch):
+    def recorded(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(forward.conv2d_relu, "recorded", recorded)
+    with dispatch.forced("triton"):
+        assert ops.conv2d_relu(*given).grad_fn is None
+
+
+def test_a_node_of_the_graph_is_called_as_its_operator(given):
+    with dispatch.forced("triton"):
+        y = ops.conv2d_relu(given[0].requires_grad_(), *given[1:])
+    assert y.grad_fn is not None and y.grad_fn.name() == "conv2d_reluBackward"
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("who", [ops.watched, Functions, Dispatched])
+@pytest.mark.parametrize("who", [ops.watched, Functions, Dispatched, torch.autograd.forward_ad.dual_level])
 def test_whoever_looks_on_sees_the_operator(who, given, calls):
     with dispatch.forced("triton"), who():
         ops.conv2d_relu(*given)
