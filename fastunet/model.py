@@ -110,8 +110,8 @@ class FastUNet(UNet):
         whose weights or running statistics have changed since is captured anew, by the rule of the
         class: call :meth:`refresh` after writing through ``.data``. In train mode, on a CPU, where
         gradients are wanted, under ``torch.compile``, where a mode looks on, in a process group and in a capture of
-        the user's own, the forward pass is the usual one. (Such a capture lays the weights out in each replay, and so takes
-        those of then.)
+        the user's own, the forward pass is the usual one. (Such a capture lays the weights out in each replay, and so
+        takes those of then.)
 
         Args:
             limit: how many signatures are kept, each with the memory of a forward pass.
