@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from . import ops
+from .ops.common import signature, someone_looks_on
 from .sources import Kept
 
 Run = Callable[[Tensor], Tensor]
@@ -53,7 +53,7 @@ class Graphs:
             tensors: parameters and buffers that it reads; a change of one counts a version.
             objects: what else it depends on, if another takes its place.
         """
-        key = ops.signature(x)
+        key = signature(x)
         with self._turn:
             captured = self._captured.made_from(tensors, objects)
             run = captured.find(key)
@@ -69,7 +69,7 @@ def _on_gpu(x: Tensor) -> bool:
 
 def repeats(x: Tensor) -> bool:
     """Whether a forward pass of ``x``, if its weights stay the same, is the same work again, and nobody looks on."""
-    if not _on_gpu(x) or type(x) is not Tensor or ops.someone_looks_on():
+    if not _on_gpu(x) or type(x) is not Tensor or someone_looks_on():
         return False
     if torch.cuda.is_current_stream_capturing():  # the user's own capture takes the launches as they come
         return False

@@ -20,7 +20,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from . import dispatch, ops
+from . import dispatch
+from .ops.common import REPEATABLE, bare, on_device, repeatable_cudnn, signature
 from .sources import Kept
 
 if TYPE_CHECKING or dispatch.has_triton():
@@ -95,7 +96,7 @@ class Plans:
 
 def _signature(x: Tensor) -> Hashable:
     """What a plan depends on beside weights; code is compiled for aligned memory apart."""
-    return ops.signature(x), x.data_ptr() % 16, torch.is_inference_mode_enabled(), _cudnn()
+    return signature(x), x.data_ptr() % 16, torch.is_inference_mode_enabled(), _cudnn()
 
 
 class View(NamedTuple):
@@ -163,7 +164,7 @@ class Call:
 
     def __call__(self, held: Held) -> None:
         arguments, options = tree_unflatten([x.of(held) if type(x) is View else x for x in self.leaves], self.spec)
-        with ops.repeatable_cudnn() if self.repeats else contextlib.nullcontext():
+        with repeatable_cudnn() if self.repeats else contextlib.nullcontext():
             found, _ = tree_flatten(self.function(*arguments, **options))
         for i, slot in self.results:
             held[slot] = found[i]
@@ -194,7 +195,7 @@ class Plan:
     def __call__(self, x: Tensor) -> Tensor:
         held: Held = [None] * self.slots
         held[0] = x
-        with ops.on_device(x):
+        with on_device(x):
             for step in self.steps:
                 step(held)
         y, (_, size, stride, offset) = held[self.result.slot], self.result
@@ -209,7 +210,7 @@ def recorded(forward: Run, x: Tensor, constants: Sequence[Tensor]) -> tuple[Tens
         constants: weights, whose memory it may read.
     """
     recorder = _Recorder(x, constants)
-    with ops.bare(), recorder, seen(recorder.launched):
+    with bare(), recorder, seen(recorder.launched):
         y = forward(x)
     result = recorder.place(y)
     if result is None:
@@ -302,7 +303,7 @@ class _Recorder(TorchDispatchMode):
             self.made_once |= {_address(t): t for t in results}
             return
         repeats = _cudnn() != self._cudnn
-        if repeats and _cudnn() != ops.REPEATABLE:
+        if repeats and _cudnn() != REPEATABLE:
             raise Unrepeatable("the pass sets what cuDNN may do")
         new = tuple((i, self._fill_slot(t)) for i, t in enumerate(results) if _address(t) not in addresses)
         self.steps.append(Call(func, leaves, spec, new, repeats))

@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastunet import FastUNet, dispatch, graph, kernels, ops, plan, reference
+from fastunet.ops.common import repeatable_cudnn
 from fastunet.parity.fuzz import _draw_network, randomise
 from fastunet.plan import Instead, Plans, recorded
 from fastunet.prepared import laid_out
@@ -430,7 +431,7 @@ def test_cudnn_is_asked_to_repeat_where_the_pass_asked(seed, device):
     x, other = inputs(device, 2, 2, 2, 6, 5)
 
     def forward(x: Tensor) -> Tensor:
-        with ops.repeatable_cudnn():
+        with repeatable_cudnn():
             x = F.conv2d(x, WEIGHT.to(x))
         return x + 1
 

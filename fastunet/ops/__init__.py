@@ -34,24 +34,11 @@ from .arguments import (
     slope_of,
     unexpected,
 )
-from .common import (
-    REPEATABLE,
-    at_once,
-    bare,
-    is_watched,
-    on_device,
-    repeatable_cudnn,
-    signature,
-    someone_looks_on,
-    tf32,
-    watched,
-)
+from .common import at_once, is_watched, tf32, watched
 from .launchers import choose
 from .upsampling import launched
 
 __all__ = [
-    "REPEATABLE",
-    "bare",
     "batch_norm_relu",
     "choose",
     "conv2d_moments",
@@ -60,10 +47,6 @@ __all__ = [
     "conv_transpose2x2",
     "instance_norm_relu",
     "is_watched",
-    "on_device",
-    "repeatable_cudnn",
-    "signature",
-    "someone_looks_on",
     "tf32",
     "upsample_concat",
     "upsample_concat_conv2d_moments",
