@@ -161,9 +161,9 @@ def table(device: torch.device) -> object:
     return measured.table(device) if device.type == "cuda" else None
 
 
-def asked_for() -> str | None:
-    """What the innermost block of :func:`forced` asks for, of a forward pass."""
-    return _forced.get().get("forward")
+def asked_for(step: str = "forward") -> str | None:
+    """What the innermost block of :func:`forced` asks for."""
+    return _forced.get().get(step)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .ops.common import signature, someone_looks_on
+from .ops.common import signature
+from .ops.operator import someone_looks_on
 from .sources import Kept
 
 Run = Callable[[Tensor], Tensor]

@@ -67,6 +67,12 @@ def operators_for_small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"fastunet.small.{least}", 0)
 
 
+@pytest.fixture(autouse=True)
+def plans_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test may replace what those of another were made of."""
+    monkeypatch.setattr("fastunet.ops.operator._kept", {})
+
+
 @pytest.fixture
 def device() -> str:
     """Where kernels run: the GPU if there is one, else the CPU through Triton's interpreter."""

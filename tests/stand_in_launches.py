@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import pytest
 import torch
 import triton
 from torch import Tensor
@@ -18,7 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fastunet import FastUNet, dispatch
-from fastunet.plan import recorded
+from fastunet.ops import operator
+from fastunet.ops.plan import recorded
 from fastunet.prepared import laid_out
 
 Launches = list[tuple[Any, ...]]
@@ -88,33 +90,62 @@ def shown(launches: Launches, constant: set[int]) -> list[list[Any]]:
     return [[show(argument) for argument in launch] for launch in launches]
 
 
+def differ(what: str, own: Launches, again: Launches) -> bool:
+    """Whether a plan's launches are not the pass's own, and at which the first difference is."""
+    constant = addresses(own) & addresses(again)
+    assert len(constant) > 4, "weights and biases"
+    for i, (theirs, ours) in enumerate(zip(shown(own, constant), shown(again, constant), strict=True)):
+        if theirs != ours:
+            print(f"{what}, launch {i}:\n  {theirs}\n  {ours}")  # noqa: T201
+            return True
+    kinds = len({launch[0] for launch in own})
+    print(f"Triton {triton.__version__}, {what}: {len(own)} launches of {kinds} kernels")  # noqa: T201
+    return False
+
+
+def of_a_forward_pass(stand_in: StandIn) -> tuple[Launches, Launches]:
+    model = FastUNet(1, 2, (16, 64), norm="batch").half().eval()
+    x, other = (torch.randn(1, 1, 18, 20).half() for _ in range(2))
+    with torch.no_grad():
+        model._forward(x)
+        _, plan = recorded(model._forward, [x], [*model.parameters(), *model.buffers(), *laid_out(model._prepared)])
+        stand_in.taken()
+        model._forward(other)
+        own = stand_in.taken()
+        plan(other)
+    return own, stand_in.taken()
+
+
+def of_a_training_step(stand_in: StandIn) -> tuple[Launches, Launches]:
+    """Whose operators and gradients go by plans of their own."""
+    model = FastUNet(1, 2, (16, 64), norm="batch").half()
+    x, other = (torch.randn(1, 1, 18, 20).half() for _ in range(2))
+    step = lambda x: model(x).sum().backward()
+    step(other)
+    stand_in.taken()
+    step(other)
+    own = stand_in.taken()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operator, "_on_gpu", lambda x: True)
+        for _ in range(2):
+            step(x)
+        stand_in.taken()
+        step(other)
+    return own, stand_in.taken()
+
+
 def main() -> int:
     stand_in: Any = StandIn()
     driver.set_active(stand_in)
     dispatch.why_not_hopper = lambda device: None
     dispatch.why_not_triton = lambda device, dtype: None
     dispatch.interpreting = lambda: False
-    model = FastUNet(1, 2, (16, 64), norm="batch").half().eval()
-    x, other = (torch.randn(1, 1, 18, 20).half() for _ in range(2))
     for implementation in sys.argv[1:] or ("triton", "hopper"):
-        with torch.no_grad(), dispatch.forced(implementation):
-            model._forward(x)
-            stand_in.taken()
-            _, plan = recorded(model._forward, x, [*model.parameters(), *model.buffers(), *laid_out(model._prepared)])
-            stand_in.taken()
-            model._forward(other)
-            own = stand_in.taken()
-            plan(other)
-            again = stand_in.taken()
-        constant = addresses(own) & addresses(again)
-        a, b = shown(own, constant), shown(again, constant)
-        assert len(constant) > len(own) > 4, "weights and biases, of which each launch has some"
-        for i, (theirs, ours) in enumerate(zip(a, b, strict=True)):
-            if theirs != ours:
-                print(f"{implementation}, launch {i}:\n  {theirs}\n  {ours}")  # noqa: T201
+        for pass_of in (of_a_forward_pass, of_a_training_step):
+            with dispatch.forced(implementation):
+                launches = pass_of(stand_in)
+            if differ(f"{implementation}, {pass_of.__name__.replace('_', ' ')}", *launches):
                 return 1
-        kinds = len({launch[0] for launch in own})
-        print(f"Triton {triton.__version__}, {implementation}: {len(own)} launches of {kinds} kernels")  # noqa: T201
     return 0
 
 

@@ -103,6 +103,16 @@ class TestChoice:
         x.shape = torch.Size((3, 64, 32, 32))
         assert [found() for _ in range(3)] == [kernels.conv_fwd] * 3 and len(measured.table(GPU).choices) == 1
 
+    def test_a_step_of_a_backward_pass_is_asked_for_once_too(self, monkeypatch):
+        asked = []
+        monkeypatch.setattr(launchers, "choose", lambda *a: asked.append(a) or ops.choose(*a))
+        found = lambda step: launchers.chosen(*LAYER, GPU, BF16, "none", step).implementation
+        assert [found("dgrad") for _ in range(3)] == ["triton"] * 3 and len(asked) == 1
+        assert [found("wgrad") for _ in range(3)] == ["triton"] * 3 and len(asked) == 2
+        with dispatch.forced("torch", "dgrad"):
+            assert (found("dgrad"), found("wgrad"), found("dgrad")) == ("torch", "triton", "torch") and len(asked) == 3
+        assert found("dgrad") == "triton" and len(asked) == 3
+
     def test_forced(self):
         with dispatch.forced("hopper"):
             assert choice() == dispatch.Choice("hopper", "asked for")

@@ -9,9 +9,9 @@ arguments, apply the autocast rule, and speak logical NCHW.
 Autocast: convolutions run in the autocast dtype, as ``torch.conv2d`` does; ``upsample_concat``
 takes the widest dtype of its inputs, as ``torch.cat`` does. float64 is left alone.
 
-Without gradients the dispatcher is gone around, whose way through Python to a custom operator and back costs 0.1 ms,
-which is much to a small network: on a CPU torch's own operators are called at once, kernels where no mode, tracer or
-subclass looks on.
+The dispatcher, whose way through Python to a custom operator and back costs 0.1 ms, much to a small network, is gone
+around where no mode, tracer or subclass looks on (``operator.py``); on a GPU what an operator launches is written down
+and repeated without the Python between (``plan.py``). Without gradients a CPU calls torch's own operators at once.
 """
 
 from typing import Any, Literal, overload
@@ -34,8 +34,9 @@ from .arguments import (
     slope_of,
     unexpected,
 )
-from .common import at_once, is_watched, tf32, watched
+from .common import tf32
 from .launchers import choose
+from .operator import at_once, is_watched, watched
 from .upsampling import launched
 
 __all__ = [

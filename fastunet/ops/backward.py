@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import dispatch
 from .common import channels_last, empty
-from .launchers import Shapes, choose
+from .launchers import Shapes, chosen
 from .steps import (
     Gradient,
     activation_backward,
@@ -87,7 +87,7 @@ def _first_order(formula: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple
 def _choose(ctx: Any, op: str, maps: Shapes, weight: Tensor, mode: str = "none", geometry: str = "") -> None:
     """Which steps are kernels of ours: of this layer, and where no layer is measured, the passes between them."""
     layer = op, maps, tuple(weight.shape), weight.device, weight.dtype, mode
-    ctx.dgrad, ctx.wgrad = (choose(*layer, step, geometry).implementation == "triton" for step in ("dgrad", "wgrad"))
+    ctx.dgrad, ctx.wgrad = (chosen(*layer, step, geometry).implementation == "triton" for step in ("dgrad", "wgrad"))
     ctx.gather, also = (_ours(weight, step) for step in ("dgrad", "wgrad"))
     ctx.kernels = ctx.gather or also
 

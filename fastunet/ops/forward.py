@@ -14,8 +14,9 @@ from torch import Tensor
 
 from .. import dispatch, reference
 from . import backward, commuted
-from .common import Operator, channels_last, empty, on_device, repeatable_cudnn, result, takes_triton, tf32, zeros
+from .common import channels_last, empty, on_device, repeatable_cudnn, result, takes_triton, tf32, zeros
 from .launchers import launcher
+from .operator import Operator
 from .upsampling import fitted, is_replicated
 
 if TYPE_CHECKING or dispatch.has_triton():

@@ -16,7 +16,7 @@ if TYPE_CHECKING or dispatch.has_triton():
 
 Shapes = tuple[tuple[int, ...], ...]
 
-_REMEMBERED = 4096  # choices of a device: those of some 200 sizes of a network's input
+_REMEMBERED = 8192  # choices of a device: those of some 100 sizes of a network's input, with their gradients
 
 
 def choose(
@@ -88,7 +88,7 @@ def launcher(
     """The launcher of that name in the module that serves these tensors; None for plain torch."""
     shapes = tuple(tuple(x.shape) for x in maps)
     layer = op, shapes, tuple(weight.shape), maps[-1].device, maps[-1].dtype, mode
-    choice = _remembered(*layer, tuple(stride), padding, classes, has_factors(bias))
+    choice = chosen(*layer, geometry=dispatch.geometry(stride, padding), classes=classes, factors=has_factors(bias))
     if choice.implementation == "torch":
         return None
     if choice.implementation == "commuted":
@@ -105,27 +105,27 @@ def launcher(
     return functools.partial(getattr(kernels.hopper, name), config=config)
 
 
-def _remembered(
+def chosen(
     op: str,
     maps: Shapes,
     weight: tuple[int, ...],
     device: torch.device,
     dtype: torch.dtype,
-    mode: str,
-    stride: tuple[int, ...],
-    padding: str,
-    classes: int,
-    factors: bool,
+    mode: str = "none",
+    step: str = "forward",
+    geometry: str = "",
+    classes: int = 0,
+    factors: bool = False,
 ) -> dispatch.Choice:
     """:func:`choose`, of a GPU once: it takes a host as long as a small layer takes a GPU."""
-    layer = op, maps, weight, device, dtype, mode
+    layer = op, maps, weight, device, dtype, mode, step, geometry, classes, factors
     if device.type != "cuda":
-        return choose(*layer, geometry=dispatch.geometry(stride, padding), classes=classes, factors=factors)
+        return choose(*layer)
     choices = measured.table(device).choices
-    key = *layer, stride, padding, classes, factors, dispatch.asked_for(), tf32()
+    key = *layer, dispatch.asked_for(step), tf32()
     choice = choices.get(key)
     if choice is None:
-        choice = choose(*layer, geometry=dispatch.geometry(stride, padding), classes=classes, factors=factors)
+        choice = choose(*layer)
         if len(choices) >= _REMEMBERED:
             choices.clear()
         choices[key] = choice

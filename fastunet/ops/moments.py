@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from . import backward, forward
-from .common import Operator, on_device, tf32
+from .common import on_device, tf32
 from .launchers import launcher
+from .operator import Operator
 from .upsampling import fitted, is_replicated
 
 Moments = tuple[Tensor, Tensor, Tensor, Tensor]  # y, mean, rstd, unbiased variance

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from .common import Operator, channels_last, empty, on_device, repeatable_cudnn, result, tf32, zeros
+from .common import channels_last, empty, on_device, repeatable_cudnn, result, tf32, zeros
+from .operator import Operator
 from .upsampling import fitted, is_replicated
 
 if TYPE_CHECKING or dispatch.has_triton():

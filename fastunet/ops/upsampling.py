@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch, reference
-from .common import Operator, channels_last, empty, on_device, result
+from .common import channels_last, empty, on_device, result
+from .operator import Operator
 
 if TYPE_CHECKING or dispatch.has_triton():
     from .. import kernels

@@ -102,11 +102,11 @@ def test_a_layer_of_which_a_table_prefers_torch(case, theirs, monkeypatch, seed,
     op, plain, shapes = case
     inputs = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
 
-    def choose(*layer: object) -> dispatch.Choice:
+    def chosen(*layer: object) -> dispatch.Choice:
         *_, step, _ = layer
         return dispatch.Choice("torch" if step in theirs else "triton", "measured")
 
-    monkeypatch.setattr(backward, "choose", choose)
+    monkeypatch.setattr(backward, "chosen", chosen)
     with dispatch.forced("triton"):
         result = outputs(op(*inputs))
         cotangents = [torch.randn_like(t) for t in result]
