@@ -330,9 +330,11 @@ def _normed(norm: Any, x: Tensor, **options: Any) -> tuple[Tensor, Tensor | None
                 norm.num_batches_tracked.add_(1)
                 share = 1 / norm.num_batches_tracked.to(mean.dtype) if norm.momentum is None else norm.momentum
             if norm.running_mean is not None and x.numel():
-                # In their width: of float16 a variance may be out of range, and the average of it not.
                 for running, now in ((norm.running_mean, mean), (norm.running_var, variance)):
-                    running.copy_(torch.lerp(running.to(now.dtype), now, share))
+                    if running.dtype == now.dtype:
+                        running.lerp_(now, share)
+                    else:  # in float32: of float16 a variance may be out of range, and the average of it not
+                        running.copy_(torch.lerp(running.to(now.dtype), now, share))
     return y, pooled
 
 

@@ -347,6 +347,26 @@ def test_gradients_through_instance_norms(order, how, batch, seed):
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("norm", [None, "batch"])
+def test_steps_in_graphs_that_pytorch_captures(norm, seed):
+    model = FastUNet(1, 2, (16, 32), norm=norm).cuda().bfloat16()
+    plain = copy.deepcopy(model)
+    x = torch.randn(2, 1, 40, 48, device="cuda", dtype=torch.bfloat16)
+    graphed = torch.cuda.make_graphed_callables(model, (x,))
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (model, plain)]
+    for _ in range(4):
+        x = torch.randn_like(x)
+        losses = [loss_of(m, x) for m in (graphed, plain)]
+        assert torch.equal(*losses)
+        for loss, optimizer in zip(losses, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    for (name, p), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p, expected), name
+
+
+@pytest.mark.cuda
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("match", ["zero_pad", "replicate_pad"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
