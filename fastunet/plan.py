@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from .ops.plan import Instead, Plan, kind, planned
+from .ops.plan import Plan
+from .ops.planned import Instead, kind, planned
 from .sources import Kept
 
 KEPT = 64  # plans of a model: some hundred kB each, of arguments
@@ -35,6 +36,6 @@ class Plans:
         Args:
             tensors: parameters and buffers that it reads; a change of one counts a version.
             objects: what else it depends on, if another takes its place. Not the model, which would never be let go.
-            constants: as of :func:`fastunet.ops.plan.planned`.
+            constants: as of :func:`fastunet.ops.planned.planned`.
         """
         return planned(self._kept.made_from(tensors, objects), kind(x), forward, (x,), constants)

@@ -20,7 +20,7 @@ from triton.runtime import driver
 
 from fastunet import FastUNet, dispatch
 from fastunet.ops import operator
-from fastunet.ops.plan import recorded
+from fastunet.ops.recorder import recorded
 from fastunet.prepared import laid_out
 
 Launches = list[tuple[Any, ...]]

@@ -27,9 +27,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastunet import FastUNet, dispatch, graph, kernels, ops, reference
-from fastunet.ops import operator, plan
+from fastunet.ops import operator, plan, planned
 from fastunet.ops.common import repeatable_cudnn
-from fastunet.ops.plan import Instead, kind, recorded
+from fastunet.ops.planned import Instead, kind
+from fastunet.ops.recorder import recorded
 from fastunet.parity.fuzz import _draw_network, randomise
 from fastunet.plan import Plans
 from fastunet.prepared import laid_out
@@ -73,7 +74,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         made.append(tuple(arguments[0].shape))
         return found
 
-    monkeypatch.setattr(plan, "recorded", record)
+    monkeypatch.setattr(planned, "recorded", record)
     return made
 
 
@@ -441,9 +442,10 @@ def test_cudnn_is_asked_to_repeat_where_the_pass_asked(seed, device):
     _, again = recorded(forward, [x], [WEIGHT])
     calls = {str(step.function): step.repeats for step in again.steps if isinstance(step, plan.Call)}
     assert calls == {"aten.convolution.default": True, "aten.add.Tensor": False}
-    before = plan._cudnn()
+    flags = lambda: (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
+    before = flags()
     assert_same(again(other), forward(other))
-    assert plan._cudnn() == before
+    assert flags() == before
 
 
 def test_a_part_of_a_map_is_given_with_its_strides(seed, device):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -352,7 +353,7 @@ def test_steps_in_graphs_that_pytorch_captures(norm, seed):
     model = FastUNet(1, 2, (16, 32), norm=norm).cuda().bfloat16()
     plain = copy.deepcopy(model)
     x = torch.randn(2, 1, 40, 48, device="cuda", dtype=torch.bfloat16)
-    graphed = torch.cuda.make_graphed_callables(model, (x,))
+    graphed: Any = torch.cuda.make_graphed_callables(model, (x,))
     optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (model, plain)]
     for _ in range(4):
         x = torch.randn_like(x)

@@ -11,6 +11,10 @@ taps, it costs less than interpolating on the way into each of them. A concatena
 gradient of one, is never made: each source has its own slice of the weight.
 
 First-order, and the same to the bit each time: no sum depends on which program ends first.
+
+By a plan (:mod:`fastunet.ops.operator`) a formula sees of ``ctx`` its saved tensors, which gradients are needed, and
+the attributes that were set in the forward pass: numbers, words and tuples, which with the tensors' kinds decide what
+it does. It sets none.
 """
 
 from collections.abc import Callable, Sequence
@@ -156,7 +160,8 @@ def _through_upsampling(ctx: Any, grad: Tensor, x: Tensor, match: str = "zero_pa
 
 
 def save_conv(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, _, ctx.slope, ctx.stride, ctx.padding = inputs
+    x, weight, _, ctx.slope, stride, ctx.padding = inputs
+    ctx.stride = tuple(stride)
     y = output[0] if isinstance(output, tuple) else output
     linear = ctx.slope == 1 and not isinstance(output, tuple)
     ctx.save_for_backward(x, weight, None if linear else y)
@@ -208,7 +213,7 @@ def save_norm(ctx: Any, inputs: Any, output: Any) -> None:
     else:
         rstd = statistics[1]
     ctx.save_for_backward(x, y, weight, mean, variance, rstd)  # y is kept by who reads it anyway
-    ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
+    ctx.dtypes = tuple(None if t is None else t.dtype for t in (weight, bias))
     ctx.kernels = _ours(x, "dgrad")
 
 
@@ -250,7 +255,7 @@ def upsample_concat(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def save_upsample_conv(ctx: Any, inputs: Any, output: Any) -> None:
     x, skip, weight, _, ctx.mode, ctx.align_corners, ctx.slope, ctx.match, ctx.padding = inputs
-    ctx.stride = [1, 1]
+    ctx.stride = (1, 1)
     ctx.save_for_backward(x, skip, weight, None if ctx.slope == 1 else output)
     maps, mode = launched(x, skip, ctx.mode, ctx.match)
     _choose(ctx, "upsample_concat_conv2d_relu", maps, weight, mode, dispatch.geometry(ctx.stride, ctx.padding))

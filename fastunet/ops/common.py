@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -27,7 +28,9 @@ def signature(x: Tensor) -> tuple[Any, ...]:
 def surroundings(device: torch.device) -> tuple[Any, ...]:
     """What choices on ``device`` depend on, beside what they are made for."""
     autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-    return device, autocast, tf32(), dispatch.asked_for()
+    # By the last two PyTorch chooses among operators of its own.
+    deterministic, cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.enabled
+    return device, autocast, tf32(), dispatch.asked_for(), deterministic, cudnn
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -41,19 +44,26 @@ def tf32() -> bool:
     return torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]
 
 
-REPEATABLE = True, False  # deterministic and benchmark, which may choose another algorithm in another process
+_repeatable: ContextVar[bool] = ContextVar("fastunet_repeatable", default=False)
 
 
 @contextlib.contextmanager
 def repeatable_cudnn() -> Iterator[None]:
     """Within the block cuDNN gives the same bits each time; its fastest gradients of weights do not."""
     cudnn = torch.backends.cudnn
+    token = _repeatable.set(True)
     before = cudnn.deterministic, cudnn.benchmark
-    cudnn.deterministic, cudnn.benchmark = REPEATABLE
+    cudnn.deterministic, cudnn.benchmark = True, False  # which may choose another algorithm in another process
     try:
         yield
     finally:
         cudnn.deterministic, cudnn.benchmark = before
+        _repeatable.reset(token)
+
+
+def is_repeatable() -> bool:
+    """Whether this thread is in a block of :func:`repeatable_cudnn`; cuDNN's flags are those of all threads."""
+    return _repeatable.get()
 
 
 def zeros(weight: Tensor, padding: str) -> int:

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,9 @@ from torch.utils._device import DeviceContext
 from .. import dispatch
 from ..sources import Kept
 from .common import takes_triton
-from .plan import Instead, Plan, is_recording, kind, planned
+from .plan import Plan
+from .planned import Instead, kind, planned
+from .recorder import is_recording
 
 KEPT = 4096  # plans of a device: of the operators of some fifty kinds of training steps, some kB each
 
@@ -61,7 +63,7 @@ class Operator:
         def registered(*arguments: Any) -> Any:
             return (body if someone_looks_on() else self.by_plan)(*arguments)
 
-        self._body, self.recorded = body, self.by_plan
+        self._body, self.with_gradients = body, self.by_plan
         self.registered = torch.library.custom_op(f"fastunet::{body.__name__}", registered, mutates_args=())
         self.register_fake = self.registered.register_fake
 
@@ -69,7 +71,7 @@ class Operator:
         """What the body gives, without gradients."""
         if not _on_gpu(x) or is_recording():
             return self._body(x, *others)
-        return _planned(self._body, kind(x, *others), self._body, (x, *others))
+        return _planned(self._body, self._body, (x, *others))
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
         """What ``torch.library`` calls so; for calls around the dispatcher too."""
@@ -80,26 +82,26 @@ class Operator:
             setup_context(ctx, arguments, result)
             return result
 
-        functions = {"forward": staticmethod(forward), "backward": staticmethod(_by_plan(backward))}
-        self.recorded = type(self._body.__name__, (torch.autograd.Function,), functions).apply
+        functions = {"forward": staticmethod(forward), "backward": staticmethod(_backward_by_plan(backward))}
+        self.with_gradients = type(self._body.__name__, (torch.autograd.Function,), functions).apply
 
     def __call__(self, x: Tensor, *others: Any) -> Any:
         if not _unnoticed(x, others):
             return self.registered(x, *others)
         wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, *others))
-        return (self.recorded if wanted else self.by_plan)(x, *others)
+        return (self.with_gradients if wanted else self.by_plan)(x, *others)
 
 
-def _by_plan(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """An autograd function's backward, in one plan for all of its steps."""
+def _backward_by_plan(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """An autograd function's backward, by one plan for all of its steps."""
 
     def by_plan(ctx: Any, *gradients: Tensor) -> Any:
         if not _on_gpu(gradients[0]) or torch.is_grad_enabled() or someone_looks_on():
             return backward(ctx, *gradients)
         saved, needed, how = ctx.saved_tensors, ctx.needs_input_grad, vars(ctx)
         unpacked = SimpleNamespace(saved_tensors=saved, needs_input_grad=needed, **how)  # once, as checkpoints want it
-        key = kind(*gradients, *saved, *needed, *how.values())
-        return _planned(backward, key, lambda *_: backward(unpacked, *gradients), (*gradients, *saved))
+        run = lambda *_: backward(unpacked, *gradients)
+        return _planned(backward, run, (*gradients, *saved), *needed, *how.items())
 
     return by_plan
 
@@ -107,10 +109,19 @@ def _by_plan(backward: Callable[..., Any]) -> Callable[..., Any]:
 _kept: dict[torch.device, Kept[Plan | Instead]] = {}
 
 
-def _planned(name: Hashable, key: Hashable, run: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+def _planned(of: Callable[..., Any], run: Callable[..., Any], arguments: Sequence[Any], *decided_by: Hashable) -> Any:
+    """``run(*arguments)``, by a plan of the function ``of``."""
+    if not _are_plain(arguments):
+        return run(*arguments)
     device = arguments[0].device
-    kept = _kept.setdefault(device, Kept(KEPT)).made_from((), (dispatch.table(device),))
-    return planned(kept, (name, key), run, arguments)
+    kept = _kept.get(device) or _kept.setdefault(device, Kept(KEPT))
+    key = of, kind(*arguments, *decided_by)
+    return planned(kept.made_from((), (dispatch.table(device),)), key, run, arguments)
+
+
+def _are_plain(arguments: Iterable[Any]) -> bool:
+    """Whether all tensors among them are that and no more, with memory of their own."""
+    return all(type(t) in (Tensor, Parameter) and not t._is_zerotensor() for t in arguments if isinstance(t, Tensor))
 
 
 def _on_gpu(x: Tensor) -> bool:
@@ -123,7 +134,7 @@ def _unnoticed(x: Tensor, others: tuple[Any, ...]) -> bool:
         return True
     if someone_looks_on() or x.device.type not in ("cpu", "cuda"):
         return False
-    return all(type(t) in (Tensor, Parameter) for t in (x, *others) if isinstance(t, Tensor))
+    return _are_plain((x, *others))
 
 
 def someone_looks_on() -> bool:

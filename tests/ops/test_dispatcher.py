@@ -75,7 +75,7 @@ def test_gradients_that_nobody_wants_are_not_prepared(given, monkeypatch):
     def recorded(*_):
         raise AssertionError
 
-    monkeypatch.setattr(forward.conv2d_relu, "recorded", recorded)
+    monkeypatch.setattr(forward.conv2d_relu, "with_gradients", recorded)
     with dispatch.forced("triton"):
         assert ops.conv2d_relu(*given).grad_fn is None
 
