@@ -227,12 +227,16 @@ def hopper_launches(dtype: torch.dtype, full: bool) -> Iterator[Callable[[], Any
     for size in (kernels.hopper.PARITY_SIZE, *kernels.hopper.TUNED_SIZES) if full else ():
         for upsample in ("bilinear", "transpose"):
             for launch in launches_of_network(UNetConfig(upsample=upsample), size, t):
-                for config in launch.hopper:
-                    one_code = dataclasses.replace(config, splits=min(config.splits, 2))  # 2, 4 or 8 shares
-                    kind = launch.launcher, launch.layer.op, one_code, launch.tensors[-2].shape[2:]
-                    if kind not in kinds:
-                        kinds.add(kind)
-                        yield lambda launch=launch, config=config: launch.run(config)
+                # Of the gradients the one that they choose; the others are those of a layer without an activation.
+                steps = [(step, step.hopper[:1]) for step in gradients(launch, t)]
+                for step, configs in ((launch, launch.hopper), *steps):
+                    for config in configs:
+                        one_code = dataclasses.replace(config, splits=min(config.splits, 2))  # 2, 4 or 8 shares
+                        of = "" if step.gradient else step.layer.op
+                        kind = step.launcher, of, one_code, launch.tensors[-2].shape[2:]
+                        if kind not in kinds:
+                            kinds.add(kind)
+                            yield lambda step=step, config=config: step.run(config)
     for op, n, c, h, o, slope in (
         ("pool", 16, 64, 256, 64, 0.0),  # 64 channels, in turns
         ("pool", 16, 128, 128, 128, 0.01),  # cooperative

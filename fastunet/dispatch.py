@@ -124,13 +124,13 @@ def choose_layer(
 
     Args:
         key: of :func:`measured.layer_key`.
-        obstacle: why one of those that serve some layers cannot serve this one's forward pass, on a device where
-            it runs; None if it can.
+        obstacle: why one of those that serve some layers cannot serve this one's forward pass or dgrad, on a device
+            where it runs; None if it can.
         alike: key of a layer that costs our own kernels as much, for where this one was not measured.
     """
     choice = choose(device, dtype, step)
     forced = _forced.get().get(step)
-    if forced in _FOR_SOME_LAYERS and step == "forward":
+    if forced in _FOR_SOME_LAYERS and step != "wgrad":
         why = why_not_hopper(device) if forced in _HOPPERS else None
         if why is not None:
             raise RuntimeError(f"the Hopper kernels were asked for, but {why}")
@@ -170,9 +170,9 @@ def asked_for(step: str = "forward") -> str | None:
 def forced(implementation: str, *steps: str) -> Iterator[None]:
     """Within the block every operator takes one of :data:`measured.IMPLEMENTATIONS`, for checks and timing.
 
-    What ``"hopper"`` (a stem, a head of two classes by itself, strides, maps without padding, a gradient),
-    ``"commuted"`` (all that upsamples nothing, or is not padded) and ``"hopper commuted"`` cannot serve takes
-    ``"triton"``.
+    What ``"hopper"`` (a stem, a head of two classes by itself, strides, maps without padding, a gradient but that of
+    a convolution's input), ``"commuted"`` (all that upsamples nothing, is not padded, or is a gradient) and
+    ``"hopper commuted"`` cannot serve takes ``"triton"``.
 
     Args:
         steps: those to which it applies; all by default. Of a backward pass the operators that ran

@@ -122,7 +122,7 @@ def _fastest(parts: list[Launch], device: torch.device, timer: Timer, on_try: Ca
     if not total:
         raise RuntimeError(f"{parts[0].name}: no implementation can run")
     name = min(total, key=lambda name: total[name])
-    config = times[0][name][1]  # of a forward pass; the others choose for themselves
+    config = times[0][name][1]
     microseconds = {name: round(taken, 2) for name, taken in total.items()}
     return Entry(name, microseconds, None if config is None else dataclasses.asdict(config))
 
@@ -133,6 +133,8 @@ def _times(
     """Microseconds and launch configuration of each implementation that is right, and gradients the same twice."""
     on_hopper = dispatch.why_not_hopper(device) is None
     hopper = launch.hopper if on_hopper else ()
+    if launch.gradient:  # whose launches choose for themselves, of two sources each for itself
+        hopper = hopper[:1]
     candidates: list[tuple[str, Any, Callable[[], Any]]] = [
         ("triton", None, launch.run),
         ("torch", None, lambda: launch.function(*launch.tensors)),
@@ -160,7 +162,7 @@ def _times(
         if problem:
             warnings.warn(f"{launch.name}, {name}, {config}: left out: {problem}", stacklevel=2)
         elif name not in times or taken < times[name][0]:
-            times[name] = taken, config
+            times[name] = taken, None if launch.gradient else config
     return times
 
 

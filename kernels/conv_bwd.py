@@ -36,7 +36,7 @@ from .implicit_gemm import INTERPRETED, tile_pixels
 from .launch import launch
 from .reduce_slabs import reduce_slabs
 from .stem import STEM_CHANNELS
-from .tensors import placed, unit_channel_stride, without_graph
+from .tensors import flipped_weight, placed, unit_channel_stride, without_graph
 from .tuning import ConvConfig, WgradConfig, slabs, wgrad_configs
 
 
@@ -61,8 +61,7 @@ def conv_dgrad(
     pad = ksize // 2 if pad is None else pad
     if stride != (1, 1):
         return conv_transpose_fwd(g, weight, None, stride=stride, pad=pad, size=size, tf32=tf32, config=config)
-    flipped = weight.flip(2, 3).transpose(0, 1)
-    return conv_fwd(g, flipped, None, slope=1.0, pad=ksize - 1 - pad, tf32=tf32, config=config)
+    return conv_fwd(g, flipped_weight(weight), None, slope=1.0, pad=ksize - 1 - pad, tf32=tf32, config=config)
 
 
 @triton.jit

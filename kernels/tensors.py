@@ -101,6 +101,11 @@ def head_operands(head: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return head.contiguous(), bias_or_zeros(bias, classes, head)
 
 
+def flipped_weight(weight: Tensor) -> Tensor:
+    """(O, C, K, K) of a convolution -> (C, O, K, K) of the one that gives its input's gradient."""
+    return weight.flip(2, 3).transpose(0, 1)
+
+
 def packed_weight(weight: Tensor) -> Tensor:
     """(O, C, K, K) -> (O, K * K * C) rows; free when the weight is channels_last already."""
     return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1).contiguous()

@@ -51,6 +51,29 @@ class TestChoice:
             assert choice() == dispatch.Choice("triton", f"{implementation} was asked for, but it upsamples nothing")
             assert ops.choose(*layer, "nearest", "dgrad").implementation == "triton"
 
+    def test_a_table_may_give_hopper_the_gradient_of_an_input(self):
+        entry = Entry("hopper", {"hopper": 2.0, "triton": 3.0})
+        save(measured.cache_path(GPU), GPU, {f"{step} of {KEY}": entry for step in ("dgrad", "wgrad")})
+        assert choice(step="dgrad") == dispatch.Choice("hopper", "measured, in microseconds: hopper 2, triton 3", entry)
+        assert choice(step="wgrad").reason.endswith("a table says hopper, but it gives no gradient")
+
+    @pytest.mark.parametrize(
+        "layer, why",
+        [
+            (LAYER, None),
+            (("upsample_concat_conv2d_relu", ((1, 64, 16, 16), (1, 8, 32, 32)), (64, 72, 3, 3)), None),
+            (("upsample_concat_conv2d_relu", ((1, 64, 16, 16), (1, 4, 32, 32)), (64, 68, 3, 3)), "multiples of 8"),
+            (("conv_transpose2x2", ((1, 64, 16, 16),), (64, 32, 2, 2)), "a transposed convolution's input"),
+        ],
+        ids=["plain", "two sources", "few channels", "transposed"],
+    )
+    def test_the_gradient_of_an_input_is_asked_for(self, layer, why):
+        op, maps, weight = layer
+        with dispatch.forced("hopper"):
+            found, other = (ops.choose(op, maps, weight, GPU, BF16, step=step) for step in ("dgrad", "wgrad"))
+        assert found.implementation == ("triton" if why else "hopper") and (why or "asked for") in found.reason
+        assert other == dispatch.Choice("triton", "hopper kernels were asked for")
+
     def test_a_table_decides_each_step_by_itself(self):
         save(measured.cache_path(GPU), GPU, {f"wgrad of {KEY}": Entry("torch", {"triton": 20.0, "torch": 12.4})})
         assert choice(step="wgrad") == dispatch.Choice(

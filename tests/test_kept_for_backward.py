@@ -34,18 +34,20 @@ def kept_bytes(model: nn.Module, x: Tensor) -> int:
 
 
 @pytest.mark.parametrize(
-    "features, size, norm, dtype, limit",
+    "features, size, options, dtype, limit",
     [
-        ((8, 16, 32, 64, 128), 64, None, torch.float32, 0.6),
-        pytest.param((64, 128, 256, 512, 1024), 256, None, torch.float32, 0.6, marks=pytest.mark.slow),
-        ((8, 16, 32), 32, "batch", torch.float32, 0.72),
-        ((8, 16, 32), 32, "batch", torch.float16, 0.70),
-        ((8, 16, 32), 32, "instance", torch.float32, 0.72),
+        ((8, 16, 32, 64, 128), 64, {}, torch.float32, 0.6),
+        pytest.param((64, 128, 256, 512, 1024), 256, {}, torch.float32, 0.6, marks=pytest.mark.slow),
+        ((8, 16, 32), 32, {"norm": "batch"}, torch.float32, 0.72),
+        ((8, 16, 32), 32, {"norm": "batch"}, torch.float16, 0.70),
+        ((8, 16, 32), 32, {"norm": "instance"}, torch.float32, 0.72),
+        ((8, 16, 32), 32, {"upsample": "transpose"}, torch.float32, 0.79),  # whose map is a convolution's result
+        ((8, 16, 32), 32, {"upsample": "nearest"}, torch.float32, 0.57),
     ],
-    ids=["small", "seed", "batch norm", "batch norm in float16", "instance norm"],
+    ids=["small", "seed", "batch norm", "batch norm in float16", "instance norm", "transpose", "nearest"],
 )
-def test_what_is_saved_is_less_than_eagers(features, size, norm, dtype, limit):
-    nets = [net(1, 2, features, norm=norm).to(dtype) for net in (FastUNet, UNet)]
+def test_what_is_saved_is_less_than_eagers(features, size, options, dtype, limit):
+    nets = [net(1, 2, features, **options).to(dtype) for net in (FastUNet, UNet)]
     ours, theirs = (kept_bytes(net, torch.randn(1, 1, size, size, dtype=dtype)) for net in nets)
     print(f"saved for backward: {ours:,} bytes, eager {theirs:,}, {ours / theirs:.3f} of it")  # noqa: T201
     assert ours <= limit * theirs
@@ -133,3 +135,25 @@ def test_behind_norms_no_places_of_maxima_are_saved(norm, order, seed, device):
         kept = kept_bytes(net, torch.randn(1, 1, size, size, device=device))
     places = features[0] * (size // 2) ** 2
     assert 4 * (maps + statistics) <= kept < 4 * (maps + statistics) + 8 * places
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_of_a_frozen_norm_in_eval_mode_the_map_before_it_is_not_saved(implementation, seed, device):
+    """But the statistics, of a few channels; and the gradients are those of a norm that is not frozen."""
+    net = FastUNet(1, 2, (4, 6), norm="batch").to(device).eval()
+    plain = FastUNet(1, 2, (4, 6)).to(device)
+    x = torch.randn(1, 1, 8, 8, device=device)
+    with dispatch.forced(implementation):
+        loss_of(net, x).backward()
+        expected = {
+            name: p.grad for name, p in net.named_parameters() if ".net.1." not in name and ".net.4." not in name
+        }
+        net.zero_grad()
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.requires_grad_(False)
+        loss_of(net, x).backward()
+        got = {name: p.grad for name, p in net.named_parameters() if p.requires_grad}
+        more = kept_bytes(net, x) - kept_bytes(plain, x)
+    assert 0 < more < 4 * 4 * 8 * 8
+    assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in got)

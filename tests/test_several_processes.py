@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -30,8 +31,11 @@ def _join(rank: int, work: Callable[[int, str], None], folder: str) -> None:
         with dispatch.forced("torch"), Operators() as seen:
             work(rank, folder)
         assert seen.names >= {"conv2d_relu", "conv2d_relu_pool", "upsample_concat_conv2d_relu"}, seen.names
+        dist.barrier()
     finally:
         dist.destroy_process_group()
+    # A mesh keeps its group beyond that, and its threads, which once aborted an interpreter that was ending.
+    os._exit(0)
 
 
 class Operators(TorchFunctionMode):

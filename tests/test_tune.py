@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from fastunet import FastUNet
+from fastunet import FastUNet, dispatch
 from fastunet.config import UNetConfig
 from fastunet.measured import Entry
 from fastunet.parity.launches import Launch
@@ -86,6 +88,18 @@ def test_a_backward_pass_is_timed_step_by_step(monkeypatch, seed):
     assert found[f"wgrad of {two_sources}"] == Entry("torch", {"triton": 10.0, "torch": 5.0})
     assert {key.partition(" of ")[0] for key in found if " of " in key} == {"dgrad", "wgrad"}
     assert len(found) % 3 == 0
+
+    monkeypatch.setattr(dispatch, "why_not_hopper", lambda device: None)
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        Launch, "run", lambda self, config=None: (asked.append((self, config)), self.function(*self.tensors))[1]
+    )
+    found = dict(measure(config, (1, 8, 8), torch.float32, device, lambda call: 1.0, training=True))
+    by_hopper = {key for key, entry in found.items() if "hopper" in entry.microseconds}
+    assert f"dgrad of {two_sources}" in by_hopper and f"wgrad of {two_sources}" not in by_hopper
+    of_gradients = {(launch.name, config) for launch, config in asked if launch.gradient and config is not None}
+    assert len(of_gradients) == len({name for name, _ in of_gradients}) > 2  # of each the one that it would choose
+    assert all(entry.config is None for key, entry in found.items() if " of " in key)
 
     def restless(self, config=None):
         result = self.function(*self.tensors)

@@ -91,7 +91,8 @@ def _first_order(formula: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple
 def _choose(ctx: Any, op: str, maps: Shapes, weight: Tensor, mode: str = "none", geometry: str = "") -> None:
     """Which steps are kernels of ours: of this layer, and where no layer is measured, the passes between them."""
     layer = op, maps, tuple(weight.shape), weight.device, weight.dtype, mode
-    ctx.dgrad, ctx.wgrad = (chosen(*layer, step, geometry).implementation == "triton" for step in ("dgrad", "wgrad"))
+    ctx.dgrad, wgrad = (chosen(*layer, step, geometry).implementation for step in ("dgrad", "wgrad"))
+    ctx.wgrad = wgrad == "triton"
     ctx.gather, also = (_ours(weight, step) for step in ("dgrad", "wgrad"))
     ctx.kernels = ctx.gather or also
 
@@ -126,8 +127,8 @@ def _through_max_pool(grad_pooled: Tensor, y: Tensor) -> Tensor:
 
 def _dgrad(ctx: Any, g: Tensor, weight: Tensor, height: int, width: int) -> Gradient:
     """Gradient of an input of ``height`` x ``width``."""
-    if ctx.dgrad:
-        return conv_dgrad(g, weight, ctx.stride, ctx.padding, height, width)
+    if ctx.dgrad != "torch":
+        return conv_dgrad(g, weight, ctx.stride, ctx.padding, height, width, ctx.dgrad == "hopper")
     # PyTorch asks for the input, and reads its shape and layout.
     x = empty(g, weight.shape[1], height, width)
     return convolution_backward(g, x, weight, (True, False, False), ctx.stride, ctx.padding)[0]
@@ -212,7 +213,9 @@ def save_norm(ctx: Any, inputs: Any, output: Any) -> None:
         mean, rstd, variance = statistics[0], statistics[1], None
     else:
         rstd = statistics[1]
-    ctx.save_for_backward(x, y, weight, mean, variance, rstd)  # y is kept by who reads it anyway
+    # Of fixed statistics x is wanted for the gradient of the factors alone; y is kept by who reads it anyway.
+    wanted = not ctx.fixed or ctx.needs_input_grad[1]
+    ctx.save_for_backward(x if wanted else None, y, weight, mean, variance, rstd)
     ctx.dtypes = tuple(None if t is None else t.dtype for t in (weight, bias))
     ctx.kernels = _ours(x, "dgrad")
 
@@ -220,6 +223,7 @@ def save_norm(ctx: Any, inputs: Any, output: Any) -> None:
 @_first_order
 def norm_relu(ctx: Any, grad: Tensor, grad_pooled: Tensor, *_: Any) -> tuple[Any, ...]:
     x, y, weight, mean, variance, rstd = ctx.saved_tensors
+    x = y if x is None else x  # for sums that nobody reads
     pooled = grad_pooled if ctx.pool else None
     if ctx.kernels:
         grad_x, sums = norm_backward(grad, pooled, x, y, weight, mean, rstd, ctx.slope, ctx.fixed)
@@ -314,7 +318,7 @@ def conv_transpose2x2(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
     found: list[Gradient] = [None, None, None]
-    if ctx.dgrad and need_x:
+    if ctx.dgrad != "torch" and need_x:
         found[0], need_x = conv_transpose_dgrad(grad, weight), False
     if ctx.wgrad and need_weight:
         found[1], with_it = conv_transpose_wgrad(grad, x, weight, need_bias)

@@ -48,6 +48,10 @@ def choose(
     def obstacle(implementation: str) -> str | None:
         if geometry:
             return f"it serves no convolution {geometry}"
+        if step == "dgrad" and implementation == "hopper":
+            return kernels.hopper.why_not_dgrad(op, maps, weight, dtype, tf32=tf32())
+        if step != "forward":
+            return "it gives no gradient"
         if implementation != "hopper" and (op != "upsample_concat_conv2d_relu" or mode == "none"):
             return "it upsamples nothing"
         if implementation == "commuted":

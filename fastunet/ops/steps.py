@@ -157,15 +157,19 @@ def _(
 
 
 @Operator
-def conv_dgrad(g: Tensor, weight: Tensor, stride: Sequence[int], padding: str, height: int, width: int) -> Tensor:
+def conv_dgrad(
+    g: Tensor, weight: Tensor, stride: Sequence[int], padding: str, height: int, width: int, hopper: bool
+) -> Tensor:
     """Gradient of an input of ``height`` x ``width``."""
     with on_device(g):
+        if hopper:
+            return kernels.hopper.conv_dgrad(g, weight, tf32=tf32())
         how: Any = {"stride": tuple(stride), "pad": zeros(weight, padding), "size": (height, width)}
         return kernels.conv_dgrad(g, weight, tf32=tf32(), **how)
 
 
 @conv_dgrad.register_fake
-def _(g: Tensor, weight: Tensor, stride: Sequence[int], padding: str, height: int, width: int) -> Tensor:
+def _(g: Tensor, weight: Tensor, stride: Sequence[int], padding: str, height: int, width: int, hopper: bool) -> Tensor:
     return empty(g, weight.shape[1], height, width)
 
 

@@ -304,9 +304,13 @@ def gradients(launch: Launch, make: Make, *, tf32: bool = True) -> Iterator[Laun
             (-(-s // t) for s, t in zip(size, layer.stride, strict=True)),
         )
         of_input = partial(_input_gradient, shape=(n, c, *size), stride=layer.stride, pad=pad)
+        hopper = ()
+        if not layer.geometry:
+            of_conv = "conv2d_relu", ((n, o, *size),), (c, o, side, side), grad.dtype
+            hopper = kernels.hopper.layer_configs(*of_conv, tf32=tf32)
         yield through(
-            partial(kernels.conv_dgrad, **geometry), of_input, tensors, of,
-            options=options, configs=tiles((o,), c, *cells), step="dgrad",
+            kernels.conv_dgrad, of_input, tensors, of, hopper=hopper,
+            options=options | (geometry if layer.geometry else {}), configs=tiles((o,), c, *cells), step="dgrad",
         )  # fmt: skip
         first += c
 

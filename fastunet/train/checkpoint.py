@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import pickle
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from .settings import Settings, TrainingError
 if TYPE_CHECKING:
     from .loop import Point
 
-STATE = "last.pt"
+STATE, LOCK = "last.pt", ".lock"
 RESULTS = ("best.safetensors", "last.safetensors", "curve.csv", "curve.png")
 
 
@@ -37,9 +38,10 @@ def open_run(out: Path, identity: dict[str, Any], resume: bool, writes: bool) ->
     Raises:
         TrainingError: see :func:`fastunet.train.fit`.
     """
+    begun = (out / LOCK).exists() or not writes  # a run is killed before its first checkpoint is whole
     with contextlib.ExitStack() as stack:
         _take(out, stack if writes else None)
-        yield _state(out, identity, resume)
+        yield _state(out, identity, resume, begun)
 
 
 def _take(out: Path, stack: contextlib.ExitStack | None) -> None:
@@ -47,7 +49,7 @@ def _take(out: Path, stack: contextlib.ExitStack | None) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if stack is not None:
-            stack.enter_context(FileLock(out / ".lock", timeout=0))
+            stack.enter_context(FileLock(out / LOCK, timeout=0))
             for left in out.glob(".????????????????.tmp"):  # of a process that was killed while it wrote
                 left.unlink(missing_ok=True)
         tempfile.TemporaryFile(dir=out).close()  # permission bits do not tell of a read-only disk
@@ -57,12 +59,12 @@ def _take(out: Path, stack: contextlib.ExitStack | None) -> None:
         raise TrainingError(f"{out}: cannot be written to ({error.strerror})") from None
 
 
-def _state(out: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any] | None:
-    """What :func:`write` left last, if it is of the run of ``identity``."""
+def _state(out: Path, identity: dict[str, Any], resume: bool, begun: bool) -> dict[str, Any] | None:
+    """What :func:`write` left last, if it is of the run of ``identity``; None of one that had ``begun`` alone."""
     path = out / STATE
     if not path.exists():
         left = next((name for name in RESULTS if (out / name).exists()), None)
-        if left is not None and not resume:  # of a kill at the first checkpoint there may be some
+        if left is not None and not (resume and begun):
             raise TrainingError(f"{out}: holds {left}, which would be overwritten; take another folder")
         return None
     if not resume:
@@ -72,7 +74,8 @@ def _state(out: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any] 
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = {key: state[key] for key in identity}
     except Exception as error:  # damaged archives raise many types
-        reason = str(error).partition("\n")[0] or repr(error)
+        foreign = isinstance(error, pickle.UnpicklingError)  # PyTorch's message advises to run what is in it
+        reason = "no run wrote it" if foreign else str(error).partition("\n")[0] or repr(error)
         raise TrainingError(f"{path}: cannot be read ({reason}); {another}") from None
     # A run from before a setting was there ran by its default.
     settings = dataclasses.asdict(Settings()) | found["settings"]

@@ -193,7 +193,12 @@ def _of_other_formats(folder: Path) -> list[Path]:
 
 def _matched(folder: Path, problems: list[str]) -> list[tuple[Path, Path]]:
     """(image, mask) paths of ``folder``, by stem; a line for each without the other is added to ``problems``."""
-    mask_folder = next((folder / name for name in MASKS if (folder / name).is_dir()), folder / MASKS[0])
+    beside = [folder / name for name in MASKS if (folder / name).is_dir()]
+    if len(beside) != 1 and (folder / "images").is_dir():
+        names = " or ".join(f"{name}/" for name in MASKS)
+        problems.append(f"{folder}: expected {names} beside images/, got {'both' if beside else 'neither'}")
+        return []
+    mask_folder = beside[0] if beside else folder / MASKS[0]
     found: list[dict[str, Path]] = []
     for part in (folder / "images", mask_folder):
         found.append({})

@@ -1,6 +1,7 @@
 """Hopper kernels in Gluon (sm_90a): the launchers of the portable ones, for what TMA can address."""
 
 from .conv3x3 import (
+    conv_dgrad,
     conv_fwd,
     conv_head_fwd,
     conv_moments_fwd,
@@ -17,6 +18,7 @@ from .tuning import (
     hopper_configs,
     layer_configs,
     why_not,
+    why_not_dgrad,
     why_not_layer,
 )
 
@@ -24,6 +26,7 @@ __all__ = [
     "PARITY_SIZE",
     "TUNED_SIZES",
     "HopperConfig",
+    "conv_dgrad",
     "conv_fwd",
     "conv_head_fwd",
     "conv_moments_fwd",
@@ -35,5 +38,6 @@ __all__ = [
     "upconcat_conv3x3_fwd",
     "upconcat_conv3x3_moments_fwd",
     "why_not",
+    "why_not_dgrad",
     "why_not_layer",
 ]

@@ -34,6 +34,7 @@ from ..tensors import (
     bias_or_zeros,
     described,
     empty_channels_last,
+    flipped_weight,
     head_operands,
     no_memory,
     packed_weight,
@@ -247,6 +248,12 @@ def conv_fwd(
     y = empty_channels_last(x, weight.shape[0], x.shape[2], x.shape[3], out_dtype)
     _launch((x,), weight, bias, y, None, slope, tf32, config)
     return y
+
+
+@without_graph
+def conv_dgrad(g: Tensor, weight: Tensor, *, tf32: bool = True, config: HopperConfig | None = None) -> Tensor:
+    """Gradient of the input (N, C, H, W) of a convolution that keeps its map's size, whose sums have the gradient g."""
+    return conv_fwd(g, flipped_weight(weight), None, slope=1.0, tf32=tf32, config=config)
 
 
 @without_graph

@@ -223,6 +223,16 @@ def why_not_layer(
     return why_not(tuple(shape[1] for shape in maps), out_channels, dtype, tf32=tf32, padding=padding)
 
 
+def why_not_dgrad(
+    op: str, maps: tuple[tuple[int, ...], ...], weight: tuple[int, ...], dtype: torch.dtype, *, tf32: bool = True
+) -> str | None:
+    """:func:`why_not` of the gradients of a fused operator's sources, each a convolution of its own; of the first."""
+    if op == "conv_transpose2x2":
+        return "it gives no gradient of a transposed convolution's input"
+    obstacles = (why_not((weight[0],), shape[1], dtype, tf32=tf32) for shape in maps)
+    return next((obstacle for obstacle in obstacles if obstacle is not None), None)
+
+
 def tma_ready(x: Tensor) -> Tensor:
     """``x`` (N, C, H, W) with a base and strides that TMA takes; copied only if need be."""
     strides = (x.stride(0), x.stride(2), x.stride(3))

@@ -143,6 +143,19 @@ def test_upsampling_behind_the_products(mode, corners, precision, make):
     check(precision, y, reference.upsample_concat_conv2d_relu, x, skip, weight, bias, mode, corners, 0.1)
 
 
+def input_gradient(g, weight):
+    return F.conv_transpose2d(g, weight, padding=weight.shape[-1] // 2)
+
+
+@pytest.mark.parametrize("precision", WITHOUT_IEEE, indirect=True)
+@pytest.mark.parametrize("ksize", [3, 1])
+@pytest.mark.parametrize("config", [None, CONFIGS[3], CONFIGS[4]])
+def test_the_gradient_of_an_input(config, ksize, precision, make):
+    o, c = (64, 36) if precision == "tf32" else (128, 72)
+    g, weight = make(precision, 3, o, 5, 11), make(precision, o, c, ksize, ksize, fan_in=ksize**2 * o)
+    check(precision, hopper.conv_dgrad(g, weight, config=config), input_gradient, g, weight)
+
+
 @pytest.mark.parametrize("precision", WITHOUT_IEEE, indirect=True)
 def test_one_by_one(precision, make):
     config = config_of(128, (2, 4, 8), False, 2, 2)

@@ -195,6 +195,23 @@ def test_a_folder_is_trained_in_by_one_at_a_time(data: train.Data, tmp_path: Pat
     assert len(train.fit(new_model(), data, tmp_path / "out", QUICK)) == 3
 
 
+@pytest.mark.parametrize("name", ["best.safetensors", "curve.png"])
+def test_resume_overwrites_nothing_of_others(name: str, data: train.Data, tmp_path: Path) -> None:
+    """Weights that were copied there, say: no run of which it would be a part ever began."""
+    (tmp_path / name).write_bytes(b"somebody's")
+    for resume in (True, False):
+        with pytest.raises(train.TrainingError, match=f"holds {name}, which would be overwritten"):
+            train.fit(new_model(), data, tmp_path, QUICK, resume=resume)
+    assert (tmp_path / name).read_bytes() == b"somebody's"
+
+
+def test_a_state_that_no_run_wrote_is_not_loaded_nor_advised_to_be(data: train.Data, tmp_path: Path) -> None:
+    train.fit(new_model(), data, tmp_path, QUICK)
+    torch.save({"step": print}, tmp_path / "last.pt")
+    with pytest.raises(train.TrainingError, match=r"last.pt: cannot be read \(no run wrote it\); with its weights"):
+        train.fit(new_model(), data, tmp_path, QUICK, resume=True)
+
+
 def test_resume_where_nothing_is_begins(data: train.Data, tmp_path: Path) -> None:
     train.fit(new_model(), data, tmp_path / "a", QUICK, resume=True)
     train.fit(new_model(), data, tmp_path / "b", QUICK)

@@ -132,7 +132,11 @@ def test_a_mask_that_is_no_image_is_said_as_of_an_image(folder: Path) -> None:
     ("spoil", "problem"),
     [
         (lambda f: [p.unlink() for p in (f / "val" / "images").iterdir()], "val/images: no images in this folder"),
-        (lambda f: (f / "val" / "labels").rename(f / "val" / "labelling"), "val/labels: no such folder"),
+        (
+            lambda f: (f / "val" / "labels").rename(f / "val" / "labelling"),
+            "val: expected labels/ or masks/ beside images/, got neither",
+        ),
+        (lambda f: (f / "val" / "masks").mkdir(), "val: expected labels/ or masks/ beside images/, got both"),
         (lambda f: (f / "val").rename(f / "validation"), "val/images: no such folder"),
         (lambda f: (f / "train").rename(f / "t") and (f / "val").rename(f / "v"), "data: expected images/ and masks/"),
         (
@@ -152,7 +156,7 @@ def test_a_mask_that_is_no_image_is_said_as_of_an_image(folder: Path) -> None:
             "val/images/a.png: has the same name as a.jpg",
         ),
     ],
-    ids=["empty", "no-masks", "no-val", "nothing", "nan", "no-foreground", "twice"],
+    ids=["empty", "no-masks", "both", "no-val", "nothing", "nan", "no-foreground", "twice"],
 )  # fmt: skip
 def test_unusable_data(folder: Path, spoil: Callable[[Path], Any], problem: str) -> None:
     spoil(folder)
