@@ -156,4 +156,6 @@ def test_of_a_frozen_norm_in_eval_mode_the_map_before_it_is_not_saved(implementa
         got = {name: p.grad for name, p in net.named_parameters() if p.requires_grad}
         more = kept_bytes(net, x) - kept_bytes(plain, x)
     assert 0 < more < 4 * 4 * 8 * 8
-    assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in got)
+    assert got.keys() == expected.keys()
+    for name, g in got.items():
+        assert g is not None and torch.equal(g, expected[name]), name  # pyright: ignore[reportArgumentType]
