@@ -227,10 +227,8 @@ def hopper_launches(dtype: torch.dtype, full: bool) -> Iterator[Callable[[], Any
     for size in (kernels.hopper.PARITY_SIZE, *kernels.hopper.TUNED_SIZES) if full else ():
         for upsample in ("bilinear", "transpose"):
             for launch in launches_of_network(UNetConfig(upsample=upsample), size, t):
-                # Of the gradients the one that they choose; the others are those of a layer without an activation.
-                steps = [(step, step.hopper[:1]) for step in gradients(launch, t)]
-                for step, configs in ((launch, launch.hopper), *steps):
-                    for config in configs:
+                for step in (launch, *gradients(launch, t)):
+                    for config in step.hopper:
                         one_code = dataclasses.replace(config, splits=min(config.splits, 2))  # 2, 4 or 8 shares
                         of = "" if step.gradient else step.layer.op
                         kind = step.launcher, of, one_code, launch.tensors[-2].shape[2:]

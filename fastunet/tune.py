@@ -133,8 +133,6 @@ def _times(
     """Microseconds and launch configuration of each implementation that is right, and gradients the same twice."""
     on_hopper = dispatch.why_not_hopper(device) is None
     hopper = launch.hopper if on_hopper else ()
-    if launch.gradient:  # whose launches choose for themselves, of two sources each for itself
-        hopper = hopper[:1]
     candidates: list[tuple[str, Any, Callable[[], Any]]] = [
         ("triton", None, launch.run),
         ("torch", None, lambda: launch.function(*launch.tensors)),
@@ -162,7 +160,7 @@ def _times(
         if problem:
             warnings.warn(f"{launch.name}, {name}, {config}: left out: {problem}", stacklevel=2)
         elif name not in times or taken < times[name][0]:
-            times[name] = taken, None if launch.gradient else config
+            times[name] = taken, None if launch.gradient else config  # of two sources each launch has its own
     return times
 
 

@@ -307,7 +307,7 @@ def gradients(launch: Launch, make: Make, *, tf32: bool = True) -> Iterator[Laun
         hopper = ()
         if not layer.geometry:
             of_conv = "conv2d_relu", ((n, o, *size),), (c, o, side, side), grad.dtype
-            hopper = kernels.hopper.layer_configs(*of_conv, tf32=tf32)
+            hopper = kernels.hopper.layer_configs(*of_conv, tf32=tf32)[:1]  # the one that it chooses
         yield through(
             kernels.conv_dgrad, of_input, tensors, of, hopper=hopper,
             options=options | (geometry if layer.geometry else {}), configs=tiles((o,), c, *cells), step="dgrad",
