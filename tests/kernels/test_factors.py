@@ -23,11 +23,13 @@ def factors(seed, device):
 
 
 def rounded_once(precision, got, function, *inputs):
-    """By the rule, and no further from float64's than its result rounded once is."""
+    """By the rule; and in 16 bits, whose sums are wider than they, no further from float64's than that rounded once is."""
     check(precision, got, function, *inputs)
+    if got.dtype == torch.float32:  # a sum of float32 rounds at each term
+        return
     truth = function(*(t.double().cpu() if isinstance(t, torch.Tensor) else t for t in inputs))
     once = truth.to(got.dtype).to(got.device)
-    parity = compare(got, once, truth, tf32=precision == "tf32" and got.is_cuda)
+    parity = compare(got, once, truth)
     assert parity.ok, str(parity)
 
 
