@@ -23,7 +23,7 @@ def factors(seed, device):
 
 
 def rounded_once(precision, got, function, *inputs):
-    """By the rule; and in 16 bits, whose sums are wider than they, no further from float64's than that rounded once is."""
+    """By the rule; in 16 bits, whose sums are wider, no further from float64's than that rounded once is."""
     check(precision, got, function, *inputs)
     if got.dtype == torch.float32:  # a sum of float32 rounds at each term
         return
