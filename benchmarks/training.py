@@ -1,7 +1,7 @@
 """Does FastUNet train as plain PyTorch does? Same seeds, same windows, a table and a picture.
 
     python benchmarks/training.py DATA --out docs/training_curves.png
-    python benchmarks/training.py DATA --all --norm batch --steps 1600 --out docs/training_curves_all.png
+    python benchmarks/training.py DATA --all --norm batch --steps 12000 --out docs/training_curves_all.png
 
 DATA is a folder for ``fastunet train``. Each seed draws initial weights, which all networks get, and
 windows. FastUNet runs its operators, also on a CPU, which left alone trains with plain PyTorch. Plain PyTorch

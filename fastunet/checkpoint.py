@@ -100,7 +100,9 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Any]]:
         raise WeightsError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception:
         # Damaged files raise many types. torch's own message advises to load them with code allowed; ours must not.
-        raise WeightsError(f"{path}: refused, damaged or more than a checkpoint of plain tensors") from None
+        raise WeightsError(
+            f"{path}: refused, damaged or more than a checkpoint of plain tensors; save state_dict()"
+        ) from None
     if not isinstance(entries, dict):
         raise WeightsError(f"{path}: expected a state_dict of tensors, got {type(entries).__name__}")
     return {}, entries

@@ -76,7 +76,9 @@ def _benchmarks(name: str) -> Any:
     try:
         return importlib.import_module(f"benchmarks.{name}")
     except ModuleNotFoundError as error:
-        raise SetupError(f"benchmarks are not installed: run this in a checkout of FastUNet ({error})") from None
+        raise SetupError(
+            f"benchmarks are not installed: in a checkout of FastUNet run it as python -m fastunet ({error})"
+        ) from None
 
 
 def bench(arguments: argparse.Namespace) -> int:

@@ -26,10 +26,13 @@ class Findings:
 
     @property
     def ok(self) -> bool:
-        configs = all(c.ok for c in self.configs or ())
+        return self._held() and self.failure is None and not self.interrupted
+
+    def _held(self) -> bool:
+        """Whether all did that was compared."""
+        compared = all(found.ok for found in (*self.results, *(self.configs or ())))
         fuzzed = self.fuzzed is None or self.fuzzed.case is None
-        ended = self.failure is None and not self.interrupted
-        return (self.report is None or self.report.ok) and configs and fuzzed and ended
+        return (self.report is None or self.report.ok) and compared and fuzzed
 
     def to_dict(self) -> dict[str, Any]:
         fuzzed = self.fuzzed
@@ -74,7 +77,11 @@ class Findings:
         if self.interrupted:
             nothing = not (self.results or self.report or self.configs or self.fuzzed)
             lines.append("interrupted: " + ("nothing was compared yet" if nothing else "these are the results so far"))
-        lines.append("all holds" if self.ok else "NOT all holds")
+        if self.ok:
+            lines.append("all holds")
+        else:
+            some = self.results or self.configs or self.fuzzed
+            lines.append("what was compared holds" if some and self._held() else "NOT all holds")
         return "\n".join(lines)
 
 

@@ -346,7 +346,7 @@ def test_interrupted_in_the_model_with_the_results_so_far(run, monkeypatch, tmp_
     shown = run("verify", *QUICK, "--json", tmp_path / "report.json")
     assert shown.code == 130
     assert "layer downs.0.conv.net.0 " in shown.out and "ok: as it is called, unwatched" in shown.out
-    assert shown.out.endswith("interrupted: these are the results so far\nNOT all holds\n")
+    assert shown.out.endswith("interrupted: these are the results so far\nwhat was compared holds\n")
     found = json.loads((tmp_path / "report.json").read_text())
     assert [result["name"] for result in found["results"]] == ["downs.0.conv.net.0", "as it is called, unwatched"]
     assert found["report"] is None and found["ok"] is False
