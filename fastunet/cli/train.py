@@ -149,7 +149,7 @@ def _train(arguments: argparse.Namespace, process: Processes) -> None:
     say(f"{len(data.train)} images to train on, {len(data.val)} to validate", soft_wrap=True)
     with new_progress(new_console(stderr=True)) as progress:
         task = progress.add_task("", total=settings.steps)
-        clock, shown, dice = 0.0, None, ""
+        clock, shown, dice, estimated = 0.0, None, "", False
 
         def on_start(step: int) -> None:
             if arguments.resume:
@@ -157,7 +157,7 @@ def _train(arguments: argparse.Namespace, process: Processes) -> None:
                 say(f"{arguments.out}: {found}", soft_wrap=True)
 
         def on_step(step: int, loss: Tensor) -> None:
-            nonlocal clock, shown
+            nonlocal clock, shown, estimated
             if shown is None:  # the first, which on resuming is not step 1, took its time to warm up
                 clock, shown = time.perf_counter(), step
             elif step % SHOWN_EVERY == 0:
@@ -165,7 +165,10 @@ def _train(arguments: argparse.Namespace, process: Processes) -> None:
                 speed = (step - shown) * settings.batch / (now - clock)
                 text = f"loss {value:.3f}{dice}  {speed:.1f} images/s"
                 progress.update(task, completed=step, description=text)
-                clock, shown = now, step
+                minutes = (settings.steps - step) * settings.batch / speed / 60
+                if not estimated and minutes > 1:
+                    say(f"{speed:.1f} images/s: some {minutes:.0f} minutes to go, validation aside", soft_wrap=True)
+                clock, shown, estimated = now, step, True
 
         def on_point(point: Point) -> None:
             nonlocal clock, shown, dice
@@ -198,7 +201,8 @@ def _train(arguments: argparse.Namespace, process: Processes) -> None:
                 say(f"{arguments.out}: --resume goes on from its last checkpoint", soft_wrap=True)
             raise
     best = max(points, key=lambda point: point.dice)
-    say(f"best Dice {best.dice:.4f}, at step {best.step}: {arguments.out / 'best.safetensors'}", soft_wrap=True)
+    least = "" if round(best.dice, 4) else "; it finds nothing yet, and wants more steps"
+    say(f"best Dice {best.dice:.4f}, at step {best.step}: {arguments.out / 'best.safetensors'}{least}", soft_wrap=True)
 
 
 def _message(error: Exception) -> str:
