@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +106,8 @@ def test_how_long_it_takes_is_said_once(run, folder: Path, tmp_path: Path, monke
     monkeypatch.setattr("fastunet.cli.train.fit", fit)
     clock = iter(range(0, 1000, 9))  # a second for each of the first nine steps
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    done = run(
-        "train", folder, "--out", tmp_path / "out", "--steps", 3610, "--batch", 2, "--config", CONFIG, "--size", 16
-    )
+    options = ("--steps", 3610, "--batch", 2, "--config", CONFIG, "--size", 16)
+    done = run("train", folder, "--out", tmp_path / "out", *options)
     _, estimate, end = done.out.splitlines()
     assert estimate == "2.0 images/s: some 60 minutes to go, validation aside"
     assert end.endswith("best.safetensors; it finds nothing yet, and wants more steps")
