@@ -34,7 +34,7 @@ def _join(rank: int, work: Callable[[int, str], None], folder: str) -> None:
         dist.barrier()
     finally:
         dist.destroy_process_group()
-    # A mesh keeps its group beyond that, and its threads, which once aborted an interpreter that was ending.
+    # Gloo's threads outlive their group, and may abort an interpreter that ends (fastunet/cli/train.py).
     os._exit(0)
 
 

@@ -6,6 +6,8 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
+import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,7 @@ def train(arguments: argparse.Namespace) -> int:
     for package in ("filelock", "matplotlib", "torchmetrics"):
         if importlib.util.find_spec(package) is None:
             raise SetupError(f"train: needs {package} (pip install 'fastunet[train]')")
+    code = 0
     with contextlib.ExitStack() as stack:
         try:
             process = stack.enter_context(processes(arguments.device))
@@ -126,8 +129,14 @@ def train(arguments: argparse.Namespace) -> int:
                 message = message.replace(name, _option(name), 1)
             lines = [f"fastunet: {line}" for line in message.splitlines()]
             process.once(message, lambda: new_console(stderr=True).print(*lines, sep="\n", soft_wrap=True))
-            return 1 if isinstance(error, DivergedError) else 2
-    return 0
+            code = 1 if isinstance(error, DivergedError) else 2
+    if process.count > 1:
+        # Gloo's threads outlive their group. One that comes back for Python's lock while the interpreter ends, to let
+        # go of what it sent last, aborts the process, and torchrun all others with it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _train(arguments: argparse.Namespace, process: Processes) -> None:
