@@ -148,11 +148,12 @@ def draw(
     """Losses, their differences and Dice, over steps; a colour for each of the first seeds."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     losses, gaps, scores = figure.subplots(1, 3)
+    smooth = max(20, len(next(iter(curves.values()))) // 100)
     for (name, seed), values in curves.items():
         if seed >= DRAWN:
             continue
         style = {"color": f"C{seed}", "ls": STYLES[name], "label": f"{name}, {seed}"}
-        mean = torch.tensor(values).unfold(0, min(20, len(values)), 1).mean(1)
+        mean = torch.tensor(values).unfold(0, min(smooth, len(values)), 1).mean(1)
         losses.plot(range(len(values) - len(mean) + 1, len(values) + 1), mean, **style)
         points = dices[name, seed]
         scores.plot([p.step for p in points], [p.dice for p in points], **style)
@@ -161,7 +162,7 @@ def draw(
             gaps.plot(range(1, len(values) + 1), gap, lw=0.7, **style)
             if any(gap):
                 gaps.set_yscale("log")
-    losses.set(title="loss, mean of 20 steps", xlabel="step")
+    losses.set(title=f"loss, mean of {smooth} steps", xlabel="step")
     gaps.set(title="relative difference from plain PyTorch's loss", xlabel="step")
     scores.set(title="validation Dice, all pixels", xlabel="step")
     for axes in (losses, gaps, scores):
