@@ -131,8 +131,8 @@ def train(arguments: argparse.Namespace) -> int:
             process.once(message, lambda: new_console(stderr=True).print(*lines, sep="\n", soft_wrap=True))
             code = 1 if isinstance(error, DivergedError) else 2
     if process.count > 1:
-        # Gloo's threads outlive their group. One that comes back for Python's lock while the interpreter ends, to let
-        # go of what it sent last, aborts the process, and torchrun all others with it.
+        # Gloo's threads outlive their group. Now and then a process that was done was aborted while its interpreter
+        # ended beside them ("terminate called without an active exception"), and by torchrun all others with it.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -23,14 +23,14 @@ def factors(seed, device):
 
 
 def rounded_once(precision, got, function, *inputs):
-    """By the rule; in 16 bits, whose sums are wider, no further from float64's than that rounded once is."""
+    """By the rule, and no further from float64's than its result rounded once is."""
     check(precision, got, function, *inputs)
-    if got.dtype == torch.float32:  # a sum of float32 rounds at each term
-        return
     truth = function(*(t.double().cpu() if isinstance(t, torch.Tensor) else t for t in inputs))
     once = truth.to(got.dtype).to(got.device)
-    parity = compare(got, once, truth)
-    assert parity.ok, str(parity)
+    parity = compare(got, once, truth, tf32=precision == "tf32" and got.is_cuda)
+    # A float32 sum rounds at each term: no element may be far off, but all are off by more than one rounding.
+    held = parity.candidate_error <= parity.limit if got.dtype == torch.float32 else parity.ok
+    assert held, str(parity)
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 9, 6, 17), (1, 64, 8, 8, 64), (3, 96, 4, 4, 96)], ids=str)

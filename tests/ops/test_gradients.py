@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -120,14 +122,22 @@ def test_a_layer_of_which_a_table_prefers_torch(case, theirs, monkeypatch, seed,
     "name", ["replicated", "replicated_alone", "no_skip", "strided", "unpadded_concat", "conv_transpose_oblong"]
 )
 def test_gradients_in_16_bits(name, dtype, implementation, seed, device):
-    """By the rule, each network's truth taking the sides of ReLUs that it took."""
     op, plain, shapes = CASES[name]
     inputs = [(torch.randn(shape, device=device) / max(1, len(shape) - 2)).to(dtype) for shape in shapes]
+    hold_in_16_bits(op, plain, inputs, implementation)
+
+
+def hold_in_16_bits(op, plain, inputs, implementation, **steps):
+    """By the rule, each network's truth taking the sides of ReLUs that it took. ``steps``: served by others."""
     cotangent = torch.randn_like(outputs(plain(*inputs))[0])
 
     def run(function, mode, wide=False):
         leaves = [(t.double() if wide else t).detach().requires_grad_() for t in inputs]
-        with dispatch.forced(implementation), mode:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(dispatch.forced(implementation))
+            for step, other in steps.items():
+                stack.enter_context(dispatch.forced(other, step))
+            stack.enter_context(mode)
             y = outputs(function(*leaves))[0]
         return torch.autograd.grad(y, leaves, cotangent.to(y.dtype))
 
