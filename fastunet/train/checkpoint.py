@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import pickle
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -38,10 +39,11 @@ def open_run(out: Path, identity: dict[str, Any], resume: bool, writes: bool) ->
     Raises:
         TrainingError: see :func:`fastunet.train.fit`.
     """
-    begun = (out / LOCK).exists() or not writes  # a run is killed before its first checkpoint is whole
+    if writes and not any(os.path.exists(out / name) for name in (LOCK, STATE)):  # False of what cannot be looked at
+        _refuse_results(out)  # of no run, before the lock makes it look like one
     with contextlib.ExitStack() as stack:
         _take(out, stack if writes else None)
-        yield _state(out, identity, resume, begun)
+        yield _state(out, identity, resume)
 
 
 def _take(out: Path, stack: contextlib.ExitStack | None) -> None:
@@ -59,13 +61,18 @@ def _take(out: Path, stack: contextlib.ExitStack | None) -> None:
         raise TrainingError(f"{out}: cannot be written to ({error.strerror})") from None
 
 
-def _state(out: Path, identity: dict[str, Any], resume: bool, begun: bool) -> dict[str, Any] | None:
-    """What :func:`write` left last, if it is of the run of ``identity``; None of one that had ``begun`` alone."""
+def _refuse_results(out: Path) -> None:
+    left = next((name for name in RESULTS if os.path.exists(out / name)), None)
+    if left is not None:
+        raise TrainingError(f"{out}: holds {left}, which would be overwritten; take another folder")
+
+
+def _state(out: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any] | None:
+    """What :func:`write` left last, if it is of the run of ``identity``."""
     path = out / STATE
     if not path.exists():
-        left = next((name for name in RESULTS if (out / name).exists()), None)
-        if left is not None and not (resume and begun):
-            raise TrainingError(f"{out}: holds {left}, which would be overwritten; take another folder")
+        if not resume:  # of a kill at the first checkpoint there may be some
+            _refuse_results(out)
         return None
     if not resume:
         raise TrainingError(f"{out}: holds a run; resume it (--resume) or take another folder")
