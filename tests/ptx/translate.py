@@ -1,0 +1,246 @@
+"""Straight pieces of a program as Python functions of a warp, whose registers are arrays of 32 lanes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .arithmetic import bits_of, function_of
+from .memory import SHARED_BASE
+from .program import Instruction, Program
+
+LANES = 32
+_DTYPES = {1: np.bool_, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+# What other warps or copies may notice, or what chooses the next instruction: for machine.py.
+_EVENTS = {
+    "bra", "brx", "ret", "exit", "bar", "barrier", "mbarrier", "wgmma", "setmaxnreg", "fence", "griddepcontrol",
+}  # fmt: skip
+
+
+@dataclass
+class Piece:
+    """Instructions of which none is an event, and the registers that they touch."""
+
+    run: Callable[[Any], None]
+    registers: frozenset[int]
+
+
+@dataclass
+class Event:
+    """An instruction for the machine, with its registers' numbers in the place of their names."""
+
+    instruction: Instruction
+    guard: Callable[[Any], Any]
+    operands: list[Any]
+    registers: frozenset[int] = frozenset()
+
+
+@dataclass
+class Translation:
+    steps: list[Piece | Event] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)  # of steps
+    widths: list[int] = field(default_factory=list)  # of registers, in bits
+
+
+class Translator:
+    """Of one program."""
+
+    def __init__(self, program: Program, parameters: dict[str, int]) -> None:
+        self.program, self.parameters = program, parameters
+        self.numbers: dict[str, int] = {}
+        self.widths: list[int] = []
+        self.constants: dict[str, Any] = {"where": np.where}
+
+    def translated(self) -> Translation:
+        """The program in pieces and events."""
+        found = Translation(widths=self.widths)
+        starts: dict[int, list[str]] = {}
+        for label, index in self.program.labels.items():
+            starts.setdefault(index, []).append(label)
+        pending: list[Instruction] = []
+
+        def finish() -> None:
+            if pending:
+                found.steps.append(self._piece(pending))
+                pending.clear()
+
+        for index, instruction in enumerate(self.program.instructions):
+            if index in starts:
+                finish()
+                found.labels.update(dict.fromkeys(starts[index], len(found.steps)))
+            if instruction.parts[0] in _EVENTS or instruction.opcode.startswith("cp.async"):
+                finish()
+                found.steps.append(self._event(instruction))
+            else:
+                pending.append(instruction)
+        finish()
+        return found
+
+    # Registers and constants
+
+    def register(self, name: str) -> int:
+        if name not in self.numbers:
+            letters = name if "@" in name else name.rstrip("0123456789")
+            self.widths.append(self.program.widths[letters])
+            self.numbers[name] = len(self.numbers)
+        return self.numbers[name]
+
+    def _is_register(self, operand: str) -> bool:
+        letters = operand if "@" in operand else operand.rstrip("0123456789")
+        return letters in self.program.widths
+
+    def _constant(self, value: Any, bits: int) -> str:
+        name = f"c{value:x}_{bits}".replace("-", "_")
+        self.constants[name] = np.full(LANES, value & ((1 << bits) - 1), _DTYPES[bits])
+        return name
+
+    def value(self, operand: str, bits: int) -> str:
+        """Python's words for an operand that is read."""
+        if self._is_register(operand):
+            return f"r[{self.register(operand)}]"
+        if operand.startswith("%"):
+            return f"w.special[{operand!r}]"
+        if operand == "global_smem":
+            return self._constant(SHARED_BASE, bits)
+        if operand in self.parameters:
+            return self._constant(self.parameters[operand], bits)
+        if operand.startswith(("0f", "0F", "0d", "0D")):
+            return self._constant(int(operand[2:], 16), bits)
+        if bits == 1:
+            return self._constant(int(int(operand, 0) != 0), 1)
+        return self._constant(int(operand.rstrip("U"), 0), bits)
+
+    def address(self, operand: str) -> tuple[str, int]:
+        """Of ``[%rd1 + 4]`` the words for the register, and the offset."""
+        base, offset = re.fullmatch(r"\[\s*([^\s+]+)\s*(?:\+\s*(-?\d+)\s*)?\]", operand).groups()  # type: ignore[union-attr]
+        return self.value(base, 64 if base.startswith("%rd") else 32), int(offset or 0)
+
+    def members(self, operand: str) -> list[str]:
+        """Of ``{%r1, %r2}`` the names."""
+        return [name.strip() for name in operand.strip("{} ").split(",")]
+
+    def guard(self, instruction: Instruction) -> str:
+        if instruction.guard is None:
+            return "w.all_lanes"
+        return f"{'~' if instruction.negated else ''}r[{self.register(instruction.guard)}]"
+
+    # Pieces
+
+    def _piece(self, instructions: list[Instruction]) -> Piece:
+        lines, touched = [], set()
+        for instruction in instructions:
+            targets, expression = self._assignment(instruction)
+            touched |= {self.register(name) for name in re.findall(r"[%\w@]+", instruction.text) if self._is_register(name)}
+            left = ", ".join(f"r[{target}]" for target in targets)
+            if instruction.guard is not None and targets and instruction.parts[0] not in ("ld", "ldmatrix"):
+                kept = self.guard(instruction)
+                assert len(targets) == 1, instruction
+                expression = f"where({kept}, {expression}, {left})"
+            lines.append(f"    {left} = {expression}" if targets else f"    {expression}")
+        source = "def piece(w):\n    r = w.registers\n" + "\n".join(lines)
+        scope = dict(self.constants)
+        exec(compile(source, "<ptx>", "exec"), scope)  # noqa: S102
+        return Piece(scope["piece"], frozenset(touched))
+
+    def _function(self, parts: tuple[str, ...]) -> str:
+        name = "f_" + re.sub(r"\W", "_", ".".join(parts))
+        if name not in self.constants:
+            self.constants[name] = function_of(parts)
+        return name
+
+    def _assignment(self, instruction: Instruction) -> tuple[list[int], str]:
+        """The registers that change, and the words for what they become."""
+        name, parts, operands = instruction.parts[0], instruction.parts, instruction.operands
+        if name in ("ld", "st"):
+            return self._access(instruction)
+        if name == "stmatrix":
+            words = ", ".join(self.value(member, 32) for member in self.members(operands[1]))
+            return [], f"w.store_matrix({self.address(operands[0])[0]}, [{words}], {'trans' in parts})"
+        if name == "ldmatrix":
+            targets = [self.register(member) for member in self.members(operands[0])]
+            one = "[0]" if len(targets) == 1 else ""
+            return targets, f"w.load_matrix({self.address(operands[1])[0]}, {len(targets)}, {'trans' in parts}){one}"
+        if name == "elect":
+            return [self.register(operands[0].split("|")[1])], "w.first_lane"
+        if name == "shfl":
+            target, other, segment = operands[0].split("|")[0], self.value(operands[2], 32), self.value(operands[3], 32)
+            return [self.register(target)], f"w.shuffle({parts[2]!r}, {self.value(operands[1], 32)}, {other}, {segment})"
+        if name == "mov" and operands[0].startswith("{"):
+            members = self.members(operands[0])
+            source = self.value(operands[1], bits_of(parts[1]))
+            return [self.register(member) for member in members], f"w.unpacked({source}, {len(members)})"
+        if name == "mov" and operands[1].startswith("{"):
+            members = self.members(operands[1])
+            words = ", ".join(self.value(member, bits_of(parts[1]) // len(members)) for member in members)
+            return [self.register(operands[0])], f"w.packed([{words}])"
+        targets = [self.register(target) for target in operands[0].split("|")]
+        words = ", ".join(self.value(operand, bits) for operand, bits in zip(operands[1:], self._bits(instruction)))
+        return targets, f"{self._function(parts)}({words})"
+
+    def _bits(self, instruction: Instruction) -> list[int]:
+        """Of an instruction's constant operands."""
+        name, parts = instruction.parts[0], instruction.parts
+        bits = bits_of(parts[-1]) if parts[-1] != "tf32" else 32
+        if name in ("shl", "shr"):
+            return [bits, 32]
+        if name == "selp":
+            return [bits, bits, 1]
+        if name == "bfe":
+            return [bits, 32, 32]
+        if name == "setp":
+            return [bits, bits, 1]
+        return [bits, bits, 2 * bits if "wide" in parts else bits]
+
+    def _access(self, instruction: Instruction) -> tuple[list[int], str]:
+        parts, operands = instruction.parts, instruction.operands
+        store = parts[0] == "st"
+        values, memory = operands if not store else operands[::-1]
+        members = self.members(values)
+        bits = bits_of(parts[-1])
+        space = next(part.split(":")[0] for part in parts if part.split(":")[0] in ("param", "global", "shared"))
+        if space == "param":
+            return [self.register(values)], self.value(memory.strip("[] "), bits)
+        address, offset = self.address(memory)
+        kept = self.guard(instruction)
+        if store:
+            words = ", ".join(self.value(member, max(bits, 16)) for member in members)
+            return [], f"w.store({space!r}, {address}, {offset}, {bits}, [{words}], {kept})"
+        targets = [self.register(member) for member in members]
+        old = ", ".join(f"r[{target}]" for target in targets)
+        one = "[0]" if len(targets) == 1 else ""
+        return targets, f"w.load({space!r}, {address}, {offset}, {bits}, [{old}], {kept}){one}"
+
+    # Events
+
+    def _event(self, instruction: Instruction) -> Event:
+        operands: list[Any] = []
+        touched: set[int] = set()
+        bits = 64 if instruction.parts[-1] in ("u64", "b64") else 32
+        for operand in instruction.operands:
+            if operand.startswith("["):
+                inner = re.fullmatch(r"\[([^,{]*)(?:,\s*\{(.*)\})?\]", operand)
+                assert inner is not None, instruction
+                words, offset = self.address(f"[{inner[1].strip()}]")
+                coordinates = [self._reader(self.value(name.strip(), 32)) for name in (inner[2] or "").split(",") if name]
+                operands.append((self._reader(words), offset, coordinates))
+            elif operand.startswith("{"):
+                numbers = [self.register(name) for name in self.members(operand)]
+                touched.update(numbers)
+                operands.append(numbers)
+            elif operand == "_" or operand in self.program.tables or operand in self.program.labels:
+                operands.append(operand)
+            elif self._is_register(operand):
+                operands.append(self._reader(self.value(operand, bits)))
+                touched.add(self.register(operand))
+            else:
+                operands.append(int(operand, 0))
+        if instruction.parts[:2] == ("mbarrier", "try_wait"):
+            operands[0] = self.register(instruction.operands[0])
+        return Event(instruction, self._reader(self.guard(instruction)), operands, frozenset(touched))
+
+    def _reader(self, words: str) -> Callable[[Any], Any]:
+        return eval(f"lambda w: {words.replace('r[', 'w.registers[')}", dict(self.constants))  # noqa: S307
