@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fastunet.parity.rule import compare, tf32_convolutions
+
+from ..conftest import COMPILED
 
 # float32 appears twice: rounded to tf32 on tensor cores, and exact (the interpreter rounds neither,
 # but the two take different launch configurations).
@@ -57,6 +62,21 @@ def far_apart(x: Tensor, axis: int) -> Tensor:
     return memory.as_strided(x.shape, stride).copy_(x)
 
 
+def _rounded_to_tf32(x: Tensor) -> Tensor:
+    """To the nearest; its gradient is that of x."""
+    rounded = ((x.detach().contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    return x + (rounded - x.detach())
+
+
+class RoundedFactors(TorchFunctionMode):
+    """A CPU's convolutions of float32 with their factors rounded to tf32, to the nearest."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (F.conv2d, F.conv_transpose2d):
+            args = (*map(_rounded_to_tf32, args[:2]), *args[2:])
+        return function(*args, **(kwargs or {}))
+
+
 def check(
     precision: str,
     got: Tensor,
@@ -71,9 +91,10 @@ def check(
     operations, one behind another.
     """
     wide = [t.double().cpu() if isinstance(t, Tensor) else t for t in inputs]
-    tf32 = precision == "tf32" and got.is_cuda
-    with tf32_convolutions(tf32):
-        terms = 0.0 if summed is None or not got.numel() else summed(*wide).square().sum((0, 2, 3)).sqrt().max().item()
-        parity = compare(got, reference(*inputs), reference(*wide), tf32=tf32, stages=stages, terms=terms)
+    tf32 = precision == "tf32" and (got.is_cuda or COMPILED)
+    terms = 0.0 if summed is None or not got.numel() else summed(*wide).square().sum((0, 2, 3)).sqrt().max().item()
+    with tf32_convolutions(tf32), RoundedFactors() if COMPILED and tf32 else contextlib.nullcontext():
+        baseline = reference(*inputs)
+    parity = compare(got, baseline, reference(*wide), tf32=tf32, stages=stages, terms=terms)
     assert parity.ok, str(parity)
     assert got.numel() == 0 or got.is_contiguous(memory_format=torch.channels_last)

@@ -105,9 +105,10 @@ def _shift(kind: str, function: Function) -> Function:
 
 
 def _field(kind: str, x: Lanes, start: Lanes, length: Lanes) -> Lanes:
-    """bfe.u32: ``length`` bits from ``start`` on."""
-    wide = x.astype(np.uint64) >> start.astype(np.uint64)
-    return (wide & ((np.uint64(1) << length.astype(np.uint64)) - np.uint64(1))).astype(x.dtype)
+    """bfe.u32, bfe.s32: ``length`` bits from ``start`` on; of the second the uppermost is the sign."""
+    above = np.uint64(64) - length.astype(np.uint64)
+    moved = (x.astype(np.uint64) >> start.astype(np.uint64)) << above
+    return (moved.view(np.int64) >> above.view(np.int64) if kind == "s32" else moved >> above).astype(x.dtype)
 
 
 def _permuted(a: Lanes, b: Lanes, selector: Lanes) -> Lanes:
@@ -200,6 +201,24 @@ def _product(parts: tuple[str, ...]) -> Function:
     return _typed(kind, lambda a, b, *c: plus(multiply(a, b), *c))
 
 
+def multiplied(shape: str, kind: str, a: list[Lanes], b: list[Lanes], c: list[Lanes]) -> list[Lanes]:
+    """mma.sync: 16 x 8 sums of a warp."""
+    k = int(shape.removeprefix("m16n8k"))
+    wide = 2 if kind == "tf32" else 1  # registers a lane's elements of a row and 16 bytes
+    if kind == "tf32":
+        a, b = ([(x & np.uint32(0xFFFFE000)).view(np.float32)[:, None] for x in operand] for operand in (a, b))
+    else:
+        a, b = ([from_bits(f"{kind}x2", x).astype(np.float32) for x in operand] for operand in (a, b))
+    each = a[0].shape[1]  # elements of a row in a register
+    assert len(a) * each * 2 == k, (shape, kind, wide)
+    # a: [k's upper half, row's upper half, row, lane of the row, element]
+    left = np.stack(a).reshape(2, 2, 8, 4, each).transpose(1, 2, 0, 3, 4).reshape(16, k)
+    right = np.stack(b).reshape(2, 8, 4, each).transpose(0, 2, 3, 1).reshape(k, 8)
+    sums = np.stack(c).view(np.float32).reshape(2, 2, 8, 4).transpose(0, 2, 3, 1).reshape(16, 8) + left @ right
+    laid_out = sums.reshape(2, 8, 4, 2).transpose(0, 3, 1, 2).reshape(4, 32)
+    return [np.ascontiguousarray(lanes).view(np.uint32) for lanes in laid_out]
+
+
 def function_of(parts: tuple[str, ...]) -> Function:
     """What the instruction with this opcode computes of its operands' bits.
 
@@ -223,7 +242,7 @@ def function_of(parts: tuple[str, ...]) -> Function:
         return _shift(kind.replace("s", "b"), np.left_shift)
     if name == "shr":
         return _shift(kind, np.right_shift)
-    if name == "bfe" and kind.startswith("u"):
+    if name == "bfe" and kind in ("u32", "s32"):
         return partial(_field, kind)
     if name == "prmt":
         return _permuted

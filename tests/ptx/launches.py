@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -78,6 +79,8 @@ def _parameters(
         elif isinstance(value, Tensor):
             tensors.append(value)
             values.append(value.data_ptr())
+        elif isinstance(value, float):
+            values.append(int(np.float32(value).view(np.uint32)))
         else:
             values.append(value)
     values += [0] * (len(program.parameters) - len(values))  # scratch memory, of which there is none

@@ -101,7 +101,8 @@ class Warp:
         self.groups: deque[list[Product]] = deque([[]])  # of products under way, the last not yet committed
         self.products_time = 1
         self.in_flight: set[int] = set()
-        self.stores: deque[list[Copy]] = deque([[]])
+        self.stores: deque[list[Copy]] = deque([[]])  # groups of copies, the last not yet committed
+        self.loads: deque[list[Copy]] = deque([[]])  # likewise, of those that each lane makes
         self.done = False
         self.blocked: Callable[[], bool] | None = None
         self.held = block.registers_at_entry
@@ -154,20 +155,21 @@ class Warp:
         else:
             self.block.shared.store(addresses, raw, self.number, self.clock)
 
-    def store_matrix(self, address: Any, values: list[Any], transposed: bool) -> None:
+    def store_matrix(self, address: Any, offset: int, values: list[Any], transposed: bool) -> None:
         """stmatrix: 8 x 8 elements of 16 bits each, whose rows lie where the lanes 8i to 8i + 7 say."""
         for i, value in enumerate(values):
             matrix = np.ascontiguousarray(value).view(np.uint16).reshape(8, 8)  # [lane // 4, 2 * (lane % 4) + half]
             rows = np.ascontiguousarray(matrix.T if transposed else matrix).view(np.uint8)
-            addresses = address[8 * i : 8 * i + 8].astype(np.int64)
+            addresses = address[8 * i : 8 * i + 8].astype(np.int64) + offset
             if (addresses % 16).any():
                 raise Fault("a row of stmatrix does not divide by 16 bytes")
             self.block.shared.store(addresses, rows, self.number, self.clock)
 
-    def load_matrix(self, address: Any, count: int, transposed: bool) -> list[Any]:
+    def load_matrix(self, address: Any, offset: int, count: int, transposed: bool) -> list[Any]:
         result = []
         for i in range(count):
-            rows = self.block.shared.load(address[8 * i : 8 * i + 8].astype(np.int64), 16, self.number, self.clock)
+            addresses = address[8 * i : 8 * i + 8].astype(np.int64) + offset
+            rows = self.block.shared.load(addresses, 16, self.number, self.clock)
             matrix = np.ascontiguousarray(rows).view(np.uint16)
             matrix = np.ascontiguousarray(matrix.T if transposed else matrix)
             result.append(matrix.reshape(LANES, 2).view(np.uint32)[:, 0])
@@ -324,7 +326,8 @@ class Block:
         elif parts[0] == "griddepcontrol":
             self.waits_for_launch = self.waits_for_launch and parts[1] != "wait"
         elif parts[0] == "fence":
-            warp.fenced[warp.number] = warp.clock[warp.number]
+            # Of what it wrote, and of what others wrote before a barrier that it has passed.
+            warp.fenced[: self.warps_count] = warp.clock[: self.warps_count]
             warp.tick()
         elif parts[0] == "setmaxnreg":
             self._registers(warp, parts[1], event.operands[0])
@@ -336,14 +339,17 @@ class Block:
         elif event.instruction.opcode.startswith("cp.async.bulk.tensor"):
             if kept.any():
                 self._copy(warp, event, kept)
+        elif event.instruction.opcode in ("cp.async.ca.shared.global", "cp.async.cg.shared.global"):
+            self._copy_by_lanes(warp, event, kept)
+        elif event.instruction.opcode == "cp.async.commit_group":
+            warp.loads.append([])
+        elif event.instruction.opcode == "cp.async.wait_group":
+            self._wait_for_copies(warp, warp.loads, event.operands[0])
         elif event.instruction.opcode == "cp.async.bulk.commit_group":
             warp.stores.append([])
         elif event.instruction.opcode.startswith("cp.async.bulk.wait_group"):
             # Groups are a thread's own, and one lane makes the copies.
-            due = [copy for group in list(warp.stores)[: len(warp.stores) - 1 - event.operands[0]] for copy in group]
-            for copy in due:
-                self._finish(copy)
-                warp.clock[copy.slot] = max(warp.clock[copy.slot], copy.time)
+            self._wait_for_copies(warp, warp.stores, event.operands[0])
         else:
             raise NotImplementedError(event.instruction.text)
 
@@ -399,6 +405,9 @@ class Block:
             raise Fault(f"an mbarrier at {address:#x} is initialised wrongly, or twice")
         self.barriers[address] = Barrier(event.operands[1], warp.clock.copy(), warp.fenced.copy())
         warp.tick()
+
+    def _mbarrier_inval(self, warp: Warp, event: Event, kept: Any) -> None:
+        del self.barriers[self._shared_address(warp, event.operands[0], kept)]
 
     def _mbarrier_arrive(self, warp: Warp, event: Event, kept: Any) -> None:
         barrier = self._barrier(warp, event, 1, kept)
@@ -503,6 +512,40 @@ class Block:
 
     # Copies
 
+    def _wait_for_copies(self, warp: Warp, groups: deque[list[Copy]], left: int) -> None:
+        while len(groups) - 1 > left:
+            for copy in groups.popleft():
+                self._finish(copy)
+                warp.clock[copy.slot] = max(warp.clock[copy.slot], copy.time)
+
+    def _new_copy(self, do: Callable[[int, Any], None], clock: Any) -> Copy:
+        """``do`` with an actor of its own and a clock, some time from now."""
+        slot = 2 * self.warps_count + self.copies_made % _COPIES
+        self.copies_made += 1
+        self.clocks[slot, slot] += 1
+        clock[slot] = self.clocks[slot, slot]
+        copy = Copy(lambda: do(slot, clock), slot, clock[slot])
+        self.copies.append(copy)
+        self.touches_global()
+        return copy
+
+    def _copy_by_lanes(self, warp: Warp, event: Event, kept: Any) -> None:
+        """Each lane its 4, 8 or 16 bytes, of which it may read fewer; the rest are zeros."""
+        (to, to_offset, _), (source, source_offset, _), length, *fewer = event.operands
+        shared = to(warp)[kept].astype(np.int64) + to_offset
+        addresses = source(warp)[kept].astype(np.int64) + source_offset
+        lengths = np.full(kept.sum(), length) if not fewer else fewer[0](warp)[kept].astype(np.int64)
+        if (shared % length).any() or not np.isin(lengths, (0, length)).all():
+            raise Fault(f"cp.async of {length} bytes that is not aligned, or of parts: {lengths}")
+
+        def do(actor: int, clock: Any) -> None:
+            values = np.zeros((len(shared), length), np.uint8)
+            values[lengths > 0] = self.memory.load(addresses[lengths > 0], length)
+            self.shared.store(shared, values, actor, clock)
+
+        warp.loads[-1].append(self._new_copy(do, warp.clock.copy()))
+        warp.tick()
+
     def _copy(self, warp: Warp, event: Event, kept: Any) -> None:
         if kept.sum() != 1:
             raise Fault(f"{kept.sum()} lanes start one copy")
@@ -512,30 +555,23 @@ class Block:
         described = self.maps[int(tensor[0](warp)[lane]) + tensor[1]]
         origin = [int(np.int32(read(warp)[lane])) for read in tensor[2]][::-1]
         addresses, shared, inside = described.places(origin, self._shared_address(warp, box, kept))
-        slot = 2 * self.warps_count + self.copies_made % _COPIES
-        self.copies_made += 1
-        self.clocks[slot, slot] += 1
-        clock = warp.async_clock()
-        clock[slot] = time = self.clocks[slot, slot]
-        self.touches_global()
         barrier = self._barrier(warp, event, 2, kept) if loads else None
+        known = warp.clock.copy()
 
-        def load() -> None:
+        def do(actor: int, clock: Any) -> None:
+            if barrier is None:
+                values = self.shared.load(shared, 16, actor, clock)
+                self.memory.store(addresses[inside], values[inside])
+                return
             values = np.zeros((len(shared), 16), np.uint8)
             values[inside] = self.memory.load(addresses[inside], 16)
-            self.shared.store(shared, values, slot, clock)
-            np.maximum(barrier.clock, warp_clock, out=barrier.clock)
-            barrier.clock[slot] = max(barrier.clock[slot], time)
+            self.shared.store(shared, values, actor, clock)
+            np.maximum(barrier.clock, known, out=barrier.clock)
+            barrier.clock[actor] = max(barrier.clock[actor], clock[actor])
             barrier.bytes -= described.bytes
             barrier.changed()
 
-        def store() -> None:
-            values = self.shared.load(shared, 16, slot, clock)
-            self.memory.store(addresses[inside], values[inside])
-
-        warp_clock = warp.clock.copy()
-        copy = Copy(load if loads else store, slot, time)
-        self.copies.append(copy)
-        if not loads:
+        copy = self._new_copy(do, warp.async_clock())
+        if barrier is None:
             warp.stores[-1].append(copy)
         warp.tick()

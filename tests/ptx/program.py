@@ -46,7 +46,7 @@ def parse(ptx: str) -> Program:
     entry = re.findall(r"\.entry\s+(\w+)\(", text)
     if len(entry) != 1:
         raise ValueError(f"expected one entry, got {entry}")
-    program = Program(entry[0])
+    program = Program(entry[0], widths={"_": 32})  # where what nobody wants goes
     head, body = text[text.index(".entry") :].split("{", 1)
     for kind, name, length in re.findall(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)[^,\n]*\s(\w+)(?:\[(\d+)\])?", head):
         program.parameters.append((name, int(length) if length else int(kind[1:]) // 8))
@@ -86,9 +86,10 @@ def _parse_body(program: Program, body: str) -> None:
                 scopes[-1][1].add(label)
             program.labels[_renamed(label, scopes)] = len(program.instructions)
         else:
-            table = re.fullmatch(r"(\S+):\s*\.branchtargets\s+(.*)", statement, re.DOTALL)
+            table = re.fullmatch(r"(?:(\S+):)?\s*\.branchtargets\s+(.*)", statement, re.DOTALL)
             if table:
-                program.tables[table[1]] = [label.strip() for label in table[2].split(",")]
+                name = table[1] or next(reversed(program.labels))
+                program.tables[name] = [label.strip() for label in table[2].split(",")]
             else:
                 program.instructions.append(_instruction(statement, scopes))
     raise ValueError("the entry does not end")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .arithmetic import bits_of, function_of
+from .arithmetic import bits_of, function_of, multiplied
 from .memory import SHARED_BASE
 from .program import Instruction, Program
 
@@ -53,7 +53,7 @@ class Translator:
         self.program, self.parameters = program, parameters
         self.numbers: dict[str, int] = {}
         self.widths: list[int] = []
-        self.constants: dict[str, Any] = {"where": np.where}
+        self.constants: dict[str, Any] = {"where": np.where, "multiplied": multiplied}
 
     def translated(self) -> Translation:
         """The program in pieces and events."""
@@ -159,11 +159,18 @@ class Translator:
             return self._access(instruction)
         if name == "stmatrix":
             words = ", ".join(self.value(member, 32) for member in self.members(operands[1]))
-            return [], f"w.store_matrix({self.address(operands[0])[0]}, [{words}], {'trans' in parts})"
+            address, offset = self.address(operands[0])
+            return [], f"w.store_matrix({address}, {offset}, [{words}], {'trans' in parts})"
         if name == "ldmatrix":
             targets = [self.register(member) for member in self.members(operands[0])]
             one = "[0]" if len(targets) == 1 else ""
-            return targets, f"w.load_matrix({self.address(operands[1])[0]}, {len(targets)}, {'trans' in parts}){one}"
+            address, offset = self.address(operands[1])
+            return targets, f"w.load_matrix({address}, {offset}, {len(targets)}, {'trans' in parts}){one}"
+        if name == "mma":
+            a, b, c = ([self.value(member, 32) for member in self.members(operand)] for operand in operands[1:])
+            targets = [self.register(member) for member in self.members(operands[0])]
+            words = ", ".join(f"[{', '.join(operand)}]" for operand in (a, b, c))
+            return targets, f"multiplied({parts[3]!r}, {parts[7]!r}, {words})"
         if name == "elect":
             return [self.register(operands[0].split("|")[1])], "w.first_lane"
         if name == "shfl":
