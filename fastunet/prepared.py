@@ -8,7 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from .graph import in_a_users_capture
+from .ops.common import rounded, rounds_to_tf32
 from .sources import Sources
+
+How = tuple[torch.dtype, bool, bool]  # dtype, whether the norm's factors are apart, whether rounded to tf32
 
 
 def prepare(
@@ -34,10 +37,11 @@ def prepare(
     found = kept.get(conv)
     if found is None or not found.sources.are(tensors):
         found = Prepared(tensors)
-    if (dtype, apart) not in found.weights:
-        found.add(dtype, apart, conv, norm, roll)
+    how = dtype, apart, rounds_to_tf32(weight.device, dtype)
+    if how not in found.weights:
+        found.add(how, conv, norm, roll)
         kept[conv] = found
-    return found.weights[dtype, apart]
+    return found.weights[how]
 
 
 class Prepared:
@@ -45,11 +49,11 @@ class Prepared:
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.sources = Sources(tensors)
-        # By dtype, and whether the norm's factors are apart.
-        self.weights: dict[tuple[torch.dtype, bool], tuple[Tensor, Tensor | None]] = {}
+        self.weights: dict[How, tuple[Tensor, Tensor | None]] = {}
 
-    def add(self, dtype: torch.dtype, apart: bool, conv: Any, norm: Any, roll: int) -> None:
-        """Make those of ``dtype``, finished on return."""
+    def add(self, how: How, conv: Any, norm: Any, roll: int) -> None:
+        """Make those, finished on return."""
+        dtype, apart, to_tf32 = how
         # Not inference tensors, even when made in inference mode: autograd may save them later.
         with torch.inference_mode(False), torch.no_grad():
             weight, bias = fold(_rolled(conv.weight, roll), conv.bias, norm, apart)
@@ -57,7 +61,8 @@ class Prepared:
                 weight = weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
             else:
                 weight = weight.contiguous(memory_format=torch.channels_last)
-            self.weights[dtype, apart] = weight.to(dtype), bias if bias is None or apart else bias.to(dtype)
+            weight = weight.to(dtype)
+            self.weights[how] = rounded(weight) if to_tf32 else weight, bias if bias is None or apart else bias.to(dtype)
         if weight.is_cuda and not torch.cuda.is_current_stream_capturing():
             # Other streams may be about to read these, or still read those before them, whose memory is let go.
             torch.cuda.synchronize(weight.device)

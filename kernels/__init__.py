@@ -14,6 +14,7 @@ from .conv_transpose import conv_transpose_fwd
 from .conv_transpose_bwd import conv_transpose_dgrad, conv_transpose_wgrad
 from .norm import norm_bwd, norm_fwd
 from .stem import STEM_CHANNELS, stem_fwd
+from .tf32 import is_rounded, rounded_weight
 from .tuning import HEAD_CHANNELS, HEAD_CLASSES
 from .upconcat_conv3x3 import upconcat_conv3x3_fwd
 from .upsample_bwd import upsample_bwd
@@ -34,8 +35,10 @@ __all__ = [
     "conv_transpose_wgrad",
     "conv_wgrad",
     "hopper",
+    "is_rounded",
     "norm_bwd",
     "norm_fwd",
+    "rounded_weight",
     "stem_fwd",
     "upconcat_conv3x3_commuted_fwd",
     "upconcat_conv3x3_fwd",

@@ -173,7 +173,7 @@ def _launch(
         return
     x = unit_channel_stride(x)
     (n, c, h, w), (height, width), o = x.shape, y.shape[2:], weight.shape[0]
-    rows = packed_weight(weight)
+    rows = packed_weight(weight, tf32)
     if config is None:
         config = conv_config(
             (c,), o, height, width, x.dtype, capability(x.device),

@@ -37,6 +37,7 @@ from .launch import launch
 from .reduce_slabs import reduce_slabs
 from .stem import STEM_CHANNELS
 from .tensors import flipped_weight, placed, unit_channel_stride, without_graph
+from .tf32 import rounded_to_tf32
 from .tuning import ConvConfig, WgradConfig, slabs, wgrad_configs
 
 
@@ -124,6 +125,8 @@ def _conv_wgrad_kernel(
         x = tl.load(x_ptr + offset_x + c.to(tl.int64) * stride_xc, mask=inside & inside_c, other=0.0)
         if INTERPRETED:
             g, x = g.to(tl.float32), x.to(tl.float32)
+        elif PRECISION == "tf32":  # not g, which WGMMA would then take from registers
+            x = rounded_to_tf32(x)
         acc = tl.dot(g.T, x, acc, input_precision=PRECISION)
     row_of = partial_ptr + (slab.to(tl.int64) * O + co)[:, None] * (KSIZE * KSIZE * channels)
     mask = (co < O)[:, None] & inside_c

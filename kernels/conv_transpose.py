@@ -32,6 +32,7 @@ from .tensors import (
     without_factors,
     without_graph,
 )
+from .tf32 import rounded_weight
 from .tuning import ConvConfig, capability, conv_config
 
 
@@ -108,7 +109,7 @@ def conv_transpose_fwd(
     y = empty_channels_last(x, o, *(size or (step[0] * h, step[1] * w)))
     if y.numel() == 0:
         return y
-    rows = weight.permute(2, 3, 1, 0).reshape(-1, c).contiguous()
+    rows = rounded_weight(weight.permute(2, 3, 1, 0).reshape(-1, c).contiguous(), tf32, of=weight)
     cells = triton.cdiv(y.shape[2], step[0]), triton.cdiv(y.shape[3], step[1])
     if config is None:
         config = conv_config(

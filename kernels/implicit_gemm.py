@@ -22,6 +22,8 @@ channels_last torch weight), y is NHWC contiguous. Accumulation is in float32.
 import triton
 import triton.language as tl
 
+from .tf32 import rounded_to_tf32
+
 # The interpreter keeps bfloat16 as integers and multiplies those; in float32 the products are exact.
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -61,6 +63,8 @@ def dot(w, x, acc, PRECISION: tl.constexpr):
     """acc [BLOCK_CO, BLOCK_P] + w [BLOCK_CO, BLOCK_K] @ transposed x [BLOCK_P, BLOCK_K]."""
     if INTERPRETED:
         w, x = w.to(tl.float32), x.to(tl.float32)
+    elif PRECISION == "tf32":  # weights are rounded beforehand
+        x = rounded_to_tf32(x)
     return tl.dot(w, x.T, acc, input_precision=PRECISION)
 
 
@@ -168,6 +172,8 @@ def store_head(
     rounded = tl.where((co < O)[:, None], acc, 0.0).to(weight.dtype)
     if INTERPRETED:
         weight, rounded = weight.to(tl.float32), rounded.to(tl.float32)
+    elif PRECISION == "tf32":
+        weight, rounded = rounded_to_tf32(weight), rounded_to_tf32(rounded)
     logits = tl.dot(weight, rounded, input_precision=PRECISION)
     logits += tl.load(head_bias_ptr + k, mask=k < CLASSES, other=0.0).to(tl.float32)[:, None]
     store_tile(y_ptr, logits, n, h, w, 0, N, H, W, CLASSES, 16)

@@ -75,7 +75,7 @@ def stem_fwd(
     config = config or stem_config(c, o, *size, precise=x.dtype == torch.float32 and not tf32)
     launch(
         _stem_fwd_kernel, (config.tiles(n, *size, o),),
-        x, packed_weight(weight), bias_or_zeros(bias, o, y), y, n, h, w, o, *x.stride(),
+        x, packed_weight(weight, tf32), bias_or_zeros(bias, o, y), y, n, h, w, o, *x.stride(),
         C=c, PAD=pad, STRIDE_H=stride[0], STRIDE_W=stride[1], SCALED=scaled(bias), SLOPE=slope,
         PRECISION="tf32" if tf32 else "ieee", **config.options(),
     )  # fmt: skip

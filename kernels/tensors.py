@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .tf32 import rounded_weight
 from .tuning import HEAD_CHANNELS, HEAD_CLASSES, ConvConfig, remembered
 
 Arguments = ParamSpec("Arguments")
@@ -106,9 +107,12 @@ def flipped_weight(weight: Tensor) -> Tensor:
     return weight.flip(2, 3).transpose(0, 1)
 
 
-def packed_weight(weight: Tensor) -> Tensor:
-    """(O, C, K, K) -> (O, K * K * C) rows; free when the weight is channels_last already."""
-    return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1).contiguous()
+def packed_weight(weight: Tensor, tf32: bool) -> Tensor:
+    """(O, C, K, K) -> (O, K * K * C) rows, rounded for products in tf32.
+
+    Free when the weight is channels_last already, and rounded where it needs to be.
+    """
+    return rounded_weight(weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1).contiguous(), tf32, of=weight)
 
 
 def tma_serves(x: Tensor) -> bool:

@@ -148,7 +148,7 @@ def upconcat_conv3x3_fwd(
         x, top, left = placed(x, h, w)
     else:
         top, left = (h - 2 * x.shape[2]) // 2, (w - 2 * x.shape[3]) // 2
-    rows = packed_weight(weight)
+    rows = packed_weight(weight, tf32)
     if config is None:
         tma = mode == "none" and tma_serves(x) and tma_serves(skip)
         config = conv_config(

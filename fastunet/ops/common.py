@@ -3,12 +3,15 @@
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import dispatch
+
+if TYPE_CHECKING or dispatch.has_triton():
+    from .. import kernels
 
 
 def takes_triton(x: Tensor) -> bool:
@@ -42,6 +45,22 @@ def tf32() -> bool:
     """Whether float32 convolutions may round their factors to tf32."""
     # Answers for torch.backends.cudnn.allow_tf32 too, and does not raise when the two APIs are mixed.
     return torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def rounds_to_tf32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether our kernels round weights that are of ``dtype`` on ``device``."""
+    return dtype == torch.float32 and tf32() and dispatch.choose(device, dtype).implementation == "triton"
+
+
+def rounded(weight: Tensor) -> Tensor:
+    """``weight``, without gaps, as our kernels round it for tf32, who do not do so again."""
+    with on_device(weight):
+        return kernels.rounded_weight(weight, tf32=True)
+
+
+def is_rounded(weight: Tensor) -> bool:
+    """Whether it comes from :func:`rounded`."""
+    return dispatch.has_triton() and kernels.is_rounded(weight)
 
 
 _repeatable: ContextVar[bool] = ContextVar("fastunet_repeatable", default=False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..sources import Generation
-from .common import surroundings
+from .common import is_rounded, surroundings
 from .plan import Plan
 from .recorder import Overlapping, Unrepeatable, recorded
 
@@ -28,7 +28,7 @@ def kind(*arguments: Any) -> Hashable:
     Not what flags PyTorch's operators read themselves, each time, such as ``torch.backends.cudnn.benchmark``.
     """
     found = [
-        (a.shape, a.stride(), a.dtype, a.data_ptr() % 16)  # code is compiled for aligned memory apart
+        (a.shape, a.stride(), a.dtype, a.data_ptr() % 16, is_rounded(a))  # code is compiled for aligned memory apart
         if isinstance(a, Tensor)
         else tuple(a)
         if isinstance(a, list)

@@ -123,6 +123,11 @@ def _permuted(a: Lanes, b: Lanes, selector: Lanes) -> Lanes:
     return result
 
 
+def rounded_to_tf32(x: Lanes) -> Lanes:
+    """cvt.rna.tf32.f32: to 10 bits of mantissa, ties away from 0."""
+    return np.where(np.isfinite(x.view(np.float32)), (x + np.uint32(0x1000)) & np.uint32(0xFFFFE000), x)
+
+
 _COMPARISONS: dict[str, Function] = {
     "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
     "lo": operator.lt, "ls": operator.le, "hi": operator.gt, "hs": operator.ge,
@@ -159,8 +164,8 @@ def _conversion(parts: tuple[str, ...]) -> Function:
     to, source, modifiers = parts[-2], parts[-1], set(parts[1:-2])
     if to.endswith("x2"):  # the first operand is the upper half
         return lambda high, low: to_bits(to, np.stack([from_bits(source, low), from_bits(source, high)], -1))
-    if to == "tf32":  # ties away from zero
-        return lambda x: np.where(np.isfinite(x.view(np.float32)), (x + np.uint32(0x1000)) & np.uint32(0xFFFFE000), x)
+    if to == "tf32":
+        return rounded_to_tf32
     if modifiers - _ROUNDING:
         raise NotImplementedError(".".join(parts))
     round_to = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}

@@ -19,6 +19,7 @@ from .memory import GlobalMemory, TensorMap
 from .program import Program, parse
 from .translate import Translator
 
+_TFLOAT32 = 11  # of CUtensorMapDataType
 _PARAMETERS = 1 << 40  # where the parameters of a launch would begin
 
 
@@ -73,6 +74,7 @@ def _parameters(
                 TensorMap(
                     base.data_ptr(), tuple(value.shape), tuple(s * itemsize for s in value.strides),
                     tuple(meta["block_size"]), itemsize, meta["swizzle"],
+                    getattr(value, "round_f32_to_tf32", False) or meta["elem_type"] == _TFLOAT32,
                 )
             )  # fmt: skip
             values += [*value.shape, *value.strides]
@@ -105,6 +107,8 @@ def machine(seed: int = 0) -> Iterator[list[str]]:
 
     def compile_and_run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = compile_(self, *args, grid=grid, warmup=True, **options)
+        if warmup:
+            return kernel
         launched.append(self.fn.__name__)
         arguments = dict(zip(self.arg_names, args, strict=False)) | {k: v for k, v in options.items() if k in self.arg_names}
         run(kernel, arguments, grid(arguments) if callable(grid) else grid, seed)

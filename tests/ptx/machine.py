@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .arithmetic import from_bits
+from .arithmetic import from_bits, rounded_to_tf32
 from .memory import Fault, GlobalMemory, SharedMemory, TensorMap, swizzled
 from .translate import LANES, Event, Piece, Translation
 
@@ -560,11 +560,15 @@ class Block:
 
         def do(actor: int, clock: Any) -> None:
             if barrier is None:
+                if described.rounds:
+                    raise Fault("a TMA store that rounds")
                 values = self.shared.load(shared, 16, actor, clock)
                 self.memory.store(addresses[inside], values[inside])
                 return
             values = np.zeros((len(shared), 16), np.uint8)
             values[inside] = self.memory.load(addresses[inside], 16)
+            if described.rounds:
+                values = rounded_to_tf32(values.view(np.uint32)).view(np.uint8)
             self.shared.store(shared, values, actor, clock)
             np.maximum(barrier.clock, known, out=barrier.clock)
             barrier.clock[actor] = max(barrier.clock[actor], clock[actor])

@@ -77,6 +77,7 @@ class TensorMap:
     box: tuple[int, ...]
     itemsize: int
     swizzle: int
+    rounds: bool = False  # float32 to tf32, as it is loaded
 
     def __post_init__(self) -> None:
         inner = self.box[-1] * self.itemsize
