@@ -20,7 +20,7 @@ from .program import Program, parse
 from .translate import Translator
 
 _TFLOAT32 = 11  # of CUtensorMapDataType
-_PARAMETERS = 1 << 40  # where the parameters of a launch would begin
+_PARAMETERS = 1 << 20  # where the parameters of a launch would begin
 
 
 class StandIn:
