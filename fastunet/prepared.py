@@ -61,8 +61,8 @@ class Prepared:
                 weight = weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
             else:
                 weight = weight.contiguous(memory_format=torch.channels_last)
-            weight = weight.to(dtype)
-            self.weights[how] = rounded(weight) if to_tf32 else weight, bias if bias is None or apart else bias.to(dtype)
+            weight = rounded(weight.to(dtype)) if to_tf32 else weight.to(dtype)
+            self.weights[how] = weight, bias if bias is None or apart else bias.to(dtype)
         if weight.is_cuda and not torch.cuda.is_current_stream_capturing():
             # Other streams may be about to read these, or still read those before them, whose memory is let go.
             torch.cuda.synchronize(weight.device)

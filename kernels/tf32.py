@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch
+from .tuning import FUSION
 
 _BLOCK = 1024
 _MARK = "rounded_to_tf32"
@@ -42,15 +43,12 @@ def rounded_weight(weight: Tensor, tf32: bool, of: Tensor | None = None) -> Tens
     if triton.knobs.runtime.interpret:  # whose products are exact
         return weight
     y, n = torch.empty_like(weight), weight.numel()
-    launch(_round_kernel, (triton.cdiv(n, _BLOCK),), weight, y, n, BLOCK=_BLOCK)
-    return marked(y)
-
-
-def marked(weight: Tensor) -> Tensor:
-    """``weight``, known to be rounded: as a Python object, so that what is made of it is rounded again, to the same."""
-    setattr(weight, _MARK, True)
-    return weight
+    if n:
+        launch(_round_kernel, (triton.cdiv(n, _BLOCK),), weight, y, n, BLOCK=_BLOCK, num_warps=4, **FUSION)
+    setattr(y, _MARK, True)
+    return y
 
 
 def is_rounded(weight: Tensor) -> bool:
+    """Whether it is known to be, as a Python object: what is made of it is rounded once more, to the same."""
     return getattr(weight, _MARK, False)

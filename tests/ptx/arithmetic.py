@@ -128,6 +128,11 @@ def rounded_to_tf32(x: Lanes) -> Lanes:
     return np.where(np.isfinite(x.view(np.float32)), (x + np.uint32(0x1000)) & np.uint32(0xFFFFE000), x)
 
 
+def truncated_to_tf32(x: Lanes) -> Lanes:
+    """What tensor cores see of float32."""
+    return (x & np.uint32(0xFFFFE000)).view(np.float32)
+
+
 _COMPARISONS: dict[str, Function] = {
     "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
     "lo": operator.lt, "ls": operator.le, "hi": operator.gt, "hs": operator.ge,
@@ -209,13 +214,12 @@ def _product(parts: tuple[str, ...]) -> Function:
 def multiplied(shape: str, kind: str, a: list[Lanes], b: list[Lanes], c: list[Lanes]) -> list[Lanes]:
     """mma.sync: 16 x 8 sums of a warp."""
     k = int(shape.removeprefix("m16n8k"))
-    wide = 2 if kind == "tf32" else 1  # registers a lane's elements of a row and 16 bytes
     if kind == "tf32":
-        a, b = ([(x & np.uint32(0xFFFFE000)).view(np.float32)[:, None] for x in operand] for operand in (a, b))
+        a, b = ([truncated_to_tf32(x)[:, None] for x in operand] for operand in (a, b))
     else:
         a, b = ([from_bits(f"{kind}x2", x).astype(np.float32) for x in operand] for operand in (a, b))
     each = a[0].shape[1]  # elements of a row in a register
-    assert len(a) * each * 2 == k, (shape, kind, wide)
+    assert len(a) * each * 2 == k, (shape, kind)
     # a: [k's upper half, row's upper half, row, lane of the row, element]
     left = np.stack(a).reshape(2, 2, 8, 4, each).transpose(1, 2, 0, 3, 4).reshape(16, k)
     right = np.stack(b).reshape(2, 8, 4, each).transpose(0, 2, 3, 1).reshape(k, 8)

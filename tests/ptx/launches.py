@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from .machine import Block
+from .block import Block
 from .memory import GlobalMemory, TensorMap
 from .program import Program, parse
 from .translate import Translator
@@ -45,14 +45,13 @@ def run(kernel: Any, arguments: dict[str, Any], grid: tuple[int, ...], seed: int
     """
     program = parse(kernel.asm["ptx"])
     parameters, maps, tensors = _parameters(program, kernel, arguments)
-    translator = Translator(program, parameters)
-    translation = translator.translated()
-    memory = GlobalMemory(tensors)
-    size = (*grid, 1, 1)[:3]
-    for x, y, z in itertools.product(*map(range, size)):
+    translation, memory, size = Translator(program, parameters).translated(), GlobalMemory(tensors), (*grid, 1, 1)[:3]
+    # Where nothing is said, as many as fit; only what is said is changed later.
+    registers = program.registers or 65536 // program.threads
+    for number, index in enumerate(itertools.product(*map(range, size))):
         Block(
-            translation, program.tables, threads=program.threads, registers_at_entry=program.registers_at_entry or 255,
-            shared=kernel.metadata.shared, memory=memory, maps=maps, index=(x, y, z), grid=size, seed=seed + x,
+            translation, threads=program.threads, registers=registers, shared=kernel.metadata.shared,
+            memory=memory, maps=maps, index=index, grid=size, seed=seed + number,
         ).run()  # fmt: skip
 
 
@@ -110,8 +109,7 @@ def machine(seed: int = 0) -> Iterator[list[str]]:
         if warmup:
             return kernel
         launched.append(self.fn.__name__)
-        arguments = dict(zip(self.arg_names, args, strict=False)) | {k: v for k, v in options.items() if k in self.arg_names}
-        run(kernel, arguments, grid(arguments) if callable(grid) else grid, seed)
+        run(kernel, dict(zip(self.arg_names, args, strict=False)) | options, grid, seed)
         return kernel
 
     with pytest.MonkeyPatch.context() as patch:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 Bytes = Any  # an array of uint8
 SHARED_BASE = 1024  # where a block's shared memory begins: the first KB is the system's
-_SWIZZLE_BITS = {0: 0, 1: 1, 2: 2, 3: 3}  # as cuTensorMapEncodeTiled numbers them: none, 32, 64 and 128 bytes
+SWIZZLES = {0: 16, 1: 32, 2: 64, 3: 128}  # bytes, as cuTensorMapEncodeTiled numbers them
+UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 
 
 class Fault(AssertionError):
@@ -21,9 +22,7 @@ class Fault(AssertionError):
 
 def swizzled(addresses: Any, mode: int) -> Any:
     """Where in shared memory a byte lies: 16-byte units are exchanged by bits of the address itself."""
-    bits = _SWIZZLE_BITS[mode]
-    mask = (1 << bits) - 1
-    return addresses ^ (((addresses >> 7) & mask) << 4)
+    return addresses ^ ((addresses >> 7 & SWIZZLES[mode] // 16 - 1) << 4)
 
 
 class GlobalMemory:
@@ -81,7 +80,7 @@ class TensorMap:
 
     def __post_init__(self) -> None:
         inner = self.box[-1] * self.itemsize
-        span = {0: 1 << 16, 1: 32, 2: 64, 3: 128}[self.swizzle]
+        span = SWIZZLES[self.swizzle] if self.swizzle else 256 * self.itemsize
         for right, rule in (
             (self.address % 16 == 0, "an address that divides by 16"),
             (1 <= len(self.shape) <= 5 and len(self.shape) == len(self.box) == len(self.strides), "1 to 5 axes"),

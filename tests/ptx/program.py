@@ -29,7 +29,7 @@ class Program:
     name: str
     parameters: list[tuple[str, int]] = field(default_factory=list)  # name and bytes
     threads: int = 0
-    registers_at_entry: int = 0
+    registers: int = 0  # a thread's, at entry; 0 where it does not say
     widths: dict[str, int] = field(default_factory=dict)  # bits by a register's letters; predicates have 1
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
@@ -54,7 +54,7 @@ def parse(ptx: str) -> Program:
         found = re.search(rf"\.{directive}\s+(\d+)", head)
         program.threads = int(found[1]) if found else program.threads
     found = re.search(r"\.maxnreg\s+(\d+)", head)
-    program.registers_at_entry = int(found[1]) if found else 0
+    program.registers = int(found[1]) if found else 0
     _parse_body(program, body)
     return program
 

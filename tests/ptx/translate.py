@@ -15,10 +15,20 @@ from .program import Instruction, Program
 
 LANES = 32
 _DTYPES = {1: np.bool_, 16: np.uint16, 32: np.uint32, 64: np.uint64}
-# What other warps or copies may notice, or what chooses the next instruction: for machine.py.
-_EVENTS = {
-    "bra", "brx", "ret", "exit", "bar", "barrier", "mbarrier", "wgmma", "setmaxnreg", "fence", "griddepcontrol",
-}  # fmt: skip
+# What other warps or copies may notice, or what chooses the next instruction: for block.py, by these names.
+_EVENTS = (
+    "bra", "brx", "ret", "bar.warp", "bar", "barrier", "fence", "setmaxnreg",
+    "griddepcontrol.launch_dependents", "griddepcontrol.wait",
+    "mbarrier.init", "mbarrier.inval", "mbarrier.arrive", "mbarrier.try_wait",
+    "wgmma.fence", "wgmma.mma_async", "wgmma.commit_group", "wgmma.wait_group",
+    "cp.async.bulk.tensor", "cp.async.bulk.commit_group", "cp.async.bulk.wait_group",
+    "cp.async.ca.shared.global", "cp.async.cg.shared.global", "cp.async.commit_group", "cp.async.wait_group",
+)  # fmt: skip
+
+
+def event_name(opcode: str) -> str | None:
+    """Which event an instruction is; None of what a warp does alone."""
+    return next((name for name in _EVENTS if opcode == name or opcode.startswith(f"{name}.")), None)
 
 
 @dataclass
@@ -33,16 +43,17 @@ class Piece:
 class Event:
     """An instruction for the machine, with its registers' numbers in the place of their names."""
 
+    name: str
     instruction: Instruction
     guard: Callable[[Any], Any]
     operands: list[Any]
-    registers: frozenset[int] = frozenset()
 
 
 @dataclass
 class Translation:
     steps: list[Piece | Event] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)  # of steps
+    tables: dict[str, list[str]] = field(default_factory=dict)  # of labels
     widths: list[int] = field(default_factory=list)  # of registers, in bits
 
 
@@ -57,7 +68,7 @@ class Translator:
 
     def translated(self) -> Translation:
         """The program in pieces and events."""
-        found = Translation(widths=self.widths)
+        found = Translation(widths=self.widths, tables=self.program.tables)
         starts: dict[int, list[str]] = {}
         for label, index in self.program.labels.items():
             starts.setdefault(index, []).append(label)
@@ -72,11 +83,12 @@ class Translator:
             if index in starts:
                 finish()
                 found.labels.update(dict.fromkeys(starts[index], len(found.steps)))
-            if instruction.parts[0] in _EVENTS or instruction.opcode.startswith("cp.async"):
-                finish()
-                found.steps.append(self._event(instruction))
-            else:
+            name = event_name(instruction.opcode)
+            if name is None:
                 pending.append(instruction)
+            else:
+                finish()
+                found.steps.append(self._event(name, instruction))
         finish()
         return found
 
@@ -134,7 +146,8 @@ class Translator:
         lines, touched = [], set()
         for instruction in instructions:
             targets, expression = self._assignment(instruction)
-            touched |= {self.register(name) for name in re.findall(r"[%\w@]+", instruction.text) if self._is_register(name)}
+            names = re.findall(r"[%\w]+", " ".join(instruction.operands) + f" {instruction.guard}")
+            touched |= {self.register(name) for name in names if self._is_register(name)}
             left = ", ".join(f"r[{target}]" for target in targets)
             if instruction.guard is not None and targets and instruction.parts[0] not in ("ld", "ldmatrix"):
                 kept = self.guard(instruction)
@@ -223,31 +236,28 @@ class Translator:
 
     # Events
 
-    def _event(self, instruction: Instruction) -> Event:
+    def _event(self, name: str, instruction: Instruction) -> Event:
         operands: list[Any] = []
-        touched: set[int] = set()
         bits = 64 if instruction.parts[-1] in ("u64", "b64") else 32
         for operand in instruction.operands:
             if operand.startswith("["):
                 inner = re.fullmatch(r"\[([^,{]*)(?:,\s*\{(.*)\})?\]", operand)
                 assert inner is not None, instruction
                 words, offset = self.address(f"[{inner[1].strip()}]")
-                coordinates = [self._reader(self.value(name.strip(), 32)) for name in (inner[2] or "").split(",") if name]
+                names = [name.strip() for name in (inner[2] or "").split(",") if name]
+                coordinates = [self._reader(self.value(name, 32)) for name in names]
                 operands.append((self._reader(words), offset, coordinates))
             elif operand.startswith("{"):
-                numbers = [self.register(name) for name in self.members(operand)]
-                touched.update(numbers)
-                operands.append(numbers)
+                operands.append([self.register(member) for member in self.members(operand)])
             elif operand == "_" or operand in self.program.tables or operand in self.program.labels:
                 operands.append(operand)
             elif self._is_register(operand):
                 operands.append(self._reader(self.value(operand, bits)))
-                touched.add(self.register(operand))
             else:
                 operands.append(int(operand, 0))
-        if instruction.parts[:2] == ("mbarrier", "try_wait"):
+        if name == "mbarrier.try_wait":
             operands[0] = self.register(instruction.operands[0])
-        return Event(instruction, self._reader(self.guard(instruction)), operands, frozenset(touched))
+        return Event(name, instruction, self._reader(self.guard(instruction)), operands)
 
     def _reader(self, words: str) -> Callable[[Any], Any]:
         return eval(f"lambda w: {words.replace('r[', 'w.registers[')}", dict(self.constants))  # noqa: S307

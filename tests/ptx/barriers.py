@@ -1,0 +1,116 @@
+"""mbarriers, and the barriers of bar.sync: who waits, and what those who pass know of the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .memory import Fault
+from .translate import LANES, Event
+from .warp import Warp
+
+
+@dataclass
+class Barrier:
+    """An mbarrier.
+
+    Attributes:
+        count: of arrivals in each phase. due: of those still missing. bytes: that are expected and have not come.
+        clock, fenced: of all who have arrived; ``seen``: both, of those before the phase that it is in.
+    """
+
+    count: int
+    clock: Any
+    fenced: Any
+    due: int = 0
+    bytes: int = 0
+    phase: int = -1
+    seen: Any = None
+
+    def __post_init__(self) -> None:
+        self.changed()
+
+    def know(self, clock: Any, fenced: Any) -> None:
+        np.maximum(self.clock, clock, out=self.clock)
+        np.maximum(self.fenced, fenced, out=self.fenced)
+
+    def changed(self) -> None:
+        """Once nothing is due any more the next phase begins."""
+        if self.due < 0:
+            raise Fault("more arrivals at an mbarrier than it counts")
+        if self.due == 0 and self.bytes == 0:
+            self.phase, self.due, self.seen = self.phase + 1, self.count, (self.clock.copy(), self.fenced.copy())
+
+
+class Barriers:
+    """Those of a block."""
+
+    def __init__(self, warps: int) -> None:
+        self._warps = warps
+        self._mbarriers: dict[int, Barrier] = {}  # by address
+        self._waiting: dict[int, list[Warp]] = {}  # by number
+
+    def at(self, warp: Warp, operand: Any, kept: Any) -> Barrier:
+        address = shared_address(warp, operand, kept)
+        if address not in self._mbarriers:
+            raise Fault(f"no mbarrier was initialised at {address:#x}")
+        return self._mbarriers[address]
+
+    def init(self, warp: Warp, event: Event, kept: Any) -> None:
+        address = shared_address(warp, event.operands[0], kept)
+        if kept.sum() != 1 or address % 8 or address in self._mbarriers:
+            raise Fault(f"an mbarrier at {address:#x} is initialised by {kept.sum()} lanes, or twice")
+        self._mbarriers[address] = Barrier(event.operands[1], warp.clock.copy(), warp.fenced.copy())
+        warp.tick()
+
+    def inval(self, warp: Warp, event: Event, kept: Any) -> None:
+        del self._mbarriers[shared_address(warp, event.operands[0], kept)]
+
+    def arrive(self, warp: Warp, event: Event, kept: Any) -> None:
+        """By each lane, once or a number of times; or once, and bytes are expected."""
+        barrier, lanes = self.at(warp, event.operands[1], kept), int(kept.sum())
+        given = event.operands[2] if len(event.operands) > 2 else 1
+        expects = "expect_tx" in event.instruction.parts
+        barrier.know(warp.clock, warp.fenced)
+        barrier.bytes += lanes * given if expects else 0
+        barrier.due -= lanes * (1 if expects else given)
+        warp.tick()
+        barrier.changed()
+
+    def try_wait(self, warp: Warp, event: Event, kept: Any) -> None:
+        """For the end of the phase of this parity: not that it is in."""
+        barrier, parity = self.at(warp, event.operands[1], kept), event.operands[2]
+        parity = parity if isinstance(parity, int) else warp.one(parity(warp))
+
+        def over() -> bool:
+            if barrier.phase & 1 == parity:
+                return False
+            np.maximum(warp.clock, barrier.seen[0], out=warp.clock)
+            np.maximum(warp.fenced, barrier.seen[1], out=warp.fenced)
+            warp.registers[event.operands[0]] = warp.all_lanes
+            return True
+
+        warp.blocked = None if over() else over
+
+    def sync(self, warp: Warp, event: Event, kept: Any) -> None:
+        """bar.sync: until so many warps have come, all of the block's if none is told."""
+        number, *threads = event.operands
+        number = number if isinstance(number, int) else warp.one(number(warp))
+        waiting = self._waiting.setdefault(number, [])
+        waiting.append(warp)
+        if len(waiting) < (threads[0] // LANES if threads else self._warps):
+            warp.blocked = lambda: warp not in waiting
+            return
+        clock, fenced = (np.max([getattr(other, name) for other in waiting], 0) for name in ("clock", "fenced"))
+        for other in waiting:
+            other.clock[:], other.fenced[:] = clock, fenced
+            other.tick()
+        waiting.clear()
+
+
+def shared_address(warp: Warp, operand: Any, kept: Any) -> int:
+    """Of an operand in brackets, which all lanes that take part have alike."""
+    read, offset, _ = operand
+    return warp.one(read(warp), kept) + offset
