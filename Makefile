@@ -24,10 +24,14 @@ TESTED_THERE := -k "half or fp16" $(addprefix tests/kernels/,test_conv.py test_u
 	test_backward.py::test_more_slabs_than_one test_backward.py::test_upsample \
 	test_backward.py::test_activation_pool_and_bias)
 
+# Of the tests of kernels a share, drawn anew, by each with the kernels it compiles, on a machine of tests/ptx.
+COMPILED := OMP_NUM_THREADS=1 FASTUNET_COMPILED=
+COMPILED_TESTS := tests/kernels tests/hopper/test_kernels.py tests/ptx
+
 .DEFAULT_GOAL := help
 # What runs on one core, two and two.
 TRITONS := $(OTHER_TRITONS:%=triton-%) triton-shipped
-.PHONY: help demo test lint types pytest fuzz triton $(TRITONS) bench gpu sass
+.PHONY: help demo test lint types pytest fuzz compiled triton $(TRITONS) bench gpu sass
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 10
@@ -51,9 +55,13 @@ pytest: $(VENV)/installed ## the tests, kernels in Triton's interpreter
 fuzz: $(VENV)/installed ## 500 random networks on the CPU and 200 in the interpreter: minutes
 	$(RUN) -m pytest -q -n $(WORKERS) -m slow tests/verify/test_fuzz.py
 
+compiled: $(VENV)/installed ## all tests of kernels, with the kernels compiled for a Hopper GPU and run on a CPU: minutes
+	$(COMPILED)1 $(RUN) -m pytest -q -n $(WORKERS) $(COMPILED_TESTS)
+
 triton: $(TRITONS) ## the kernels compiled by every Triton we support
 
 triton-shipped: $(VENV)/installed
+	$(COMPILED)0.05 $(RUN) -m pytest -q $(COMPILED_TESTS)
 	$(RUN) benchmarks/sass.py --once $(COMPILED_BY_SHIPPED)
 
 sass: $(VENV)/installed ## compile every kernel for every alignment of its arguments: minutes
@@ -62,6 +70,7 @@ sass: $(VENV)/installed ## compile every kernel for every alignment of its argum
 $(OTHER_TRITONS:%=triton-%): triton-%: $(VENV)/triton-%/installed
 	@PYTHONPATH=$(<D) $(RUN) -c "import triton; print('Triton', triton.__version__); assert triton.__version__ == '$*'"
 	PYTHONPATH=$(<D) OMP_NUM_THREADS=1 $(RUN) -m pytest -q -rs $(TESTED_THERE)
+	PYTHONPATH=$(<D) $(COMPILED)0.05 $(RUN) -m pytest -q $(COMPILED_TESTS)
 	PYTHONPATH=$(<D):. OMP_NUM_THREADS=1 $(RUN) tests/stand_in_launches.py hopper
 	PYTHONPATH=$(<D) $(RUN) benchmarks/sass.py --once $(COMPILED_BY_$*)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -10,8 +11,9 @@ from typing import NamedTuple
 import torch
 
 CUDA = torch.cuda.is_available()
-# Kernels compiled for sm_90a and run by the machine of tests/ptx, not in the interpreter.
-COMPILED = "FASTUNET_COMPILED" in os.environ
+# Kernels are compiled for sm_90a and run by the machine of tests/ptx, not in the interpreter, in this share of the
+# tests that are asked for, drawn anew each time.
+COMPILED = float(os.environ.get("FASTUNET_COMPILED", 0))
 if not CUDA and not COMPILED:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is decorated
 
@@ -32,13 +34,22 @@ from fastunet.parity.repeatability import poisoned_memory  # noqa: E402
 DEVICE = "cuda" if CUDA else "cpu"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if 0 < COMPILED < 1:
+        left_out = [item for item in items if random.random() > COMPILED and not item.get_closest_marker("compiled")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     # First, so that of several processes none is left alone with a long test.
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if not CUDA:
         skip = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:
             if item.get_closest_marker("cuda"):
+                item.add_marker(skip)
+    if not COMPILED:
+        skip = pytest.mark.skip(reason="of compiled kernels, which `make triton` tests")
+        for item in items:
+            if item.get_closest_marker("compiled"):
                 item.add_marker(skip)
 
 

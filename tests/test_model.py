@@ -204,19 +204,19 @@ class TestFoldedNorm:
     def test_is_kept_between_calls(self, nets):
         _, fast = nets
         self.agree(*nets)
-        kept = {conv: prepared.weights[torch.float64, False][0] for conv, prepared in fast._prepared.items()}
+        kept = {conv: prepared.weights[torch.float64, False, False][0] for conv, prepared in fast._prepared.items()}
         self.agree(*nets)
-        assert kept and all(fast._prepared[conv].weights[torch.float64, False][0] is kept[conv] for conv in kept)
+        assert kept and all(fast._prepared[conv].weights[torch.float64, False, False][0] is kept[conv] for conv in kept)
 
     def test_one_dtypes_are_not_let_go_for_anothers(self, nets):
         """A captured graph may be reading them."""
         fast, x = nets[1].float(), torch.randn(1, 2, 12, 12)
         with torch.no_grad():
             fast(x)
-            kept = {conv: prepared.weights[torch.float32, False][0] for conv, prepared in fast._prepared.items()}
+            kept = {conv: prepared.weights[torch.float32, False, False][0] for conv, prepared in fast._prepared.items()}
             with torch.autocast("cpu", torch.bfloat16):
                 fast(x)
-        assert kept and all(fast._prepared[conv].weights[torch.float32, False][0] is kept[conv] for conv in kept)
+        assert kept and all(fast._prepared[conv].weights[torch.float32, False, False][0] is kept[conv] for conv in kept)
 
     @staticmethod
     def step(net):

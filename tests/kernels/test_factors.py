@@ -10,7 +10,7 @@ from fastunet import kernels
 from fastunet.parity import compare
 from fastunet.reference import conv2d_relu, upsample_concat_conv2d_relu
 
-from .conftest import DTYPES, check
+from .conftest import DTYPES, check, rounds_to_tf32
 from .test_head import with_head
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -27,7 +27,7 @@ def rounded_once(precision, got, function, *inputs):
     check(precision, got, function, *inputs)
     truth = function(*(t.double().cpu() if isinstance(t, torch.Tensor) else t for t in inputs))
     once = truth.to(got.dtype).to(got.device)
-    parity = compare(got, once, truth, tf32=precision == "tf32" and got.is_cuda)
+    parity = compare(got, once, truth, tf32=rounds_to_tf32(precision, got))
     # A float32 sum rounds at each term: no element may be far off, but all are off by more than one rounding.
     held = parity.candidate_error <= parity.limit if got.dtype == torch.float32 else parity.ok
     assert held, str(parity)

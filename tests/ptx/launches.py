@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from .memory import GlobalMemory, TensorMap
 from .program import Program, parse
 from .translate import Translator
 
+Argument = int | float | TensorMap
 _TFLOAT32 = 11  # of CUtensorMapDataType
 _PARAMETERS = 1 << 20  # where the parameters of a launch would begin
 
@@ -36,29 +37,47 @@ class StandIn:
         return GPUTarget("cuda", 90, 32)
 
 
-def run(kernel: Any, arguments: dict[str, Any], grid: tuple[int, ...], seed: int) -> None:
+def run(
+    ptx: str, arguments: Sequence[Argument], grid: tuple[int, ...], *, shared: int, tensors: Iterable[Tensor], seed: int
+) -> None:
     """Every block of a launch, one after the other.
 
     Args:
-        kernel: as Triton compiled it.
-        arguments: by name.
+        arguments: of the parameters that ``ptx`` declares, in their order; 0 for those that are missing at the end.
+        shared: bytes a block. tensors: all whose memory may be touched.
     """
-    program = parse(kernel.asm["ptx"])
-    parameters, maps, tensors = _parameters(program, kernel, arguments)
+    program = parse(ptx)
+    parameters, maps = _parameters(program, arguments)
     translation, memory, size = Translator(program, parameters).translated(), GlobalMemory(tensors), (*grid, 1, 1)[:3]
     # Where nothing is said, as many as fit; only what is said is changed later.
     registers = program.registers or 65536 // program.threads
-    for number, index in enumerate(itertools.product(*map(range, size))):
-        Block(
-            translation, threads=program.threads, registers=registers, shared=kernel.metadata.shared,
-            memory=memory, maps=maps, index=index, grid=size, seed=seed + number,
-        ).run()  # fmt: skip
+    with np.errstate(all="ignore"):  # numbers overflow as they do on a GPU
+        for number, index in enumerate(itertools.product(*map(range, size))):
+            Block(
+                translation, threads=program.threads, registers=registers, shared=shared,
+                memory=memory, maps=maps, index=index, grid=size, seed=seed + number,
+            ).run()  # fmt: skip
 
 
-def _parameters(
-    program: Program, kernel: Any, arguments: dict[str, Any]
-) -> tuple[dict[str, int], dict[int, TensorMap], list[Tensor]]:
-    values: list[Any] = []
+def _parameters(program: Program, values: Sequence[Argument]) -> tuple[dict[str, int], dict[int, TensorMap]]:
+    """Parameters' values by name, for a descriptor an address, and descriptors by those."""
+    values = [*values, *[0] * (len(program.parameters) - len(values))]
+    numbers: dict[str, int] = {}
+    maps: dict[int, TensorMap] = {}
+    for (name, length), value in zip(program.parameters, values, strict=True):
+        if (length == 128) != isinstance(value, TensorMap):
+            raise AssertionError(f"{name} of {length} bytes is not for {value}")
+        if isinstance(value, TensorMap):
+            numbers[name] = _PARAMETERS + 128 * len(maps)
+            maps[numbers[name]] = value
+        else:
+            numbers[name] = int(np.float32(value).view(np.uint32)) if isinstance(value, float) else value
+    return numbers, maps
+
+
+def _flattened(kernel: Any, arguments: dict[str, Any]) -> tuple[list[Argument], list[Tensor]]:
+    """What Triton passes for a compiled kernel's arguments, by name, and the tensors among them."""
+    values: list[Argument] = []
     tensors: list[Tensor] = []
     metas = iter(kernel.metadata.tensordesc_meta or ())
     for name, kind in kernel.src.signature.items():
@@ -80,36 +99,25 @@ def _parameters(
         elif isinstance(value, Tensor):
             tensors.append(value)
             values.append(value.data_ptr())
-        elif isinstance(value, float):
-            values.append(int(np.float32(value).view(np.uint32)))
         else:
             values.append(value)
-    values += [0] * (len(program.parameters) - len(values))  # scratch memory, of which there is none
-    numbers: dict[str, int] = {}
-    maps: dict[int, TensorMap] = {}
-    for (name, length), value in zip(program.parameters, values, strict=True):
-        if (length == 128) != isinstance(value, TensorMap):
-            raise AssertionError(f"{name} of {length} bytes is not for {value}")
-        if isinstance(value, TensorMap):
-            numbers[name] = _PARAMETERS + 128 * len(maps)
-            maps[numbers[name]] = value
-        else:
-            numbers[name] = value
-    return numbers, maps, tensors
+    return values, tensors
 
 
 @contextmanager
-def machine(seed: int = 0) -> Iterator[list[str]]:
-    """Within the block launches are compiled for sm_90a and run here; gives their kernels' names."""
+def machine(seed: int = 0, edit: Callable[[str], str] = lambda ptx: ptx) -> Iterator[list[str]]:
+    """Within the block launches are compiled for sm_90a and run here, ``edit`` made to them; gives their names."""
     launched: list[str] = []
     compile_ = JITFunction.run
 
     def compile_and_run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        kernel = compile_(self, *args, grid=grid, warmup=True, **options)
+        kernel: Any = compile_(self, *args, grid=grid, warmup=True, **options)
         if warmup:
             return kernel
         launched.append(self.fn.__name__)
-        run(kernel, dict(zip(self.arg_names, args, strict=False)) | options, grid, seed)
+        values, tensors = _flattened(kernel, dict(zip(self.arg_names, args, strict=False)) | options)
+        shared = kernel.metadata.shared
+        run(edit(kernel.asm["ptx"]), values, grid, shared=shared, tensors=tensors, seed=seed)
         return kernel
 
     with pytest.MonkeyPatch.context() as patch:

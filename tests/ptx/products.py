@@ -1,6 +1,6 @@
 """wgmma: products of matrices in shared memory, done some time between their issue and the wait for them.
 
-Source: PTX ISA 8.7, asynchronous warpgroup-level matrix instructions: matrix descriptors, and how sums lie in registers.
+Source: PTX ISA 8.7, asynchronous warpgroup-level matrix instructions: descriptors, and how sums lie in registers.
 """
 
 from __future__ import annotations

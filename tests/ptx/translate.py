@@ -156,7 +156,7 @@ class Translator:
             lines.append(f"    {left} = {expression}" if targets else f"    {expression}")
         source = "def piece(w):\n    r = w.registers\n" + "\n".join(lines)
         scope = dict(self.constants)
-        exec(compile(source, "<ptx>", "exec"), scope)  # noqa: S102
+        exec(compile(source, "<ptx>", "exec"), scope)
         return Piece(scope["piece"], frozenset(touched))
 
     def _function(self, parts: tuple[str, ...]) -> str:
@@ -188,7 +188,9 @@ class Translator:
             return [self.register(operands[0].split("|")[1])], "w.first_lane"
         if name == "shfl":
             target, other, segment = operands[0].split("|")[0], self.value(operands[2], 32), self.value(operands[3], 32)
-            return [self.register(target)], f"w.shuffle({parts[2]!r}, {self.value(operands[1], 32)}, {other}, {segment})"
+            return [
+                self.register(target)
+            ], f"w.shuffle({parts[2]!r}, {self.value(operands[1], 32)}, {other}, {segment})"
         if name == "mov" and operands[0].startswith("{"):
             members = self.members(operands[0])
             source = self.value(operands[1], bits_of(parts[1]))
@@ -198,7 +200,9 @@ class Translator:
             words = ", ".join(self.value(member, bits_of(parts[1]) // len(members)) for member in members)
             return [self.register(operands[0])], f"w.packed([{words}])"
         targets = [self.register(target) for target in operands[0].split("|")]
-        words = ", ".join(self.value(operand, bits) for operand, bits in zip(operands[1:], self._bits(instruction)))
+        words = ", ".join(
+            self.value(operand, bits) for operand, bits in zip(operands[1:], self._bits(instruction), strict=False)
+        )
         return targets, f"{self._function(parts)}({words})"
 
     def _bits(self, instruction: Instruction) -> list[int]:
@@ -260,4 +264,4 @@ class Translator:
         return Event(name, instruction, self._reader(self.guard(instruction)), operands)
 
     def _reader(self, words: str) -> Callable[[Any], Any]:
-        return eval(f"lambda w: {words.replace('r[', 'w.registers[')}", dict(self.constants))  # noqa: S307
+        return eval(f"lambda w: {words.replace('r[', 'w.registers[')}", dict(self.constants))
