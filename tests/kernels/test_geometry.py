@@ -14,13 +14,15 @@ from fastunet import kernels, reference
 from fastunet.kernels.tensors import unit_channel_stride
 from fastunet.kernels.tuning import HOPPER, conv_config
 
+from ..conftest import COMPILED
 from .conftest import PRECISIONS, check, far_apart
 from .test_backward import check_bias, gradient, repeated
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-@pytest.fixture(params=["fp16", "ieee"])  # on tensor cores and off them; dtypes are the other files'
+# On tensor cores and off them, where that can be; dtypes are the other files'.
+@pytest.fixture(params=["fp16", "tf32" if COMPILED else "ieee"])
 def precision(request):
     return request.param
 

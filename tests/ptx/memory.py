@@ -120,7 +120,7 @@ class SharedMemory:
     written, or read before it is written over, at a later time is a race, whatever came first in this run.
     """
 
-    GRAIN = 4  # bytes that are watched as one
+    GRAIN = 2  # bytes that are watched as one
 
     def __init__(self, size: int, actors: int) -> None:
         self.raw = np.full(SHARED_BASE + size + 15 & ~15, 0xFF, np.uint8)  # NaN in every dtype of floats

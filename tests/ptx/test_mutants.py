@@ -23,7 +23,7 @@ MUTANTS = {
     "barrier-before-a-tma-store": (
         r"(fence\.proxy\.async\.shared::cta;\s*)bar\.sync\s+\d, 128;",
         r"\1",
-        "race|nobody wrote",
+        "race|nobody wrote|more arrivals",
     ),
     "wait-for-the-last-product": (r"wgmma\.wait_group\.sync\.aligned\s+0;", "", "registers are touched|race"),
     "wait-for-the-product-before": (
@@ -37,7 +37,7 @@ MUTANTS = {
     "wait-for-data": (
         r"mbarrier\.try_wait\.parity\.(\S+) complete, \[(%r\d+)\], %r\d+;",
         r"mov.pred complete, -1;",
-        "race|nobody wrote",
+        "race|nobody wrote|more arrivals",
     ),
 }
 
