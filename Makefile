@@ -61,6 +61,7 @@ compiled: $(VENV)/installed ## all tests of kernels, with the kernels compiled f
 triton: $(TRITONS) ## the kernels compiled by every Triton we support
 
 triton-shipped: $(VENV)/installed
+	$(COMPILED)1 $(RUN) -m pytest -q tests/ptx tests/kernels/test_tf32.py
 	$(COMPILED)0.05 $(RUN) -m pytest -q $(COMPILED_TESTS)
 	$(RUN) benchmarks/sass.py --once $(COMPILED_BY_SHIPPED)
 

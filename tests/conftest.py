@@ -36,7 +36,7 @@ DEVICE = "cuda" if CUDA else "cpu"
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if 0 < COMPILED < 1:
-        left_out = [item for item in items if random.random() > COMPILED and not item.get_closest_marker("compiled")]
+        left_out = [item for item in items if random.random() > COMPILED]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
     # First, so that of several processes none is left alone with a long test.
@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(skip)
-    if not COMPILED:
+    if not COMPILED and not CUDA:
         skip = pytest.mark.skip(reason="of compiled kernels, which `make triton` tests")
         for item in items:
             if item.get_closest_marker("compiled"):

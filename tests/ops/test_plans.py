@@ -16,11 +16,11 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
-from fastunet import FastUNet, dispatch, ops
+from fastunet import FastUNet, dispatch, kernels, ops
 from fastunet.ops import operator, plan, planned
 from fastunet.ops.common import repeatable_cudnn
 from fastunet.ops.plan import Plan
-from fastunet.ops.planned import Instead
+from fastunet.ops.planned import Instead, kind
 
 from .cases import outputs
 
@@ -343,6 +343,15 @@ def test_who_looks_on_gets_no_plan(seed, device, kept):
         for _ in range(4):
             ops.conv2d_relu(torch.randn(2, 3, 6, 8, device=device), weight).sum().backward()
     assert not found(kept)
+
+
+def test_a_weight_known_to_be_rounded_is_of_another_kind(seed):
+    """Its plan would not round one that is not."""
+    weight = torch.randn(8, 3, 3, 3)
+    rounded = weight.clone()
+    rounded.rounded_to_tf32 = True  # pyright: ignore[reportAttributeAccessIssue]: as kernels/tf32.py has it
+    assert kernels.is_rounded(rounded) and not kernels.is_rounded(rounded.clone())
+    assert kind(weight, None) == kind(weight.clone(), None) != kind(rounded, None)
 
 
 def test_the_least_recently_used_go(seed, device, kept, monkeypatch):

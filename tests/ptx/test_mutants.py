@@ -11,11 +11,16 @@ import torch.nn.functional as F
 from fastunet.kernels import hopper
 from fastunet.kernels.hopper import conv3x3
 
+from ..conftest import CUDA
 from ..hopper.conftest import config_of
 from .launches import machine
 from .memory import Fault
 
-pytestmark = [pytest.mark.compiled, pytest.mark.usefixtures("poisoned")]
+pytestmark = [
+    pytest.mark.compiled,
+    pytest.mark.skipif(CUDA, reason="the machine stands in for a GPU"),
+    pytest.mark.usefixtures("poisoned"),
+]
 
 # By what is missing: a pattern, what is put in its place, and what must be said of it.
 MUTANTS = {
