@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .graph import in_a_users_capture
 from .ops.common import rounded, rounds_to_tf32
+from .ops.operator import someone_looks_on
 from .sources import Sources
 
 How = tuple[torch.dtype, bool, bool]  # dtype, whether the norm's factors are apart, whether rounded to tf32
@@ -37,7 +38,8 @@ def prepare(
     found = kept.get(conv)
     if found is None or not found.sources.are(tensors):
         found = Prepared(tensors)
-    how = dtype, apart, rounds_to_tf32(weight.device, dtype)
+    # Who looks on would see memory that no operator fills; the operators round for themselves then.
+    how = dtype, apart, rounds_to_tf32(weight.device, dtype) and not someone_looks_on()
     if how not in found.weights:
         found.add(how, conv, norm, roll)
         kept[conv] = found

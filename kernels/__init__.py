@@ -4,7 +4,7 @@ Every launcher takes logical NCHW tensors of any strides and returns channels_la
 computes an operator; ``_bwd``, ``_dgrad`` (of the input) and ``_wgrad`` (of the weight) its gradients.
 """
 
-from . import hopper
+from . import hopper, tf32
 from .activation_bwd import activation_bwd
 from .commuted import upconcat_conv3x3_commuted_fwd
 from .conv3x3 import conv_fwd, conv_head_fwd, conv_pool_fwd
@@ -14,7 +14,6 @@ from .conv_transpose import conv_transpose_fwd
 from .conv_transpose_bwd import conv_transpose_dgrad, conv_transpose_wgrad
 from .norm import norm_bwd, norm_fwd
 from .stem import STEM_CHANNELS, stem_fwd
-from .tf32 import is_rounded, rounded_weight
 from .tuning import HEAD_CHANNELS, HEAD_CLASSES
 from .upconcat_conv3x3 import upconcat_conv3x3_fwd
 from .upsample_bwd import upsample_bwd
@@ -35,11 +34,10 @@ __all__ = [
     "conv_transpose_wgrad",
     "conv_wgrad",
     "hopper",
-    "is_rounded",
     "norm_bwd",
     "norm_fwd",
-    "rounded_weight",
     "stem_fwd",
+    "tf32",
     "upconcat_conv3x3_commuted_fwd",
     "upconcat_conv3x3_fwd",
     "upconcat_conv3x3_moments_fwd",

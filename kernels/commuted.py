@@ -25,6 +25,7 @@ from .conv3x3 import conv_fwd
 from .implicit_gemm import activate
 from .launch import launch
 from .tensors import bias_or_zeros, empty_channels_last, scaled, without_graph
+from .tf32 import marked_as_rounded
 from .tuning import gather_config
 from .upsample_concat import load_upsampled
 
@@ -76,13 +77,15 @@ def upconcat_conv3x3_commuted_fwd(
     y = empty_channels_last(skip, o, height, width)
     if y.numel() == 0:
         return y
-    taps = weight[:, :c1].permute(2, 3, 0, 1).reshape(9 * o, c1, 1, 1)
+    taps = marked_as_rounded(weight[:, :c1].permute(2, 3, 0, 1).reshape(9 * o, c1, 1, 1), of=weight)
     factors = None
     if bias is not None and scaled(bias):  # of the sums of both
         factors = torch.stack([bias[0], torch.zeros_like(bias[0])]).repeat(1, 9)
     z = conv(x, taps, factors, slope=1.0, tf32=tf32, out_dtype=torch.float32)
     if c2:
-        t = conv(skip, weight[:, c1:], bias, slope=1.0, tf32=tf32, out_dtype=torch.float32)
+        t = conv(
+            skip, marked_as_rounded(weight[:, c1:], of=weight), bias, slope=1.0, tf32=tf32, out_dtype=torch.float32
+        )
     else:  # no skip comes in
         added = bias_or_zeros(bias, o, y)
         added = added[1] if scaled(bias) else added

@@ -32,7 +32,6 @@ from .implicit_gemm import (
     tile_origin,
     tile_pixels,
 )
-from .launch import launch
 from .tensors import (
     bias_or_zeros,
     convolved_size,
@@ -46,6 +45,7 @@ from .tensors import (
     weight_descriptor,
     without_graph,
 )
+from .tf32 import launch_rounding, rounds
 from .tuning import ConvConfig, capability, conv_config
 
 
@@ -184,9 +184,9 @@ def _launch(
         raise ValueError(f"config: expected one of pointers, for a stride of {stride}, got {config}")
     if head is not None and config.block_co < o:
         raise ValueError(f"config: expected a tile of all {o} channels, for a head, got {config}")
-    launch(
-        _conv_fwd_kernel, (config.tiles(n, height, width, o),),
-        pixel_descriptor(x, config) if config.tma else x,
+    launch_rounding(
+        2 if config.tma and rounds(x.dtype, tf32) else 0, _conv_fwd_kernel, (config.tiles(n, height, width, o),),
+        pixel_descriptor(x, config, tf32) if config.tma else x,
         weight_descriptor(rows, config) if config.tma else rows,
         bias_or_zeros(bias, o, y), y, pooled, *(head or (None, None)),
         n, c, h, w, o, x.stride(0), x.stride(2), x.stride(3),

@@ -21,7 +21,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .implicit_gemm import add_bias_activate, dot, load_weights, store_tile, tile_origin, tile_pixels
-from .launch import launch
 from .tensors import (
     bias_or_zeros,
     empty_channels_last,
@@ -32,7 +31,7 @@ from .tensors import (
     without_factors,
     without_graph,
 )
-from .tf32 import rounded_weight
+from .tf32 import launch_rounding, rounded_weight, rounds
 from .tuning import ConvConfig, capability, conv_config
 
 
@@ -73,7 +72,7 @@ def _conv_transpose_fwd_kernel(
             )  # [BLOCK_P, BLOCK_K]
         w_row = ((i0 + di * STRIDE_H) * COLUMNS + j0 + dj * STRIDE_W) * O + co0
         w_tile = load_weights(w, w_row, O - co0, c0, C, C - c0, USE_TMA, BLOCK_CO, BLOCK_K)
-        acc = dot(w_tile, x_tile, acc, PRECISION)
+        acc = dot(w_tile, x_tile, acc, PRECISION, USE_TMA)
     acc = add_bias_activate(acc, bias_ptr, co0, O, False, 1.0, BLOCK_CO)
     store_tile(
         y_ptr, acc, n, STRIDE_H * h + row_of_y, STRIDE_W * col + column_of_y, co0, N, y_height, y_width, O, BLOCK_CO
@@ -117,9 +116,10 @@ def conv_transpose_fwd(
             precise=x.dtype == torch.float32 and not tf32,
             tma=tma_serves(x) and rows.data_ptr() % 16 == 0,
         )  # fmt: skip
-    launch(
+    launch_rounding(
+        2 if config.tma and rounds(x.dtype, tf32) else 0,
         _conv_transpose_fwd_kernel, (config.tiles(n, *cells, o), step[0] * step[1]),
-        pixel_descriptor(x, config) if config.tma else x,
+        pixel_descriptor(x, config, tf32) if config.tma else x,
         weight_descriptor(rows, config) if config.tma else rows,
         bias_or_zeros(bias, o, y), y, n, c, h, w, o, *y.shape[2:], x.stride(0), x.stride(2), x.stride(3),
         ROWS=filter_size[0], COLUMNS=filter_size[1], PAD=pad, STRIDE_H=step[0], STRIDE_W=step[1],

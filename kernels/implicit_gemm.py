@@ -59,11 +59,15 @@ def convolved(size, KSIZE: tl.constexpr, PAD: tl.constexpr, STRIDE: tl.constexpr
 
 
 @triton.jit
-def dot(w, x, acc, PRECISION: tl.constexpr):
-    """acc [BLOCK_CO, BLOCK_P] + w [BLOCK_CO, BLOCK_K] @ transposed x [BLOCK_P, BLOCK_K]."""
+def dot(w, x, acc, PRECISION: tl.constexpr, ROUNDED: tl.constexpr):
+    """acc [BLOCK_CO, BLOCK_P] + w [BLOCK_CO, BLOCK_K] @ transposed x [BLOCK_P, BLOCK_K].
+
+    For tf32 w is rounded beforehand; ROUNDED: x is, too, as TMA does. In registers it costs WGMMA a way through
+    shared memory, and each product a wait for the one before.
+    """
     if INTERPRETED:
         w, x = w.to(tl.float32), x.to(tl.float32)
-    elif PRECISION == "tf32":  # weights are rounded beforehand
+    elif PRECISION == "tf32" and not ROUNDED:
         x = rounded_to_tf32(x)
     return tl.dot(w, x.T, acc, input_precision=PRECISION)
 
@@ -121,7 +125,7 @@ def accumulate(
         w_tile = load_weights(
             w, w_row0, w_rows, w_column, KSIZE * KSIZE * w_channels, C - c0, USE_TMA, BLOCK_CO, BLOCK_K
         )
-        acc = dot(w_tile, x_tile, acc, PRECISION)
+        acc = dot(w_tile, x_tile, acc, PRECISION, USE_TMA)
     return acc
 
 

@@ -49,7 +49,7 @@ def _stem_fwd_kernel(
     co = co0 + tl.arange(0, BLOCK_CO)
     w_mask = (co < O)[:, None] & (k < 9 * C)[None, :]
     w = tl.load(w_ptr + co[:, None] * (9 * C) + k[None, :], mask=w_mask, other=0.0)
-    acc = dot(w, x, tl.zeros([BLOCK_CO, BLOCK_N * BLOCK_H * BLOCK_W], tl.float32), PRECISION)
+    acc = dot(w, x, tl.zeros([BLOCK_CO, BLOCK_N * BLOCK_H * BLOCK_W], tl.float32), PRECISION, False)
     acc = add_bias_activate(acc, bias_ptr, co0, O, SCALED, SLOPE, BLOCK_CO)
     store_tile(y_ptr, acc, n, h, col, co0, N, y_height, y_width, O, BLOCK_CO)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .tf32 import rounded_weight
+from .tf32 import rounded_weight, rounding, rounds
 from .tuning import HEAD_CHANNELS, HEAD_CLASSES, ConvConfig, remembered
 
 Arguments = ParamSpec("Arguments")
@@ -122,9 +122,10 @@ def tma_serves(x: Tensor) -> bool:
     return all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in (x.stride(0), x.stride(2), x.stride(3)))
 
 
-def pixel_descriptor(x: Tensor, config: ConvConfig) -> TensorDescriptor:
-    """TMA boxes of (block_n, block_h, block_w, block_k) of ``x``, seen as NHWC."""
-    return _descriptor(x.permute(0, 2, 3, 1), (config.block_n, config.block_h, config.block_w, config.block_k))
+def pixel_descriptor(x: Tensor, config: ConvConfig, tf32: bool) -> TensorDescriptor:
+    """TMA boxes of (block_n, block_h, block_w, block_k) of ``x``, seen as NHWC; rounded for products in tf32."""
+    box = config.block_n, config.block_h, config.block_w, config.block_k
+    return _descriptor(x.permute(0, 2, 3, 1), box, rounds(x.dtype, tf32))
 
 
 def weight_descriptor(rows: Tensor, config: ConvConfig) -> TensorDescriptor:
@@ -132,15 +133,15 @@ def weight_descriptor(rows: Tensor, config: ConvConfig) -> TensorDescriptor:
     return _descriptor(rows, (config.block_co, config.block_k))
 
 
-def _descriptor(x: Tensor, box: tuple[int, ...]) -> TensorDescriptor:
-    return described(x, _checked_descriptor(x.shape, x.stride(), box, x.dtype))
+def _descriptor(x: Tensor, box: tuple[int, ...], to_tf32: bool = False) -> TensorDescriptor:
+    return described(x, _checked_descriptor(x.shape, x.stride(), box, x.dtype, to_tf32))
 
 
 @remembered
 def _checked_descriptor(
-    shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], dtype: torch.dtype
+    shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], dtype: torch.dtype, to_tf32: bool
 ) -> TensorDescriptor:
-    return TensorDescriptor(no_memory(dtype), list(shape), list(strides), list(box))
+    return TensorDescriptor(no_memory(dtype), list(shape), list(strides), list(box), **rounding(to_tf32))
 
 
 def no_memory(dtype: torch.dtype) -> Tensor:

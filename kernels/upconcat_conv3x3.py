@@ -29,7 +29,6 @@ from .implicit_gemm import (
     tile_origin,
     tile_pixels,
 )
-from .launch import launch
 from .tensors import (
     bias_or_zeros,
     convolved_size,
@@ -43,6 +42,7 @@ from .tensors import (
     weight_descriptor,
     without_graph,
 )
+from .tf32 import launch_rounding, rounds
 from .tuning import ConvConfig, capability, conv_config
 from .upsample_concat import load_upsampled
 
@@ -74,7 +74,7 @@ def _accumulate_upsampled(
         w_tile = load_weights(
             w_ptr, co0, O - co0, tap * w_channels + c0, 9 * w_channels, C - c0, False, BLOCK_CO, BLOCK_K
         )
-        acc = dot(w_tile, x_tile, acc, PRECISION)
+        acc = dot(w_tile, x_tile, acc, PRECISION, False)
     return acc
 
 
@@ -157,10 +157,10 @@ def upconcat_conv3x3_fwd(
             tma=tma and rows.data_ptr() % 16 == 0,
             interpolating=mode != "none",
         )  # fmt: skip
-    launch(
-        _upconcat_conv3x3_fwd_kernel, (config.tiles(n, *size, o),),
-        pixel_descriptor(x, config) if config.tma else x,
-        pixel_descriptor(skip, config) if config.tma else skip,
+    launch_rounding(
+        3 if config.tma and rounds(x.dtype, tf32) else 0, _upconcat_conv3x3_fwd_kernel, (config.tiles(n, *size, o),),
+        pixel_descriptor(x, config, tf32) if config.tma else x,
+        pixel_descriptor(skip, config, tf32) if config.tma else skip,
         weight_descriptor(rows, config) if config.tma else rows,
         bias_or_zeros(bias, o, y), y, n, c1, c2, h, w, o, x.shape[2], x.shape[3], top, left,
         x.stride(0), x.stride(2), x.stride(3), skip.stride(0), skip.stride(2), skip.stride(3),

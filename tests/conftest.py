@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import random
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,8 @@ CUDA = torch.cuda.is_available()
 COMPILED = float(os.environ.get("FASTUNET_COMPILED", 0))
 if not CUDA and not COMPILED:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is decorated
+elif COMPILED:
+    os.environ.pop("TRITON_INTERPRET", None)
 
 # That cache knows an operator by its name alone: a changed gradient would be taken for the one of an earlier run.
 os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
@@ -36,9 +38,11 @@ DEVICE = "cuda" if CUDA else "cpu"
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if 0 < COMPILED < 1:
-        left_out = [item for item in items if random.random() > COMPILED]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+        # Anew in each run, and in all its processes the same.
+        run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+        drawn = {item: zlib.crc32(f"{run} {item.nodeid}".encode()) < COMPILED * 2**32 for item in items}
+        config.hook.pytest_deselected(items=[item for item in items if not drawn[item]])
+        items[:] = [item for item in items if drawn[item]]
     # First, so that of several processes none is left alone with a long test.
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if not CUDA:
@@ -62,7 +66,7 @@ def quick_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     if COMPILED:
         from .ptx.launches import machine
 
-        with machine(torch.seed() % 2**31):
+        with machine(request.getfixturevalue("seed")):
             yield
         return
     from . import interpreter

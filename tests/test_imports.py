@@ -39,7 +39,7 @@ ROOMS: dict[str, set[str]] = {
     "graph": {"ops", "sources"},
     "plan": {"ops", "sources"},
     "built": {"reference"},
-    "prepared": {"graph", "sources"},
+    "prepared": {"graph", "sources", "ops"},
     "small": {"config", "trace"},
     "model": {"config", "reference", "dispatch", "graph", "ops", "checkpoint", "hub"}
     | {"origin", "built", "plan", "prepared", "small", "sources"},

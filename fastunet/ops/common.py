@@ -49,18 +49,20 @@ def tf32() -> bool:
 
 def rounds_to_tf32(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether our kernels round weights that are of ``dtype`` on ``device``."""
-    return dtype == torch.float32 and tf32() and dispatch.choose(device, dtype).implementation == "triton"
+    if dtype != torch.float32 or (device.type == "cpu" and dispatch.asked_for() is None):
+        return False  # most calls, by a CPU
+    return tf32() and dispatch.choose(device, dtype).implementation == "triton"
 
 
 def rounded(weight: Tensor) -> Tensor:
     """``weight``, without gaps, as our kernels round it for tf32, who do not do so again."""
     with on_device(weight):
-        return kernels.rounded_weight(weight, tf32=True)
+        return kernels.tf32.marked_as_rounded(kernels.tf32.rounded_weight(weight, tf32=True))
 
 
 def is_rounded(weight: Tensor) -> bool:
-    """Whether it comes from :func:`rounded`."""
-    return dispatch.has_triton() and kernels.is_rounded(weight)
+    """Whether our kernels take it as rounded."""
+    return dispatch.has_triton() and kernels.tf32.is_rounded(weight)
 
 
 _repeatable: ContextVar[bool] = ContextVar("fastunet_repeatable", default=False)

@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 from .. import commuted
-from ..launch import launch
 from ..norm import Moments, merged_statistics, statistics
 from ..tensors import (
     bias_or_zeros,
@@ -42,20 +41,10 @@ from ..tensors import (
     without_factors,
     without_graph,
 )
-from ..tf32 import rounded_weight
+from ..tf32 import launch_rounding, rounded_weight, rounding, rounds
 from ..tuning import pointwise_config, remembered
 from ..upsample_concat import upsample_concat_fwd
-from .compat import (
-    OVERLAPPING_WINDOWS,
-    TMA_ROUNDS,
-    TensorDescriptor,
-    gdc_launch_dependents,
-    gdc_wait,
-    gl,
-    gluon,
-    make_loads_round,
-    mbarrier,
-)
+from .compat import OVERLAPPING_WINDOWS, TensorDescriptor, gdc_launch_dependents, gdc_wait, gl, gluon, mbarrier
 from .implicit_gemm import load_tiles, multiply_tiles
 from .split_k import sum_splits
 from .tuning import HopperConfig, block_k, hopper_configs, multiprocessors, tma_ready, transpose_configs, why_not
@@ -133,18 +122,17 @@ def _conv_fwd_kernel(
     ], [4, 1], [232, 40])  # fmt: skip
 
 
-def _descriptor(x: Tensor, box: list[int], rounds: bool = False) -> TensorDescriptor:
-    """TMA boxes of ``x``, aligned, the last of whose axes is that of the channels; in tf32 where it ``rounds``."""
-    return described(x, _checked_descriptor(x.shape, x.stride(), tuple(box), x.dtype, rounds))
+def _descriptor(x: Tensor, box: list[int], to_tf32: bool = False) -> TensorDescriptor:
+    """TMA boxes of ``x``, aligned, the last of whose axes is that of the channels; rounded as they are loaded."""
+    return described(x, _checked_descriptor(x.shape, x.stride(), tuple(box), x.dtype, to_tf32))
 
 
 @remembered
 def _checked_descriptor(
-    shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], dtype: torch.dtype, rounds: bool
+    shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], dtype: torch.dtype, to_tf32: bool
 ) -> TensorDescriptor:
     layout = gl.NVMMASharedLayout.get_default_for(list(box), getattr(gl, str(dtype).removeprefix("torch.")))
-    rounding = {"round_f32_to_tf32": True} if rounds and TMA_ROUNDS else {}
-    return TensorDescriptor(no_memory(dtype), list(shape), list(strides), list(box), layout, **rounding)
+    return TensorDescriptor(no_memory(dtype), list(shape), list(strides), list(box), layout, **rounding(to_tf32))
 
 
 def _launch(
@@ -204,11 +192,11 @@ def _launch(
         rows = packed_weight(weight, tf32).view(o, ksize**2, sum(channels))
     rows = rows.clone() if rows.data_ptr() % 16 else rows  # a view of other weights, from an odd element
     width, tile = block_k(dtype), [config.block_n, config.block_h, config.block_w]
-    rounds = dtype == torch.float32  # pixels; weights are
+    to_tf32 = rounds(dtype, tf32)
     operands: list[TensorDescriptor | None] = []
     for x, part in zip(maps, rows.split(channels, 2) if len(maps) == 2 else (rows,), strict=True):
-        tail = _descriptor(x, [1, 2, config.block_w, width], rounds) if config.halo else None
-        operands += [_descriptor(x, [*tile, width], rounds), tail, _descriptor(part, [config.block_co, 1, width])]
+        tail = _descriptor(x, [1, 2, config.block_w, width], to_tf32) if config.halo else None
+        operands += [_descriptor(x, [*tile, width], to_tf32), tail, _descriptor(part, [config.block_co, 1, width])]
     shares, box = None, [*tile, 64]
     if config.splits > 1:
         out = shares = y.new_empty((config.splits, n, h, w, o), dtype=torch.float32)
@@ -228,20 +216,16 @@ def _launch(
         moments = torch.empty((slabs, 3, groups, o), dtype=torch.float32, device=y.device)
     filter_rows = 2 if transposed else 1
     grid = min(filter_rows * config.tiles(n, h, w, o), multiprocessors(y.device))
-    arguments = (
+    loads = sum(x is not None for x in operands) if to_tf32 else 0
+    launch_rounding(
+        loads, _conv_fwd_kernel, (grid,),
         *operands, *((None,) * (6 - len(operands))), bias, stored, small, *(head or (None, None)), moments,
         n, h, w, o, channels[0], sum(channels[1:]), top, left,
+        KSIZE=1 if transposed else ksize, TWO_SOURCES=len(maps) == 2, SCALED=scaled(bias), SLOPE=slope,
+        POOL=small is not None, BLOCK_K=width, FILTER_ROWS=filter_rows, CLASSES=0 if head is None else len(head[0]),
+        MOMENTS=0 if moments is None else 1 if moments_of == "batch" else 2,
+        num_warps=4, launch_pdl=True, **config.options(),
     )  # fmt: skip
-    options = {
-        "KSIZE": 1 if transposed else ksize, "TWO_SOURCES": len(maps) == 2, "SCALED": scaled(bias), "SLOPE": slope,
-        "POOL": small is not None, "BLOCK_K": width, "FILTER_ROWS": filter_rows,
-        "CLASSES": 0 if head is None else len(head[0]),
-        "MOMENTS": 0 if moments is None else 1 if moments_of == "batch" else 2,
-        "num_warps": 4, "launch_pdl": True, **config.options(),
-    }  # fmt: skip
-    if rounds and not TMA_ROUNDS:
-        make_loads_round(_conv_fwd_kernel, (grid,), arguments, options, sum(x is not None for x in operands))
-    launch(_conv_fwd_kernel, (grid,), *arguments, **options)
     if shares is not None:
         sum_splits(shares, bias, y, pooled, slope)
     return moments

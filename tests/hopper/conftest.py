@@ -21,6 +21,10 @@ def emulate(monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[Callable[...
     """emulate(eagerness, mutations): from now on the kernel runs in the emulator, on ``PROGRAMS`` programs."""
     if torch.cuda.is_available():
         pytest.skip("the emulator stands in for a GPU")
+    if COMPILED:
+        monkeypatch.setattr(conv3x3, "multiprocessors", lambda device: PROGRAMS)
+        yield lambda *arguments: None
+        return
     kernel = conv3x3._conv_fwd_kernel
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # its tensors are small
@@ -30,10 +34,6 @@ def emulate(monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[Callable[...
         monkeypatch.setattr(conv3x3, "_conv_fwd_kernel", emulated)
         monkeypatch.setattr(conv3x3, "multiprocessors", lambda device: PROGRAMS)
 
-    if COMPILED:
-        monkeypatch.setattr(conv3x3, "multiprocessors", lambda device: PROGRAMS)
-        yield lambda *arguments: None
-        return
     start()
     yield start
     torch.set_num_threads(threads)

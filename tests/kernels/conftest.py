@@ -66,8 +66,9 @@ def far_apart(x: Tensor, axis: int) -> Tensor:
 
 def _rounded_to_tf32(x: Tensor) -> Tensor:
     """To the nearest; its gradient is that of x."""
-    rounded = ((x.detach().contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-    return x + (rounded - x.detach())
+    plain = x.detach().contiguous()
+    rounded = ((plain.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    return x + torch.where(plain.isfinite(), rounded - plain, 0.0)
 
 
 class RoundedFactors(TorchFunctionMode):

@@ -67,11 +67,11 @@ def test_nan_and_infinity_stay(make):
     flat = weight.view(-1)
     flat[:4] = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0])
     flat[4:6] = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
-    rounded = kernels.rounded_weight(weight, tf32=True).view(-1)
+    rounded = kernels.tf32.rounded_weight(weight, tf32=True).view(-1)
     assert torch.equal(rounded.isnan(), flat.isnan()) and torch.equal(rounded[[0, 1, 3]], flat[[0, 1, 3]])
     assert ((rounded - flat)[6:].abs() <= flat[6:].abs() * TF32_EPS / 2).all()
     assert not (rounded[6:].view(torch.int32) & 0x1FFF).any()
-    assert kernels.is_rounded(rounded) is False and kernels.rounded_weight(weight, tf32=False) is weight
+    assert kernels.tf32.rounded_weight(weight, tf32=False) is weight
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_a_models_weights_are_rounded_once(on_our_kernels, seed, monkeypatch):
         launched.clear()
         exact = model(x)
     assert "_round_kernel" not in launched and not torch.equal(exact, first)
-    assert sum(map(kernels.is_rounded, laid_out(model._prepared))) == len(model._prepared)
+    assert sum(map(kernels.tf32.is_rounded, laid_out(model._prepared))) == len(model._prepared)
 
 
 def test_a_layers_weights_are_rounded_in_each_step_of_training(on_our_kernels, seed, monkeypatch):

@@ -348,10 +348,11 @@ def test_who_looks_on_gets_no_plan(seed, device, kept):
 def test_a_weight_known_to_be_rounded_is_of_another_kind(seed):
     """Its plan would not round one that is not."""
     weight = torch.randn(8, 3, 3, 3)
-    rounded = weight.clone()
-    rounded.rounded_to_tf32 = True  # pyright: ignore[reportAttributeAccessIssue]: as kernels/tf32.py has it
-    assert kernels.is_rounded(rounded) and not kernels.is_rounded(rounded.clone())
+    rounded = kernels.tf32.marked_as_rounded(weight.clone())
+    assert kernels.tf32.is_rounded(rounded) and not kernels.tf32.is_rounded(rounded.clone())
     assert kind(weight, None) == kind(weight.clone(), None) != kind(rounded, None)
+    rounded.mul_(1.1)
+    assert not kernels.tf32.is_rounded(rounded) and kind(weight, None) == kind(rounded, None)
 
 
 def test_the_least_recently_used_go(seed, device, kept, monkeypatch):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,17 +55,9 @@ def to_bits(kind: str, x: Lanes) -> Lanes:
     return np.asarray(x).astype(_SIGNED[bits] if kind.startswith("s") else _UNSIGNED[bits]).view(_UNSIGNED[bits])
 
 
-def _typed(kind: str, function: Function, result: str | None = None) -> Function:
-    """``function`` of numbers as one of bits; float16 and bfloat16 are computed in float32 and rounded once."""
-    wide = kind.startswith(("f16", "bf16"))
-
-    def of_bits(*operands: Lanes) -> Lanes:
-        numbers = [from_bits(kind, x) for x in operands]
-        if wide:
-            numbers = [x.astype(np.float32) for x in numbers]
-        return to_bits(result or kind, function(*numbers))
-
-    return of_bits
+def _of_numbers(kind: str, function: Function) -> Function:
+    """``function`` of numbers as one of bits."""
+    return lambda *operands: to_bits(kind, function(*(from_bits(kind, x) for x in operands)))
 
 
 def _fma(a: Lanes, b: Lanes, c: Lanes) -> Lanes:
@@ -73,15 +65,12 @@ def _fma(a: Lanes, b: Lanes, c: Lanes) -> Lanes:
 
 
 def _divide(a: Lanes, b: Lanes) -> Lanes:
-    """Towards zero, as C."""
-    if a.dtype.kind == "f":
-        return a / b
-    quotient = np.abs(a.astype(object)) // np.abs(b.astype(object))
-    return np.where((a < 0) != (b < 0), -quotient, quotient).astype(a.dtype)
-
-
-def _remainder(a: Lanes, b: Lanes) -> Lanes:
-    return a - _divide(a, b) * b
+    """Towards zero, as C; all bits set where it is by 0."""
+    wide = np.int64 if a.itemsize < 8 else object
+    by = np.where(b == 0, 1, b).astype(wide)
+    quotient = np.abs(a.astype(wide)) // np.abs(by)
+    quotient = np.where((a < 0) != (b < 0), -quotient, quotient) & (1 << 8 * a.itemsize) - 1
+    return np.where(b == 0, -1, quotient.astype(f"u{a.itemsize}").view(a.dtype)).astype(a.dtype)
 
 
 def _high(a: Lanes, b: Lanes) -> Lanes:
@@ -95,8 +84,7 @@ def _shift(kind: str, function: Function) -> Function:
 
     def of_bits(x: Lanes, by: Lanes) -> Lanes:
         x = from_bits(kind, x)
-        most = np.minimum(by, bits - 1).astype(x.dtype)
-        shifted = function(x, most)
+        shifted = function(x, np.minimum(by, bits - 1).astype(x.dtype))
         if not kind.startswith("s"):
             shifted = np.where(by < bits, shifted, 0).astype(x.dtype)
         return to_bits(kind, shifted)
@@ -104,15 +92,23 @@ def _shift(kind: str, function: Function) -> Function:
     return of_bits
 
 
-def _field(kind: str, x: Lanes, start: Lanes, length: Lanes) -> Lanes:
-    """bfe.u32, bfe.s32: ``length`` bits from ``start`` on; of the second the uppermost is the sign."""
-    above = np.uint64(64) - length.astype(np.uint64)
-    moved = (x.astype(np.uint64) >> start.astype(np.uint64)) << above
-    return (moved.view(np.int64) >> above.view(np.int64) if kind == "s32" else moved >> above).astype(x.dtype)
+def _field(kind: str) -> Function:
+    """bfe: bits from a place on, of so many; beyond the uppermost more of the sign, or zeros."""
+
+    def of_bits(x: Lanes, start: Lanes, length: Lanes) -> Lanes:
+        start, length = (np.minimum(operand & np.uint32(255), 32).astype(np.int64) for operand in (start, length))
+        number = from_bits(kind, x).astype(np.int64) >> start
+        found = number & (np.int64(1) << length) - 1
+        if kind == "s32":
+            sign = (from_bits(kind, x).astype(np.int64) >> np.minimum(start + length - 1, 31)) & 1
+            found = np.where((length > 0) & (sign == 1), found | (np.int64(-1) << length), found)
+        return (found & 0xFFFFFFFF).astype(np.uint32)
+
+    return of_bits
 
 
 def _permuted(a: Lanes, b: Lanes, selector: Lanes) -> Lanes:
-    """prmt.b32: each byte of the result one of the eight of b:a."""
+    """prmt.b32: each byte of the result one of the eight of b:a, or its sign."""
     both = a.astype(np.uint64) | (b.astype(np.uint64) << np.uint64(32))
     result = np.zeros_like(a)
     for i in range(4):
@@ -134,81 +130,109 @@ def truncated_to_tf32(x: Lanes) -> Lanes:
 
 
 _COMPARISONS: dict[str, Function] = {
-    "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
-    "lo": operator.lt, "ls": operator.le, "hi": operator.gt, "hs": operator.ge,
+    "eq": operator.eq, "ne": lambda a, b: (a < b) | (a > b), "lt": operator.lt, "le": operator.le,
+    "gt": operator.gt, "ge": operator.ge,
     "nan": lambda a, b: np.isnan(a) | np.isnan(b), "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
     "equ": lambda a, b: ~((a < b) | (a > b)), "neu": lambda a, b: ~(a == b),
     "ltu": lambda a, b: ~(a >= b), "leu": lambda a, b: ~(a > b), "gtu": lambda a, b: ~(a <= b),
     "geu": lambda a, b: ~(a < b),
 }  # fmt: skip
-_COMBINED = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
-_LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.bitwise_not}
-_NUMERIC: dict[str, Function] = {
-    "add": operator.add, "sub": operator.sub, "neg": operator.neg, "abs": np.abs, "div": _divide, "rem": _remainder,
-    "fma": _fma, "ex2": np.exp2, "lg2": np.log2, "rcp": lambda x: 1 / x, "sqrt": np.sqrt,
-    "rsqrt": lambda x: 1 / np.sqrt(x), "tanh": np.tanh,
-}  # fmt: skip
-# Of approximations the nearest number is given; what the hardware gives is within a few roundings of it.
-_ROUNDING = {"rn", "rna", "rni", "rz", "rzi", "rmi", "rpi", "full", "approx", "ftz", "sat", "satfinite", "relu"}
 
 
-def _comparison(parts: tuple[str, ...]) -> Function:
-    kind, compare = parts[-1], _COMPARISONS[parts[1]]
-    combine = next((_COMBINED[part] for part in parts[2:-1] if part in _COMBINED), None)
-
-    def of_bits(a: Lanes, b: Lanes, *other: Lanes) -> Lanes:
-        found = compare(from_bits(kind, a), from_bits(kind, b))
-        if combine is not None:
-            found = combine(found, other[0])
+def _comparison(compare: str, kind: str) -> Function:
+    def of_bits(a: Lanes, b: Lanes) -> Lanes:
+        found = _COMPARISONS[compare](from_bits(kind, a), from_bits(kind, b))
         return (found[..., 0], found[..., 1]) if kind.endswith("x2") else found
 
     return of_bits
 
 
-def _conversion(parts: tuple[str, ...]) -> Function:
-    to, source, modifiers = parts[-2], parts[-1], set(parts[1:-2])
-    if to.endswith("x2"):  # the first operand is the upper half
-        return lambda high, low: to_bits(to, np.stack([from_bits(source, low), from_bits(source, high)], -1))
-    if to == "tf32":
-        return rounded_to_tf32
-    if modifiers - _ROUNDING:
-        raise NotImplementedError(".".join(parts))
-    round_to = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
-    rounding = next((round_to[part] for part in parts if part in round_to), None)
-
+def _between_integers(to: str, source: str) -> Function:
     def of_bits(x: Lanes) -> Lanes:
-        numbers = from_bits(source, x)
-        if to.startswith(("f", "b")) and source in ("f16", "bf16"):
-            numbers = numbers.astype(np.float32)
-        return to_bits(to, numbers if rounding is None else rounding(numbers))
+        found = from_bits(to, to_bits(to, from_bits(source, x)))
+        if bits_of(to) == 8:  # in a register of 16, which has the sign in its upper half
+            return to_bits(f"{to[0]}16", found)
+        return to_bits(to, found)
 
     return of_bits
 
 
-def _extreme(parts: tuple[str, ...]) -> Function:
-    floating = {"min": np.fmin, "max": np.fmax}
-    if "NaN" in parts:
-        floating = {"min": np.minimum, "max": np.maximum}
-    whole = {"min": np.minimum, "max": np.maximum}
-    return _typed(parts[-1], (floating if "f" in parts[-1] else whole)[parts[0]])
+def _of_floats(name: str, propagates: bool) -> Function:
+    """The larger or smaller number, of -0 and +0 too; NaN if both are, or where it ``propagates``."""
+    choose = {(False, "min"): np.fmin, (False, "max"): np.fmax, (True, "min"): np.minimum, (True, "max"): np.maximum}
+    both = np.bitwise_and if name == "max" else np.bitwise_or
+
+    def of_bits(a: Lanes, b: Lanes) -> Lanes:
+        x, y = (np.where(np.isnan(z), np.float32(np.nan), z) for z in (a.view(np.float32), b.view(np.float32)))
+        return np.where(x == y, both(a, b), choose[propagates, name](x, y).view(np.uint32))
+
+    return of_bits
 
 
-def _product(parts: tuple[str, ...]) -> Function:
-    name, kind = parts[0], parts[-1]
-    plus = (lambda product, c: product + c) if name == "mad" else lambda product: product
-    if kind.startswith(("f", "bf")):
-        return _typed(kind, _fma if name == "mad" else operator.mul)
-    if "wide" in parts:
-        double = f"{kind[0]}{2 * bits_of(kind)}"
+def _product(name: str, half: str, kind: str) -> Function:
+    plus: Function = (lambda product, c: product + c) if name == "mad" else lambda product: product
+    if half != "wide":
+        multiply = _high if half == "hi" else operator.mul
+        return _of_numbers(kind, lambda a, b, *c: plus(multiply(a, b), *c))
+    double = f"{kind[0]}{2 * bits_of(kind)}"
+    widened = lambda x: from_bits(double, to_bits(double, from_bits(kind, x)))
+    return lambda a, b, *c: to_bits(double, plus(widened(a) * widened(b), *(from_bits(double, x) for x in c)))
 
-        def of_bits(a: Lanes, b: Lanes, *c: Lanes) -> Lanes:
-            long = from_bits(double, to_bits(double, from_bits(kind, a)))
-            other = from_bits(double, to_bits(double, from_bits(kind, b)))
-            return to_bits(double, plus(long * other, *(from_bits(double, x) for x in c)))
 
-        return of_bits
-    multiply = _high if "hi" in parts else operator.mul
-    return _typed(kind, lambda a, b, *c: plus(multiply(a, b), *c))
+def _flushed(x: Lanes) -> Lanes:
+    """.ftz: zeros for numbers below the normal ones."""
+    return np.where(np.abs(x) < np.finfo(np.float32).smallest_normal, np.copysign(np.float32(0), x), x)
+
+
+_LOGIC: dict[str, Function] = {
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.bitwise_not,
+}  # fmt: skip
+_NUMERIC: dict[str, Function] = {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "neg": operator.neg, "div": _divide,
+    "rem": lambda a, b: a - _divide(a, b) * b, "min": np.minimum, "max": np.maximum,
+}  # fmt: skip
+_INTEGER = r"([su](?:16|32|64))"
+# By the whole opcode: whatever else it says may mean another thing. Of approximations the nearest number is given.
+_INSTRUCTIONS: list[tuple[str, Callable[..., Function]]] = [
+    (r"(?:mov\.(?:[bus]\d+|pred)|cvta\.param\.u64)", lambda: lambda x: x),
+    (r"selp\.(?:b16|b32|b64|f32)", lambda: lambda a, b, chosen: np.where(chosen, a, b)),
+    (r"(and|or|xor|not)\.(?:b16|b32|b64|pred)", lambda name: _LOGIC[name]),
+    (r"(add|sub|mul)(?:\.rn)?\.(f32)", lambda name, kind: _of_numbers(kind, _NUMERIC[name])),
+    (rf"(add|sub|neg|div|rem|min|max)\.{_INTEGER}", lambda name, kind: _of_numbers(kind, _NUMERIC[name])),
+    (r"min\.relu\.(s32)", lambda kind: _of_numbers(kind, lambda a, b: np.maximum(np.minimum(a, b), 0))),
+    (r"(min|max)(\.NaN)?\.f32", lambda name, propagates: _of_floats(name, propagates is not None)),
+    (rf"(mul|mad)\.(lo|hi|wide)\.{_INTEGER}", _product),
+    (r"fma\.rn\.(f32)", lambda kind: _of_numbers(kind, _fma)),
+    (r"div\.full\.(f32)", lambda kind: _of_numbers(kind, operator.truediv)),
+    (r"sqrt\.approx\.ftz\.(f32)", lambda kind: _of_numbers(kind, lambda x: np.sqrt(_flushed(x)))),
+    (r"setp\.(\w+)\.([bsu](?:16|32|64)|f32|b?f16(?:x2)?)", _comparison),
+    (r"shl\.(b(?:16|32|64))", lambda kind: _shift(kind, np.left_shift)),
+    (r"shr\.([su](?:16|32|64))", lambda kind: _shift(kind, np.right_shift)),
+    (r"bfe\.([su]32)", _field),
+    (r"prmt\.b32", lambda: _permuted),
+    (r"cvt\.([su](?:8|16|32|64))\.([su](?:8|16|32|64))", _between_integers),
+    (r"cvt\.rna\.tf32\.f32", lambda: rounded_to_tf32),
+    (r"cvt\.(f32)\.(b?f16)", lambda to, source: lambda x: to_bits(to, from_bits(source, x))),
+    (r"cvt\.rn\.(b?f16)\.(f32)", lambda to, source: lambda x: to_bits(to, from_bits(source, x))),
+    (r"cvt\.rn\.(f32)\.(s32)", lambda to, source: lambda x: to_bits(to, from_bits(source, x))),
+    # The first operand is the upper half.
+    (
+        r"cvt\.rn\.(b?f16x2)\.(f32)",
+        lambda to, source: lambda high, low: to_bits(to, np.stack([from_bits(source, x) for x in (low, high)], -1)),
+    ),
+]
+
+
+def function_of(opcode: str) -> Function:
+    """What the instruction with this opcode computes of its operands' bits.
+
+    Raises:
+        NotImplementedError: if it is not known here.
+    """
+    for pattern, make in _INSTRUCTIONS:
+        if found := re.fullmatch(pattern, opcode):
+            return make(*found.groups())
+    raise NotImplementedError(opcode)
 
 
 def multiplied(shape: str, kind: str, a: list[Lanes], b: list[Lanes], c: list[Lanes]) -> list[Lanes]:
@@ -226,39 +250,3 @@ def multiplied(shape: str, kind: str, a: list[Lanes], b: list[Lanes], c: list[La
     sums = np.stack(c).view(np.float32).reshape(2, 2, 8, 4).transpose(0, 2, 3, 1).reshape(16, 8) + left @ right
     laid_out = sums.reshape(2, 8, 4, 2).transpose(0, 3, 1, 2).reshape(4, 32)
     return [np.ascontiguousarray(lanes).view(np.uint32) for lanes in laid_out]
-
-
-def function_of(parts: tuple[str, ...]) -> Function:
-    """What the instruction with this opcode computes of its operands' bits.
-
-    Raises:
-        NotImplementedError: if it is not known here.
-    """
-    name, kind = parts[0], parts[-1]
-    if name == "setp":
-        return _comparison(parts)
-    if name == "selp":
-        return lambda a, b, chosen: np.where(chosen, a, b)
-    if name in ("mov", "cvta"):
-        return lambda x: x
-    if name == "cvt":
-        return _conversion(parts)
-    if name in _LOGIC and kind == "pred":
-        return {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor, "not": np.logical_not}[name]
-    if name in _LOGIC:
-        return _LOGIC[name]
-    if name == "shl":
-        return _shift(kind.replace("s", "b"), np.left_shift)
-    if name == "shr":
-        return _shift(kind, np.right_shift)
-    if name == "bfe" and kind in ("u32", "s32"):
-        return partial(_field, kind)
-    if name == "prmt":
-        return _permuted
-    if name in ("min", "max"):
-        return _extreme(parts)
-    if name in ("mul", "mad"):
-        return _product(parts)
-    if name in _NUMERIC and not set(parts[1:-1]) - _ROUNDING:
-        return _typed(kind, _NUMERIC[name])
-    raise NotImplementedError(".".join(parts))

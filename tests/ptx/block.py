@@ -1,9 +1,12 @@
 """A block of warps that runs a translated program, and the units beside them: copies, products, barriers.
 
-The order in which warps go on and copies and products are done is drawn; what the program does not order itself is
-found by vector clocks (memory.py), whatever order was drawn. Source of what instructions mean: NVIDIA's PTX ISA 8.7.
+The order in which warps go on and copies and products are done is drawn. What the program does not order itself is
+found by vector clocks (memory.py), whatever order was drawn: races in shared memory, ordinary stores that no fence lets
+TMA and WGMMA see (nor may TMA overwrite what was read before one), mbarriers used before they are, copies that nobody
+waits for, registers touched while a product has them. Deadlocks, and what a wrong value leads to, are found as they
+come. Source of what instructions mean: NVIDIA's PTX ISA 8.7.
 
-Not modelled: lanes of a warp that go different ways, clusters, global memory's own races, time.
+Not modelled: the order of a warp's lanes, which may not go different ways; clusters; races in global memory; time.
 """
 
 from __future__ import annotations
@@ -22,12 +25,19 @@ from .translate import LANES, Event, Piece, Translation
 from .warp import Warp
 
 _REGISTERS = 65536  # of a multiprocessor
+_SHARED_MEMORY = 227 * 1024  # bytes that a block may have
+# Events in which some lanes of a warp may take part; a branch says itself that they may not.
+_OF_LANES = {
+    "bra", "ret", "mbarrier.init", "mbarrier.inval", "mbarrier.arrive", "mbarrier.expect", "mbarrier.try_wait",
+    "tma.load", "tma.store", "cp.async",
+}  # fmt: skip
 
 
 class Block:
     """
     Args:
         registers: a thread's, at entry. shared: bytes.
+        dependent: whether the launch may begin before the one before it has ended (``launch_pdl``).
         maps: TMA descriptors by the addresses of their parameters.
         index, grid: of the block, and of how many there are, (x, y, z).
         seed: of the order of events, and of what uninitialised registers hold.
@@ -40,6 +50,7 @@ class Block:
         threads: int,
         registers: int,
         shared: int,
+        dependent: bool,
         memory: GlobalMemory,
         maps: dict[int, TensorMap],
         index: tuple[int, ...],
@@ -48,19 +59,24 @@ class Block:
     ) -> None:
         self.translation, self.memory, self.maps, self.index, self.grid = translation, memory, maps, index, grid
         self._random, self._noise = random.Random(seed), np.random.default_rng(seed)
-        # Warps, then who makes each one's products, then who make copies.
+        # Warps, each one's cp.async, each one's products, TMA's copies.
         count = threads // LANES
-        self.actors = 2 * count + ACTORS
-        self.shared, self.barriers = SharedMemory(shared, self.actors), Barriers(count)
-        self.copies = Copies(self, 2 * count)
-        self.warps: list[Warp] = []
-        self.warps += [Warp(self, number) for number in range(count)]
-        self._products = [Products(warp, count + warp.number, self.shared) for warp in self.warps]
+        self.ordinary_actors, self.actors = 2 * count, 3 * count + ACTORS
+        self._free = _REGISTERS - threads * registers
+        if shared > _SHARED_MEMORY or self._free < 0:
+            raise Fault(f"{shared} bytes of shared memory or {threads} threads of {registers} registers: too many")
+        self.shared = SharedMemory(shared, self.actors)
+        self.barriers = Barriers(count, self.shared)
+        self.warps = [Warp(self, number) for number in range(count)]
+        self.copies = Copies(self, count, 3 * count)
+        logs: list[list[Any]] = [[] for _ in range(0, count, 4)]
+        self._products = [
+            Products(warp, 2 * count + warp.number, self.shared, logs[warp.number // 4]) for warp in self.warps
+        ]
         self._loads, self._stores = ([Groups(self.copies, warp) for warp in self.warps] for _ in range(2))
         self._held = [registers] * count  # registers a thread, of each warp
-        self._free = _REGISTERS - threads * registers
-        names = [step.name for step in translation.steps if isinstance(step, Event)]
-        self._waits_for_launch = "griddepcontrol.wait" in names
+        self._dependent = dependent
+        self._waited: list[tuple[int, int]] = []  # for the launch before: warps, and when
         self._handlers = self._make_handlers()
 
     def garbage(self, width: int) -> Any:
@@ -68,8 +84,8 @@ class Block:
             return self._noise.integers(0, 2, LANES).astype(np.bool_)
         return self._noise.integers(0, 1 << (width - 1), LANES).astype(UNSIGNED[width])
 
-    def touches_global(self) -> None:
-        if self._waits_for_launch:
+    def touches_global(self, warp: Warp) -> None:
+        if self._dependent and not any(warp.clock[other] >= time for other, time in self._waited):
             raise Fault("global memory is touched before griddepcontrol.wait")
 
     def run(self) -> None:
@@ -95,6 +111,11 @@ class Block:
         if waiting:
             where = {n: step.instruction.text for n, step in waiting.items() if isinstance(step, Event)}
             raise Fault(f"deadlock: {where}")
+        if self.copies.never_waited_for() or any(group.under_way for group in self._stores + self._loads):
+            raise Fault("a block ends with copies that nobody waited for")
+        for first in range(0, len(self.warps), 4):
+            if len({products.issued for products in self._products[first : first + 4]}) > 1:
+                raise Fault("a warp of a group issues fewer products than the others")
 
     def _may_go(self, warp: Warp) -> bool:
         if warp.blocked is not None and warp.blocked():
@@ -108,10 +129,13 @@ class Block:
             if isinstance(step, Piece):
                 if not warp.in_flight.isdisjoint(step.registers):
                     raise Fault("registers are touched that a product under way reads or writes")
+                warp.unfenced |= step.computed
                 step.run(warp)
                 continue
             kept = step.guard(warp)
             if kept.any():
+                if not kept.all() and step.name not in _OF_LANES:
+                    raise Fault(f"not all lanes of a warp take part in {step.instruction.text}")
                 self._handlers[step.name](warp, step, kept)
             if self._random.random() < 0.3:
                 return
@@ -129,26 +153,26 @@ class Block:
             "ret": self._return,
             "bar.warp": lambda warp, event, kept: None,
             "bar": barriers.sync,
-            "barrier": barriers.sync,
             "mbarrier.init": barriers.init,
             "mbarrier.inval": barriers.inval,
             "mbarrier.arrive": barriers.arrive,
+            "mbarrier.expect": barriers.expect,
             "mbarrier.try_wait": barriers.try_wait,
             "fence": self._fence,
             "griddepcontrol.launch_dependents": lambda warp, event, kept: None,
             "griddepcontrol.wait": self._wait_for_launch,
             "setmaxnreg": self._set_registers,
-            "wgmma.fence": lambda warp, event, kept: None,
+            "wgmma.fence": lambda warp, event, kept: warp.unfenced.clear(),
             "wgmma.mma_async": lambda warp, event, kept: products(warp).issue(event),
-            "wgmma.commit_group": lambda warp, event, kept: products(warp).commit(),
-            "wgmma.wait_group": lambda warp, event, kept: products(warp).wait(event.operands[0]),
-            "cp.async.bulk.tensor": lambda warp, event, kept: copies.box(warp, event, kept, stores(warp)),
-            "cp.async.bulk.commit_group": lambda warp, event, kept: stores(warp).commit(),
-            "cp.async.bulk.wait_group": lambda warp, event, kept: stores(warp).wait(event.operands[0]),
-            "cp.async.ca.shared.global": lambda warp, event, kept: copies.by_lanes(warp, event, kept, loads(warp)),
-            "cp.async.cg.shared.global": lambda warp, event, kept: copies.by_lanes(warp, event, kept, loads(warp)),
-            "cp.async.commit_group": lambda warp, event, kept: loads(warp).commit(),
-            "cp.async.wait_group": lambda warp, event, kept: loads(warp).wait(event.operands[0]),
+            "wgmma.commit": lambda warp, event, kept: products(warp).commit(),
+            "wgmma.wait": lambda warp, event, kept: products(warp).wait(event.operands[0]),
+            "tma.load": copies.load_box,
+            "tma.store": lambda warp, event, kept: copies.store_box(warp, event, kept, stores(warp)),
+            "tma.commit": lambda warp, event, kept: stores(warp).commit(),
+            "tma.wait": lambda warp, event, kept: stores(warp).wait(event.operands[0]),
+            "cp.async": lambda warp, event, kept: copies.by_lanes(warp, event, kept, loads(warp)),
+            "cp.async.commit": lambda warp, event, kept: loads(warp).commit(),
+            "cp.async.wait": lambda warp, event, kept: loads(warp).wait(event.operands[0]),
         }
 
     def _branch(self, warp: Warp, event: Event, kept: Any) -> None:
@@ -164,17 +188,18 @@ class Block:
 
     def _fence(self, warp: Warp, event: Event, kept: Any) -> None:
         """Of what it wrote, and of what others wrote before a barrier that it has passed."""
-        warp.fenced[: len(self.warps)] = warp.clock[: len(self.warps)]
+        warp.fenced[: self.ordinary_actors] = warp.clock[: self.ordinary_actors]
         warp.tick()
 
     def _wait_for_launch(self, warp: Warp, event: Event, kept: Any) -> None:
-        self._waits_for_launch = False
+        self._waited.append((warp.number, int(warp.clock[warp.number])))
+        warp.tick()
 
     def _set_registers(self, warp: Warp, event: Event, kept: Any) -> None:
         """More are waited for until others have given some back."""
         count, direction = event.operands[0], event.instruction.parts[1]
         more = LANES * (count - self._held[warp.number])
-        if more and (more > 0) != (direction == "inc"):
+        if more and (more > 0) != (direction == "inc") or count % 8 or not 24 <= count <= 256:
             raise Fault(f"setmaxnreg.{direction} from {self._held[warp.number]} to {count}")
 
         def taken() -> bool:

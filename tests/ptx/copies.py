@@ -11,14 +11,14 @@ import numpy as np
 
 from .arithmetic import rounded_to_tf32
 from .barriers import shared_address
-from .memory import Fault
+from .memory import Fault, TensorMap
 from .translate import Event
 from .warp import Warp
 
 if TYPE_CHECKING:
     from .block import Block
 
-ACTORS = 64  # who make copies, in turns
+ACTORS = 64  # who make TMA's copies, in turns
 
 
 @dataclass
@@ -40,6 +40,10 @@ class Groups:
     def add(self, copy: Copy) -> None:
         self._groups[-1].append(copy)
 
+    @property
+    def under_way(self) -> bool:
+        return any(self._groups)
+
     def commit(self) -> None:
         self._groups.append([])
 
@@ -53,10 +57,15 @@ class Groups:
 
 
 class Copies:
-    """Those of a block."""
+    """Those of a block.
 
-    def __init__(self, block: Block, first_actor: int) -> None:
-        self._block, self._first_actor, self._made = block, first_actor, 0
+    Args:
+        ordinary: the first actor of cp.async, of which each warp has one. tma: the first of TMA.
+    """
+
+    def __init__(self, block: Block, ordinary: int, tma: int) -> None:
+        self._block, self._ordinary, self._tma, self._made = block, ordinary, tma, 0
+        self._times = [0] * block.actors
         self.under_way: list[Copy] = []
 
     def finish(self, copy: Copy) -> None:
@@ -64,53 +73,65 @@ class Copies:
             self.under_way.remove(copy)
             copy.do()
 
-    def _begin(self, do: Callable[[int, Any], None], clock: Any) -> Copy:
-        self._block.touches_global()
-        turn, number = divmod(self._made, ACTORS)
-        self._made += 1
-        actor = self._first_actor + number
-        clock[actor] = turn + 1
-        copy = Copy(lambda: do(actor, clock), actor, turn + 1)
+    def never_waited_for(self) -> bool:
+        """Of the last copies of each actor."""
+        known = np.max([warp.clock for warp in self._block.warps], 0)
+        return bool(self.under_way) or any(time > known[actor] for actor, time in enumerate(self._times))
+
+    def _begin(self, warp: Warp, do: Callable[[int, Any], None], actor: int, clock: Any) -> Copy:
+        self._block.touches_global(warp)
+        self._times[actor] += 1
+        clock[actor] = self._times[actor]
+        copy = Copy(lambda: do(actor, clock), actor, self._times[actor])
         self.under_way.append(copy)
+        warp.tick()
         return copy
 
-    def box(self, warp: Warp, event: Event, kept: Any, stores: Groups) -> None:
-        """cp.async.bulk.tensor: one lane's, either way."""
+    def _begin_tma(self, warp: Warp, do: Callable[[int, Any], None]) -> Copy:
+        self._made += 1
+        return self._begin(warp, do, self._tma + self._made % ACTORS, warp.for_units())
+
+    def _box(self, warp: Warp, kept: Any, tensor: Any, place: Any) -> tuple[TensorMap, Any, Any, Any]:
+        """Descriptor, global and shared addresses of each 16 bytes, and which lie inside."""
         if kept.sum() != 1:
             raise Fault(f"{kept.sum()} lanes start one copy")
-        lane, shared, memory = int(kept.nonzero()[0][0]), self._block.shared, self._block.memory
-        loads = "mbarrier::complete_tx::bytes" in event.instruction.parts
-        to, source, *_ = event.operands
-        (read, offset, coordinates), place = (source, to) if loads else (to, source)
+        lane = int(kept.nonzero()[0][0])
+        read, offset, coordinates = tensor
         described = self._block.maps[int(read(warp)[lane]) + offset]
         origin = [int(np.int32(coordinate(warp)[lane])) for coordinate in coordinates][::-1]
-        addresses, places, inside = described.places(origin, shared_address(warp, place, kept))
-        if not loads:
-            if described.rounds:
-                raise Fault("a TMA store by a descriptor that rounds what it loads")
+        if len(origin) != len(described.shape):
+            raise Fault(f"{len(origin)} coordinates of {described}")
+        return described, *described.places(origin, shared_address(warp, place, kept))
 
-            def store(actor: int, clock: Any) -> None:
-                memory.store(addresses[inside], shared.load(places, 16, actor, clock)[inside])
-
-            stores.add(self._begin(store, warp.for_units()))
-            warp.tick()
-            return
-        barrier = self._block.barriers.at(warp, event.operands[2], kept)
-        known = warp.clock.copy(), warp.fenced.copy()
+    def load_box(self, warp: Warp, event: Event, kept: Any) -> None:
+        """Which an mbarrier waits for."""
+        place, tensor, waits = event.operands
+        described, addresses, places, inside = self._box(warp, kept, tensor, place)
+        barrier = self._block.barriers.at(warp, waits, kept)
 
         def load(actor: int, clock: Any) -> None:
             values = np.zeros((len(places), 16), np.uint8)  # outside the tensor
-            values[inside] = memory.load(addresses[inside], 16)
+            values[inside] = self._block.memory.load(addresses[inside], 16)
             if described.rounds:
                 values = rounded_to_tf32(values.view(np.uint32)).view(np.uint8)
-            shared.store(places, values, actor, clock)
-            barrier.know(*known)
+            self._block.shared.store(places, values, actor, clock)
             barrier.clock[actor] = max(barrier.clock[actor], clock[actor])
             barrier.bytes -= described.bytes
             barrier.changed()
 
-        self._begin(load, warp.for_units())
-        warp.tick()
+        self._begin_tma(warp, load)
+
+    def store_box(self, warp: Warp, event: Event, kept: Any, stores: Groups) -> None:
+        tensor, place = event.operands
+        described, addresses, places, inside = self._box(warp, kept, tensor, place)
+        if described.rounds:
+            raise Fault("a TMA store by a descriptor that rounds what it loads")
+
+        def store(actor: int, clock: Any) -> None:
+            values = self._block.shared.load(places, 16, actor, clock)
+            self._block.memory.store(addresses[inside], values[inside])
+
+        stores.add(self._begin_tma(warp, store))
 
     def by_lanes(self, warp: Warp, event: Event, kept: Any, loads: Groups) -> None:
         """cp.async: each lane its 4, 8 or 16 bytes, or zeros in their place."""
@@ -118,13 +139,12 @@ class Copies:
         places = to(warp)[kept].astype(np.int64) + to_offset
         addresses = source(warp)[kept].astype(np.int64) + source_offset
         lengths = read[0](warp)[kept] if read else np.full(len(places), length)
-        if (places % length).any() or not np.isin(lengths, (0, length)).all():
-            raise Fault(f"cp.async of {length} bytes that are not aligned, or of parts of them")
+        if not np.isin(lengths, (0, length)).all():
+            raise NotImplementedError(f"cp.async of parts of {length} bytes: {lengths}")
 
         def load(actor: int, clock: Any) -> None:
             values = np.zeros((len(places), length), np.uint8)
             values[lengths > 0] = self._block.memory.load(addresses[lengths > 0], length)
             self._block.shared.store(places, values, actor, clock)
 
-        loads.add(self._begin(load, warp.clock.copy()))
-        warp.tick()
+        loads.add(self._begin(warp, load, self._ordinary + warp.number, warp.clock.copy()))

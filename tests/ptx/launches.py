@@ -38,30 +38,40 @@ class StandIn:
 
 
 def run(
-    ptx: str, arguments: Sequence[Argument], grid: tuple[int, ...], *, shared: int, tensors: Iterable[Tensor], seed: int
+    ptx: str,
+    arguments: Sequence[Argument],
+    grid: tuple[int, ...],
+    *,
+    shared: int,
+    tensors: Iterable[Tensor],
+    seed: int,
+    dependent: bool = False,
 ) -> None:
     """Every block of a launch, one after the other.
 
     Args:
-        arguments: of the parameters that ``ptx`` declares, in their order; 0 for those that are missing at the end.
+        arguments: of the parameters that ``ptx`` declares, in their order; but for scratch memory at the end.
         shared: bytes a block. tensors: all whose memory may be touched.
+        dependent: whether it may begin before the launch before it has ended.
     """
     program = parse(ptx)
     parameters, maps = _parameters(program, arguments)
     translation, memory, size = Translator(program, parameters).translated(), GlobalMemory(tensors), (*grid, 1, 1)[:3]
-    # Where nothing is said, as many as fit; only what is said is changed later.
-    registers = program.registers or 65536 // program.threads
+    registers = program.registers or min(255, 65536 // program.threads)  # as many as there can be
     with np.errstate(all="ignore"):  # numbers overflow as they do on a GPU
         for number, index in enumerate(itertools.product(*map(range, size))):
             Block(
-                translation, threads=program.threads, registers=registers, shared=shared,
+                translation, threads=program.threads, registers=registers, shared=shared, dependent=dependent,
                 memory=memory, maps=maps, index=index, grid=size, seed=seed + number,
             ).run()  # fmt: skip
 
 
 def _parameters(program: Program, values: Sequence[Argument]) -> tuple[dict[str, int], dict[int, TensorMap]]:
     """Parameters' values by name, for a descriptor an address, and descriptors by those."""
-    values = [*values, *[0] * (len(program.parameters) - len(values))]
+    missing = len(program.parameters) - len(values)
+    if missing not in (0, 2):  # the addresses of two scratch memories, of which there is none
+        raise AssertionError(f"{len(values)} arguments of {len(program.parameters)} parameters")
+    values = [*values, *[0] * missing]
     numbers: dict[str, int] = {}
     maps: dict[int, TensorMap] = {}
     for (name, length), value in zip(program.parameters, values, strict=True):
@@ -81,9 +91,9 @@ def _flattened(kernel: Any, arguments: dict[str, Any]) -> tuple[list[Argument], 
     tensors: list[Tensor] = []
     metas = iter(kernel.metadata.tensordesc_meta or ())
     for name, kind in kernel.src.signature.items():
-        value = arguments[name]
         if kind == "constexpr":
             continue
+        value = arguments[name]
         if kind.startswith("tensordesc"):
             meta, base = next(metas), value.base
             tensors.append(base)
@@ -117,7 +127,8 @@ def machine(seed: int = 0, edit: Callable[[str], str] = lambda ptx: ptx) -> Iter
         launched.append(self.fn.__name__)
         values, tensors = _flattened(kernel, dict(zip(self.arg_names, args, strict=False)) | options)
         shared = kernel.metadata.shared
-        run(edit(kernel.asm["ptx"]), values, grid, shared=shared, tensors=tensors, seed=seed)
+        dependent = kernel.metadata.launch_pdl
+        run(edit(kernel.asm["ptx"]), values, grid, shared=shared, tensors=tensors, seed=seed, dependent=dependent)
         return kernel
 
     with pytest.MonkeyPatch.context() as patch:

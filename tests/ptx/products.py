@@ -38,10 +38,15 @@ class Product:
 
 
 class Products:
-    """Of one warp, which are done in order, by an actor of its own."""
+    """Of one warp, which are done in order, by an actor of its own.
 
-    def __init__(self, warp: Warp, actor: int, shared: SharedMemory) -> None:
-        self._warp, self._actor, self._shared = warp, actor, shared
+    Args:
+        log: what the warps of its group issue, which must be the same.
+    """
+
+    def __init__(self, warp: Warp, actor: int, shared: SharedMemory, log: list[tuple[Any, ...]]) -> None:
+        self._warp, self._actor, self._shared, self._log = warp, actor, shared, log
+        self.issued = 0
         self._groups: deque[list[Product]] = deque([[]])  # the last is not committed yet
         self._time = 1
 
@@ -55,6 +60,8 @@ class Products:
         if isinstance(a, list) or rest[:2] != [1, 1] or parts[5] != "f32":
             raise NotImplementedError(event.instruction.text)
         accumulates = scale if isinstance(scale, int) else warp.one(scale(warp))
+        if accumulates and not warp.unfenced.isdisjoint(targets):
+            raise Fault("registers of a product were touched after the last wgmma.fence")
         clock = warp.for_units()
         clock[self._actor] = self._time
         majors = tuple(rest[2:]) or (0, 0)
@@ -63,6 +70,12 @@ class Products:
             Product(warp, parts[6], targets, *matrices, n, k, bool(accumulates), majors, clock)  # type: ignore[arg-type]
         )
         warp.in_flight.update(targets)
+        same = event.instruction.text, matrices, accumulates
+        if self.issued == len(self._log):
+            self._log.append(same)
+        if self._log[self.issued] != same:
+            raise Fault(f"warps of a group issue other products: {same} and {self._log[self.issued]}")
+        self.issued += 1
 
     def commit(self) -> None:
         self._groups.append([])

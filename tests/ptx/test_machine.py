@@ -22,7 +22,7 @@ def bits(seed):
 
 def of(opcode: str, *operands: Any) -> Any:
     with np.errstate(all="ignore"):
-        return function_of(tuple(opcode.split(".")))(*operands)
+        return function_of(opcode)(*operands)
 
 
 def signed(x: Any) -> list[int]:
@@ -218,14 +218,25 @@ STORE_A_BOX = """
     bar.sync 0;
     @%p1 cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd2, {{%r7, %r7}}], [%r2];
     cp.async.bulk.commit_group;
+    {wait}
 """
+READ = "cp.async.bulk.wait_group.read 0;"
 
 
 def launch(body: str, seed: int, rows: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     """64 threads of it on 64 integers, poisoned, and the descriptor of (rows, 8) others; both afterwards."""
     y, other = torch.full((64,), -1, dtype=torch.int32), torch.arange(rows * 8, dtype=torch.int32).view(rows, 8)
     box = TensorMap(other.data_ptr(), (rows, 8), (32, 4), (8, 8), 4, 0)
-    run(PROGRAM.format(body=body), [y.data_ptr(), box], (1,), shared=2048, tensors=[y, other], seed=seed)
+    tensors, dependent = [y, other], "griddepcontrol" in body
+    run(
+        PROGRAM.format(body=body),
+        [y.data_ptr(), box],
+        (1,),
+        shared=2048,
+        tensors=tensors,
+        seed=seed,
+        dependent=dependent,
+    )
     return y, other
 
 
@@ -242,7 +253,7 @@ def test_a_box_comes_with_zeros_around(seed):
 
 
 def test_a_box_is_stored_where_the_tensor_is(seed):
-    _, other = launch(STORE_A_BOX.format(fence="fence.proxy.async.shared::cta;"), seed, rows=5)
+    _, other = launch(STORE_A_BOX.format(fence="fence.proxy.async.shared::cta;", wait=READ), seed, rows=5)
     assert other.flatten().tolist() == list(range(40))
 
 
@@ -259,14 +270,26 @@ WRONG = {
     "a-warp-left-alone": ("@%p2 bra $end; bar.sync 0; $end:", "deadlock"),
     "a-box-not-waited-for": (LOAD_A_BOX.format(bytes=256, parity=1), "race|nobody wrote|deadlock"),
     "more-bytes-expected": (LOAD_A_BOX.format(bytes=272, parity=0), "deadlock"),
-    "no-fence": (STORE_A_BOX.format(fence=""), "race: .* reads what .* writes"),
+    "a-store-nobody-waits-for": (STORE_A_BOX.format(fence="fence.proxy.async;", wait=""), "nobody waited for"),
+    "an-mbarrier-overwritten": (
+        ARRIVE_AND_WAIT.format(count=64, parity=0) + "st.shared.b32 [%r2+1024], %r1;",
+        "in which an mbarrier lies",
+    ),
+    "an-mbarrier-used-at-once": (
+        ARRIVE_AND_WAIT.format(count=64, parity=0).replace("bar.sync 0;", ""),
+        "no mbarrier|an mbarrier that .* initialises",
+    ),
+    "half-aligned": ("ld.shared.v2.b32 {%r8, %r9}, [%r4+4];", "not aligned"),
+    "a-barrier-of-33": ("bar.sync 0, 33;", "multiples of 32"),
+    "a-barrier-of-some-lanes": ("setp.lt.u32 %p3, %r1, 5; @%p3 bar.sync 0;", "not all lanes"),
+    "no-fence": (STORE_A_BOX.format(fence="", wait=READ), "race: .* reads what .* writes"),
     "beyond-a-tensor": ("add.s64 %rd4, %rd4, 4; st.global.b32 [%rd4], %r1;", "belongs to no tensor"),
     "half-an-address": ("add.s64 %rd4, %rd4, 2; ld.global.b32 %r8, [%rd4];", "not aligned"),
     "beyond-shared-memory": ("ld.shared.b32 %r8, [%r4+4096];", "is not the block's"),
     "never-written": ("ld.shared.b32 %r8, [%r4];", "nobody wrote"),
     "before-the-launch-before": ("st.global.b32 [%rd4], %r1; griddepcontrol.wait;", "before griddepcontrol.wait"),
     "lanes-apart": ("setp.lt.u32 %p3, %r1, 5; @%p3 bra $end; $end:", "lanes of a warp differ"),
-    "more-registers-than-there-are": ("setmaxnreg.inc.sync.aligned.u32 2048;", "deadlock"),
+    "more-registers-than-a-thread-has": ("setmaxnreg.inc.sync.aligned.u32 264;", "setmaxnreg.inc from"),
     "fewer-registers-by-inc": ("setmaxnreg.inc.sync.aligned.u32 24;", "setmaxnreg.inc from"),
 }
 
@@ -303,6 +326,14 @@ def test_a_descriptor_that_the_driver_would_refuse(changed, said):
         TensorMap(**fields | changed)
 
 
-def test_what_is_not_known_is_said(seed):
-    with pytest.raises(NotImplementedError, match=r"popc\.b32"):
-        launch("popc.b32 %r8, %r1;", seed)
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "popc.b32 %r8, %r1;", "add.sat.s32 %r8, %r1, %r1;", "cvt.rz.f16.f32 %r8, %r1;", "bar.arrive 0, 64;",
+        "fence.acq_rel.cta;", "mbarrier.arrive.noComplete.shared::cta.b64 _, [%r2], 1;", "ld.shared.s16 %r8, [%r4];",
+        "shfl.sync.bfly.b32 %r8|%p1, %r1, 16, 31, -1;", "@%p1 ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r8}, [%r2];",
+    ],
+)  # fmt: skip
+def test_what_is_not_known_is_said(instruction, seed):
+    with pytest.raises(NotImplementedError):
+        launch(instruction, seed)

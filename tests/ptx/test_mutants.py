@@ -36,7 +36,18 @@ MUTANTS = {
         "wgmma.wait_group.sync.aligned 2;",
         "race: .* writes what .* reads",
     ),
-    "wait-for-a-tma-store": (r"cp\.async\.bulk\.wait_group\.read\s+0;", "", "race: .* writes what .* reads"),
+    "wait-for-a-tma-store": (
+        r"cp\.async\.bulk\.wait_group\.read\s+0;",
+        "",
+        "race: .* writes what .* reads|nobody waited for",
+    ),
+    "wait-for-the-last-tma-store": (
+        r"cp\.async\.bulk\.wait_group\.read\s+0;(\s*(?:bar\.sync\s+\d, 128;\s*)?barrier\.sync)",
+        r"\1",
+        "nobody waited for",
+    ),
+    "wgmma-fence": (r"wgmma\.fence\.sync\.aligned;", "", "after the last wgmma.fence"),
+    "wait-for-the-launch-before": (r"griddepcontrol\.wait\s*;", "", "before griddepcontrol.wait"),
     "expected-bytes": (r"(expect_tx\.\S+\s+_, \[%r\d+\], \d+)", r"\g<1>0", "deadlock"),
     "arrivals": (r"@%p\d+ mbarrier\.arrive\.shared::cta\.b64 _, \[%r\d+\];", "", "deadlock"),
     "wait-for-data": (

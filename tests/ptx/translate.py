@@ -15,28 +15,54 @@ from .program import Instruction, Program
 
 LANES = 32
 _DTYPES = {1: np.bool_, 16: np.uint16, 32: np.uint32, 64: np.uint64}
-# What other warps or copies may notice, or what chooses the next instruction: for block.py, by these names.
-_EVENTS = (
-    "bra", "brx", "ret", "bar.warp", "bar", "barrier", "fence", "setmaxnreg",
-    "griddepcontrol.launch_dependents", "griddepcontrol.wait",
-    "mbarrier.init", "mbarrier.inval", "mbarrier.arrive", "mbarrier.try_wait",
-    "wgmma.fence", "wgmma.mma_async", "wgmma.commit_group", "wgmma.wait_group",
-    "cp.async.bulk.tensor", "cp.async.bulk.commit_group", "cp.async.bulk.wait_group",
-    "cp.async.ca.shared.global", "cp.async.cg.shared.global", "cp.async.commit_group", "cp.async.wait_group",
-)  # fmt: skip
+# What other warps or units may notice, or what chooses the next instruction: for block.py, by these names. By the whole
+# opcode: whatever else it says may mean another thing.
+_SHARED = r"(\.shared(::cta)?)"
+EVENTS = {
+    "bra": r"bra(\.uni)?",
+    "brx": r"brx\.idx",
+    "ret": r"ret",
+    "bar.warp": r"bar\.warp\.sync",
+    "bar": r"(bar|barrier)\.sync",
+    "fence": r"fence\.proxy\.async(\.shared::cta)?",
+    "setmaxnreg": r"setmaxnreg\.(inc|dec)\.sync\.aligned\.u32",
+    "griddepcontrol.launch_dependents": r"griddepcontrol\.launch_dependents",
+    "griddepcontrol.wait": r"griddepcontrol\.wait",
+    "mbarrier.init": rf"mbarrier\.init{_SHARED}\.b64",
+    "mbarrier.inval": rf"mbarrier\.inval{_SHARED}\.b64",
+    "mbarrier.arrive": rf"mbarrier\.arrive{_SHARED}\.b64",
+    "mbarrier.expect": rf"mbarrier\.arrive\.expect_tx{_SHARED}\.b64",
+    "mbarrier.try_wait": rf"mbarrier\.try_wait\.parity{_SHARED}\.b64",
+    "wgmma.fence": r"wgmma\.fence\.sync\.aligned",
+    "wgmma.mma_async": r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k(16\.f32\.(f16\.f16|bf16\.bf16)|8\.f32\.tf32\.tf32)",
+    "wgmma.commit": r"wgmma\.commit_group\.sync\.aligned",
+    "wgmma.wait": r"wgmma\.wait_group\.sync\.aligned",
+    "tma.load": r"cp\.async\.bulk\.tensor\.[1-5]d\.shared::(cta|cluster)\.global\.mbarrier::complete_tx::bytes",
+    "tma.store": r"cp\.async\.bulk\.tensor\.[1-5]d\.global\.shared::cta\.bulk_group",
+    "tma.commit": r"cp\.async\.bulk\.commit_group",
+    "tma.wait": r"cp\.async\.bulk\.wait_group(\.read)?",
+    "cp.async": r"cp\.async\.(ca|cg)\.shared\.global",
+    "cp.async.commit": r"cp\.async\.commit_group",
+    "cp.async.wait": r"cp\.async\.wait_group",
+}
+# What a warp does alone, beside arithmetic.
+_ACCESSES = r"(ld|st)\.(global|shared)(\.v[24])?\.(b(8|16|32|64)|[uf](16|32|64)|s(32|64))|ld\.param\.[bus](32|64)"
+_MATRICES = r"(ld|st)matrix\.sync\.aligned\.m8n8\.x[124](\.trans)?\.shared\.b16"
+_PRODUCTS = r"mma\.sync\.aligned\.m16n8k(16\.row\.col\.f32\.(f16\.f16|bf16\.bf16)|8\.row\.col\.f32\.tf32\.tf32)\.f32"
 
 
 def event_name(opcode: str) -> str | None:
     """Which event an instruction is; None of what a warp does alone."""
-    return next((name for name in _EVENTS if opcode == name or opcode.startswith(f"{name}.")), None)
+    return next((name for name, pattern in EVENTS.items() if re.fullmatch(pattern, opcode)), None)
 
 
 @dataclass
 class Piece:
-    """Instructions of which none is an event, and the registers that they touch."""
+    """Instructions of which none is an event, the registers that they touch, and of those the ones not merely set."""
 
     run: Callable[[Any], None]
     registers: frozenset[int]
+    computed: frozenset[int]
 
 
 @dataclass
@@ -143,13 +169,18 @@ class Translator:
     # Pieces
 
     def _piece(self, instructions: list[Instruction]) -> Piece:
-        lines, touched = [], set()
+        lines: list[str] = []
+        touched: set[int] = set()
+        computed: set[int] = set()
         for instruction in instructions:
             targets, expression = self._assignment(instruction)
             names = re.findall(r"[%\w]+", " ".join(instruction.operands) + f" {instruction.guard}")
-            touched |= {self.register(name) for name in names if self._is_register(name)}
+            registers = {self.register(name) for name in names if self._is_register(name)}
+            touched |= registers
+            if instruction.parts[0] != "mov":  # which LLVM may move behind a wgmma.fence
+                computed |= registers
             left = ", ".join(f"r[{target}]" for target in targets)
-            if instruction.guard is not None and targets and instruction.parts[0] not in ("ld", "ldmatrix"):
+            if instruction.guard is not None and targets and instruction.parts[0] != "ld":
                 kept = self.guard(instruction)
                 assert len(targets) == 1, instruction
                 expression = f"where({kept}, {expression}, {left})"
@@ -157,40 +188,35 @@ class Translator:
         source = "def piece(w):\n    r = w.registers\n" + "\n".join(lines)
         scope = dict(self.constants)
         exec(compile(source, "<ptx>", "exec"), scope)
-        return Piece(scope["piece"], frozenset(touched))
+        return Piece(scope["piece"], frozenset(touched), frozenset(computed))
 
-    def _function(self, parts: tuple[str, ...]) -> str:
-        name = "f_" + re.sub(r"\W", "_", ".".join(parts))
+    def _function(self, opcode: str) -> str:
+        name = "f_" + re.sub(r"\W", "_", opcode)
         if name not in self.constants:
-            self.constants[name] = function_of(parts)
+            self.constants[name] = function_of(opcode)
         return name
 
     def _assignment(self, instruction: Instruction) -> tuple[list[int], str]:
         """The registers that change, and the words for what they become."""
         name, parts, operands = instruction.parts[0], instruction.parts, instruction.operands
-        if name in ("ld", "st"):
+        opcode, guarded = instruction.opcode, instruction.guard is not None
+        if re.fullmatch(_ACCESSES, opcode) and not (guarded and parts[1] == "param"):
             return self._access(instruction)
-        if name == "stmatrix":
-            words = ", ".join(self.value(member, 32) for member in self.members(operands[1]))
-            address, offset = self.address(operands[0])
-            return [], f"w.store_matrix({address}, {offset}, [{words}], {'trans' in parts})"
-        if name == "ldmatrix":
-            targets = [self.register(member) for member in self.members(operands[0])]
-            one = "[0]" if len(targets) == 1 else ""
-            address, offset = self.address(operands[1])
-            return targets, f"w.load_matrix({address}, {offset}, {len(targets)}, {'trans' in parts}){one}"
-        if name == "mma":
+        if guarded and name in ("ld", "ldmatrix", "stmatrix", "mma", "elect", "shfl"):
+            raise NotImplementedError(instruction.text)
+        if re.fullmatch(_MATRICES, opcode):
+            return self._matrices(instruction)
+        if re.fullmatch(_PRODUCTS, opcode):
             a, b, c = ([self.value(member, 32) for member in self.members(operand)] for operand in operands[1:])
             targets = [self.register(member) for member in self.members(operands[0])]
             words = ", ".join(f"[{', '.join(operand)}]" for operand in (a, b, c))
             return targets, f"multiplied({parts[3]!r}, {parts[7]!r}, {words})"
-        if name == "elect":
-            return [self.register(operands[0].split("|")[1])], "w.first_lane"
-        if name == "shfl":
-            target, other, segment = operands[0].split("|")[0], self.value(operands[2], 32), self.value(operands[3], 32)
-            return [
-                self.register(target)
-            ], f"w.shuffle({parts[2]!r}, {self.value(operands[1], 32)}, {other}, {segment})"
+        if opcode == "elect.sync" and operands[1] == "-1":
+            leader, elected = map(self.register, operands[0].split("|"))
+            return [leader, elected], "(w.all_lanes * 0, w.first_lane)"
+        if re.fullmatch(r"shfl\.sync\.(bfly|idx)\.b32", opcode) and "|" not in operands[0] and operands[4] == "-1":
+            x, other, segment = (self.value(operand, 32) for operand in operands[1:4])
+            return [self.register(operands[0])], f"w.shuffle({parts[2]!r}, {x}, {other}, {segment})"
         if name == "mov" and operands[0].startswith("{"):
             members = self.members(operands[0])
             source = self.value(operands[1], bits_of(parts[1]))
@@ -199,11 +225,24 @@ class Translator:
             members = self.members(operands[1])
             words = ", ".join(self.value(member, bits_of(parts[1]) // len(members)) for member in members)
             return [self.register(operands[0])], f"w.packed([{words}])"
+        function = self._function(opcode)
         targets = [self.register(target) for target in operands[0].split("|")]
-        words = ", ".join(
-            self.value(operand, bits) for operand, bits in zip(operands[1:], self._bits(instruction), strict=False)
-        )
-        return targets, f"{self._function(parts)}({words})"
+        widths = self._bits(instruction)
+        if len(operands) - 1 > len(widths):
+            raise NotImplementedError(instruction.text)
+        words = ", ".join(map(self.value, operands[1:], widths))
+        return targets, f"{function}({words})"
+
+    def _matrices(self, instruction: Instruction) -> tuple[list[int], str]:
+        loads, transposed = instruction.parts[0] == "ldmatrix", "trans" in instruction.parts
+        members, memory = instruction.operands if loads else instruction.operands[::-1]
+        address, offset = self.address(memory)
+        if not loads:
+            words = ", ".join(self.value(member, 32) for member in self.members(members))
+            return [], f"w.store_matrix({address}, {offset}, [{words}], {transposed})"
+        targets = [self.register(member) for member in self.members(members)]
+        one = "[0]" if len(targets) == 1 else ""
+        return targets, f"w.load_matrix({address}, {offset}, {len(targets)}, {transposed}){one}"
 
     def _bits(self, instruction: Instruction) -> list[int]:
         """Of an instruction's constant operands."""
@@ -225,7 +264,7 @@ class Translator:
         values, memory = operands if not store else operands[::-1]
         members = self.members(values)
         bits = bits_of(parts[-1])
-        space = next(part.split(":")[0] for part in parts if part.split(":")[0] in ("param", "global", "shared"))
+        space = parts[1]
         if space == "param":
             return [self.register(values)], self.value(memory.strip("[] "), bits)
         address, offset = self.address(memory)

@@ -20,7 +20,7 @@ class Warp:
     Attributes:
         step: of the program, which comes next.
         clock: up to which of everybody's times it knows what they did.
-        fenced: up to which of each warp's times copies and products see its ordinary stores.
+        fenced: up to which of each warp's times TMA and products see its ordinary stores.
         blocked: what to ask whether it may go on; None if it may.
     """
 
@@ -39,15 +39,16 @@ class Warp:
         # What nobody wrote is anything.
         self.registers = [block.garbage(width) for width in block.translation.widths]
         self.in_flight: set[int] = set()  # registers of products under way
+        self.unfenced: set[int] = set()  # computed, or computed with, since the last wgmma.fence
 
     def tick(self) -> None:
         """What it does from here on others do not know yet."""
         self.clock[self.number] += 1
 
     def for_units(self) -> Any:
-        """Its clock, as copies and products for it have it: of ordinary stores what was fenced."""
-        clock, warps = self.clock.copy(), len(self.block.warps)
-        clock[:warps] = self.fenced[:warps]
+        """Its clock, as TMA and products for it have it: of ordinary stores, and cp.async's, what was fenced."""
+        clock, ordinary = self.clock.copy(), self.block.ordinary_actors
+        clock[:ordinary] = self.fenced[:ordinary]
         return clock
 
     def one(self, x: Any, kept: Any = None) -> int:
@@ -63,7 +64,7 @@ class Warp:
         """Registers, which keep what they held in lanes that take no part."""
         length, addresses = len(old) * bits // 8, address[kept].astype(np.int64) + offset
         if space == "global":
-            self.block.touches_global()
+            self.block.touches_global(self)
             raw = self.block.memory.load(addresses, length)
         else:
             raw = self.block.shared.load(addresses, length, self.number, self.clock)
@@ -77,7 +78,7 @@ class Warp:
         addresses = address[kept].astype(np.int64) + offset
         raw = np.stack([value[kept].astype(UNSIGNED[bits]) for value in values], 1).view(np.uint8)
         if space == "global":
-            self.block.touches_global()
+            self.block.touches_global(self)
             self.block.memory.store(addresses, raw)
         else:
             self.block.shared.store(addresses, raw, self.number, self.clock)
