@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastunet import FastUNet, dispatch, kernels, reference
 from fastunet.kernels import hopper
@@ -109,3 +110,13 @@ def test_a_layers_weights_are_rounded_in_each_step_of_training(on_our_kernels, s
             model(x).square().mean().backward()
             # Backward, too: the first layer's input wants no gradient, and one layer has two sources.
             assert launched.count("_round_kernel") == 2 * convs
+
+
+def test_who_looks_on_sees_no_weight_that_nobody_fills(on_our_kernels, seed, monkeypatch):
+    """The launch that rounds a kept weight is no operator, which a tracer would see."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    model, x = FastUNet(1, 2, (8, 16)).eval(), torch.randn(1, 1, 8, 8)
+    with torch.no_grad():
+        traced = make_fx(model)(x)
+        assert not any("empty" in str(node.target) for node in traced.graph.nodes)
+        torch.testing.assert_close(traced(x), model(x))
