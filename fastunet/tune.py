@@ -24,7 +24,7 @@ from .graph import captured
 from .measured import Entry
 from .model import FastUNet
 from .ops import tf32
-from .ops.common import on_device, repeatable_cudnn
+from .ops.common import on_device, repeatable_cudnn, rounded, rounds_to_tf32
 from .parity.rule import compare
 
 if TYPE_CHECKING or dispatch.has_triton():
@@ -93,6 +93,7 @@ def measure(
 
     seen: set[str] = set()
     for launch in launches(config, size, make, tf32=tf32(), training=training):
+        launch = launch if training else _as_kept(launch)
         steps = {"forward": [launch]}
         for gradient in gradients(launch, make, tf32=tf32()) if training else ():
             if gradient.step:
@@ -104,6 +105,14 @@ def measure(
                 with on_device(launch.tensors[0]):
                     entry = _fastest(parts, device, timer or _median, on_try)
                 yield key, entry
+
+
+def _as_kept(launch: Launch) -> Launch:
+    """With the weight as a model keeps it for inference: rounded where products are in tf32."""
+    *maps, weight = launch.tensors[: len(launch.layer.in_shapes) + 1]
+    if not rounds_to_tf32(weight.device, weight.dtype):
+        return launch
+    return dataclasses.replace(launch, tensors=(*maps, rounded(weight), *launch.tensors[len(maps) + 1 :]))
 
 
 def key_of(launch: Launch, step: str = "forward") -> str:

@@ -52,7 +52,7 @@ def launch_rounding(loads: int, kernel: Any, grid: tuple[int, ...], *arguments: 
     """``launch``; float32 that TMA loads by the first ``loads`` descriptors among the arguments is rounded.
 
     What a launch of Triton 3.6 tells the driver of an element's type is in the compiled kernel's metadata, which is
-    changed here. A kernel's launches either all round or none does: without tf32 no TMA serves it.
+    changed here. All launches of a compiled kernel round or none does: it is compiled for tf32 or not.
     """
     if loads and not TMA_ROUNDS and isinstance(kernel, JITFunction):  # not what stands in for one
         compiled: Any = kernel.run(*arguments, grid=grid, warmup=True, **options)
@@ -83,11 +83,16 @@ def marked_as_rounded(weight: Tensor, of: Tensor | None = None) -> Tensor:
     As a Python object, and until it is written to: what is made of it otherwise is rounded once more, to the same.
     """
     if of is None or is_rounded(of):
-        setattr(weight, _MARK, weight._version)
+        setattr(weight, _MARK, _version(weight))
     return weight
 
 
 def is_rounded(weight: Tensor) -> bool:
     """Whether it is known to be."""
     version = getattr(weight, _MARK, None)
-    return version is not None and version == weight._version
+    return version is not None and version == _version(weight)
+
+
+def _version(weight: Tensor) -> int:
+    """How often it was written to; inference tensors, which do not tell, are ours alone."""
+    return 0 if weight.is_inference() else weight._version

@@ -9,6 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastunet import FastUNet, dispatch, kernels, reference
 from fastunet.kernels import hopper
+from fastunet.kernels.launch import launch as plain_launch
 from fastunet.parity.rule import TF32_EPS
 from fastunet.prepared import laid_out
 
@@ -120,3 +121,23 @@ def test_who_looks_on_sees_no_weight_that_nobody_fills(on_our_kernels, seed, mon
         traced = make_fx(model)(x)
         assert not any("empty" in str(node.target) for node in traced.graph.nodes)
         torch.testing.assert_close(traced(x), model(x))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("launchers", [kernels, hopper], ids=["portable", "hopper"])
+def test_what_is_taken_from_a_rounded_weight_is_not_rounded_again(launchers, mode, make, monkeypatch):
+    weight, low, skip = make("tf32", 16, 24, 3, 3), make("tf32", 1, 16, 2, 3), make("tf32", 1, 8, 4, 6)
+    with mode():
+        kept = kernels.tf32.marked_as_rounded(kernels.tf32.rounded_weight(weight, tf32=True))
+        right = [launchers.upconcat_conv3x3_commuted_fwd(low, skip, w, None, **UPSAMPLED) for w in (weight, kept)]
+        assert torch.equal(*right)
+        monkeypatch.setattr(kernels.tf32, "launch", launching_but(kernels.tf32._round_kernel))
+        assert torch.equal(launchers.upconcat_conv3x3_commuted_fwd(low, skip, kept, None, **UPSAMPLED), right[0])
+
+
+def launching_but(forbidden):
+    def launch(kernel, *arguments, **options):
+        assert kernel is not forbidden
+        plain_launch(kernel, *arguments, **options)
+
+    return launch
