@@ -188,7 +188,7 @@ def test_batch_norm_is_folded_for_inference_alone(seed):
     x = image(original, (32, 32))
     with torch.no_grad():
         model(x)
-    _, bias = model._prepared[model.bottleneck.net[0]].weights[torch.float32, False]  # type: ignore[index]
+    _, bias = model._prepared[model.bottleneck.net[0]].weights[torch.float32, False, False]  # type: ignore[index]
     assert bias is not None  # of a convolution without one
     assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     assert {name for name, p in model.named_parameters() if p.requires_grad} == dict(model.named_parameters()).keys()
