@@ -213,7 +213,7 @@ class Translator:
             return targets, f"multiplied({parts[3]!r}, {parts[7]!r}, {words})"
         if opcode == "elect.sync" and operands[1] == "-1":
             leader, elected = map(self.register, operands[0].split("|"))
-            return [leader, elected], "(w.all_lanes * 0, w.first_lane)"
+            return [leader, elected], "(w.special['%tid.z'], w.first_lane)"  # which is lane 0
         if re.fullmatch(r"shfl\.sync\.(bfly|idx)\.b32", opcode) and "|" not in operands[0] and operands[4] == "-1":
             x, other, segment = (self.value(operand, 32) for operand in operands[1:4])
             return [self.register(operands[0])], f"w.shuffle({parts[2]!r}, {x}, {other}, {segment})"
@@ -245,9 +245,9 @@ class Translator:
         return targets, f"w.load_matrix({address}, {offset}, {len(targets)}, {transposed}){one}"
 
     def _bits(self, instruction: Instruction) -> list[int]:
-        """Of an instruction's constant operands."""
+        """Of an instruction's operands, where they are constants."""
         name, parts = instruction.parts[0], instruction.parts
-        bits = bits_of(parts[-1]) if parts[-1] != "tf32" else 32
+        bits = bits_of(parts[-1])
         if name in ("shl", "shr"):
             return [bits, 32]
         if name == "selp":
@@ -255,7 +255,7 @@ class Translator:
         if name == "bfe":
             return [bits, 32, 32]
         if name == "setp":
-            return [bits, bits, 1]
+            return [bits, bits]
         return [bits, bits, 2 * bits if "wide" in parts else bits]
 
     def _access(self, instruction: Instruction) -> tuple[list[int], str]:
@@ -281,7 +281,6 @@ class Translator:
 
     def _event(self, name: str, instruction: Instruction) -> Event:
         operands: list[Any] = []
-        bits = 64 if instruction.parts[-1] in ("u64", "b64") else 32
         for operand in instruction.operands:
             if operand.startswith("["):
                 inner = re.fullmatch(r"\[([^,{]*)(?:,\s*\{(.*)\})?\]", operand)
@@ -295,7 +294,7 @@ class Translator:
             elif operand == "_" or operand in self.program.tables or operand in self.program.labels:
                 operands.append(operand)
             elif self._is_register(operand):
-                operands.append(self._reader(self.value(operand, bits)))
+                operands.append(self._reader(f"r[{self.register(operand)}]"))
             else:
                 operands.append(int(operand, 0))
         if name == "mbarrier.try_wait":
