@@ -83,15 +83,17 @@ def _conv_fwd_kernel(
     x_empty = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
     w_full = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], mbarrier.MBarrierLayout())
     w_empty = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(X_STAGES):
         mbarrier.init(x_full.index(i), count=1)
         mbarrier.init(x_empty.index(i), count=warpgroups)
     for i in gl.static_range(W_STAGES):
         mbarrier.init(w_full.index(i), count=1)
         mbarrier.init(w_empty.index(i), count=warpgroups)
-    for i in gl.static_range(2):
-        mbarrier.init(turns.index(i), count=1)
+    turns = w_empty
+    if warpgroups == 1:  # else nobody takes any, and what is never used Triton lays other things over
+        turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(2):
+            mbarrier.init(turns.index(i), count=1)
     blocks1 = gl.cdiv(C1, BLOCK_K)
     blocks = blocks1
     if TWO_SOURCES:
