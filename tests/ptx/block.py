@@ -6,7 +6,8 @@ TMA and WGMMA see (nor may TMA overwrite what was read before one), mbarriers us
 waits for, registers touched while a product has them. Deadlocks, and what a wrong value leads to, are found as they
 come. Source of what instructions mean: NVIDIA's PTX ISA 8.7.
 
-Not modelled: the order of a warp's lanes, which may not go different ways; clusters; races in global memory; time.
+Not modelled: the order of a warp's lanes, which may not go different ways; clusters; races in global memory; time;
+that WGMMA might want a fence before it reads what cp.async wrote, which Triton 3.6 leaves out.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Block:
         self._random, self._noise = random.Random(seed), np.random.default_rng(seed)
         # Warps, each one's cp.async, each one's products, TMA's copies.
         count = threads // LANES
-        self.ordinary_actors, self.actors = 2 * count, 3 * count + ACTORS
+        self.actors = 3 * count + ACTORS
         self._free = _REGISTERS - threads * registers
         if shared > _SHARED_MEMORY or self._free < 0:
             raise Fault(f"{shared} bytes of shared memory or {threads} threads of {registers} registers: too many")
@@ -188,7 +189,7 @@ class Block:
 
     def _fence(self, warp: Warp, event: Event, kept: Any) -> None:
         """Of what it wrote, and of what others wrote before a barrier that it has passed."""
-        warp.fenced[: self.ordinary_actors] = warp.clock[: self.ordinary_actors]
+        warp.fenced[: len(self.warps)] = warp.clock[: len(self.warps)]
         warp.tick()
 
     def _wait_for_launch(self, warp: Warp, event: Event, kept: Any) -> None:

@@ -60,11 +60,11 @@ class Copies:
     """Those of a block.
 
     Args:
-        ordinary: the first actor of cp.async, of which each warp has one. tma: the first of TMA.
+        lanes: the first actor of cp.async, of which each warp has one. tma: the first of TMA.
     """
 
-    def __init__(self, block: Block, ordinary: int, tma: int) -> None:
-        self._block, self._ordinary, self._tma, self._made = block, ordinary, tma, 0
+    def __init__(self, block: Block, lanes: int, tma: int) -> None:
+        self._block, self._lanes, self._tma, self._made = block, lanes, tma, 0
         self._times = [0] * block.actors
         self.under_way: list[Copy] = []
 
@@ -147,4 +147,4 @@ class Copies:
             values[lengths > 0] = self._block.memory.load(addresses[lengths > 0], length)
             self._block.shared.store(places, values, actor, clock)
 
-        loads.add(self._begin(warp, load, self._ordinary + warp.number, warp.clock.copy()))
+        loads.add(self._begin(warp, load, self._lanes + warp.number, warp.clock.copy()))

@@ -46,9 +46,9 @@ class Warp:
         self.clock[self.number] += 1
 
     def for_units(self) -> Any:
-        """Its clock, as TMA and products for it have it: of ordinary stores, and cp.async's, what was fenced."""
-        clock, ordinary = self.clock.copy(), self.block.ordinary_actors
-        clock[:ordinary] = self.fenced[:ordinary]
+        """Its clock, as TMA and products for it have it: of ordinary stores what was fenced."""
+        clock, warps = self.clock.copy(), len(self.block.warps)
+        clock[:warps] = self.fenced[:warps]
         return clock
 
     def one(self, x: Any, kept: Any = None) -> int:
