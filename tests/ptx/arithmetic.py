@@ -184,6 +184,16 @@ def _flushed(x: Lanes) -> Lanes:
     return np.where(np.abs(x) < np.finfo(np.float32).smallest_normal, np.copysign(np.float32(0), x), x)
 
 
+def _quotient_or_root(name: str, ftz: str | None) -> Function:
+    one = np.float32(1)
+    of_numbers: dict[str, Function] = {
+        "div": operator.truediv, "rcp": lambda x: one / x, "sqrt": np.sqrt, "rsqrt": lambda x: one / np.sqrt(x),
+        "ex2": np.exp2,
+    }  # fmt: skip
+    flush = _flushed if ftz else lambda x: x
+    return _of_numbers("f32", lambda *numbers: flush(of_numbers[name](*map(flush, numbers))))
+
+
 _LOGIC: dict[str, Function] = {
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.bitwise_not,
 }  # fmt: skip
@@ -203,8 +213,8 @@ _INSTRUCTIONS: list[tuple[str, Callable[..., Function]]] = [
     (r"(min|max)(\.NaN)?\.f32", lambda name, propagates: _of_floats(name, propagates is not None)),
     (rf"(mul|mad)\.(lo|hi|wide)\.{_INTEGER}", _product),
     (r"fma\.rn\.(f32)", lambda kind: _of_numbers(kind, _fma)),
-    (r"div\.full\.(f32)", lambda kind: _of_numbers(kind, operator.truediv)),
-    (r"sqrt\.approx\.ftz\.(f32)", lambda kind: _of_numbers(kind, lambda x: np.sqrt(_flushed(x)))),
+    (r"(neg|abs)\.(f32)", lambda name, kind: _of_numbers(kind, {"neg": operator.neg, "abs": np.abs}[name])),
+    (r"(div|rcp|sqrt|rsqrt|ex2)\.(?:full|approx|rn)(\.ftz)?\.f32", _quotient_or_root),
     (r"setp\.(\w+)\.([bsu](?:16|32|64)|f32|b?f16(?:x2)?)", _comparison),
     (r"shl\.(b(?:16|32|64))", lambda kind: _shift(kind, np.left_shift)),
     (r"shr\.([su](?:16|32|64))", lambda kind: _shift(kind, np.right_shift)),
@@ -214,7 +224,7 @@ _INSTRUCTIONS: list[tuple[str, Callable[..., Function]]] = [
     (r"cvt\.rna\.tf32\.f32", lambda: rounded_to_tf32),
     (r"cvt\.(f32)\.(b?f16)", lambda to, source: lambda x: to_bits(to, from_bits(source, x))),
     (r"cvt\.rn\.(b?f16)\.(f32)", lambda to, source: lambda x: to_bits(to, from_bits(source, x))),
-    (r"cvt\.rn\.(f32)\.(s32)", lambda to, source: lambda x: to_bits(to, from_bits(source, x))),
+    (r"cvt\.rn\.(f32)\.([su](?:16|32|64))", lambda to, source: lambda x: to_bits(to, from_bits(source, x))),
     # The first operand is the upper half.
     (
         r"cvt\.rn\.(b?f16x2)\.(f32)",
