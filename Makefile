@@ -24,7 +24,8 @@ TESTED_THERE := -k "half or fp16" $(addprefix tests/kernels/,test_conv.py test_u
 	test_backward.py::test_more_slabs_than_one test_backward.py::test_upsample \
 	test_backward.py::test_activation_pool_and_bias)
 
-# Of the tests of kernels a share, drawn anew, by each with the kernels it compiles, on a machine of tests/ptx.
+# Of the tests of kernels a share by each with the kernels it compiles, on the machine of tests/ptx; `make compiled`
+# takes all.
 COMPILED := OMP_NUM_THREADS=1 FASTUNET_COMPILED=
 COMPILED_TESTS := tests/kernels tests/hopper/test_kernels.py tests/ptx
 

@@ -12,7 +12,7 @@ import torch
 
 CUDA = torch.cuda.is_available()
 # Kernels are compiled for sm_90a and run by the machine of tests/ptx, not in the interpreter, in this share of the
-# tests that are asked for, drawn anew each time.
+# tests that are asked for.
 COMPILED = float(os.environ.get("FASTUNET_COMPILED", 0))
 if not CUDA and not COMPILED:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is decorated
@@ -38,9 +38,8 @@ DEVICE = "cuda" if CUDA else "cpu"
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if 0 < COMPILED < 1:
-        # Anew in each run, and in all its processes the same.
-        run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-        drawn = {item: zlib.crc32(f"{run} {item.nodeid}".encode()) < COMPILED * 2**32 for item in items}
+        # By name: the same in all processes of a run, and in each run.
+        drawn = {item: zlib.crc32(item.nodeid.encode()) < COMPILED * 2**32 for item in items}
         config.hook.pytest_deselected(items=[item for item in items if not drawn[item]])
         items[:] = [item for item in items if drawn[item]]
     # First, so that of several processes none is left alone with a long test.
