@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+from benchmarks.sass import StandInDriver
 
 from .block import Block
 from .memory import GlobalMemory, TensorMap
@@ -22,19 +23,6 @@ from .translate import Translator
 Argument = int | float | TensorMap
 _TFLOAT32 = 11  # of CUtensorMapDataType
 _PARAMETERS = 1 << 20  # where the parameters of a launch would begin
-
-
-class StandIn:
-    """As much of a driver as compiling for an H200 needs."""
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
 
 
 def run(
@@ -133,5 +121,5 @@ def machine(seed: int = 0, edit: Callable[[str], str] = lambda ptx: ptx) -> Iter
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", compile_and_run)
-        patch.setattr(driver, "_active", StandIn())
+        patch.setattr(driver, "_active", StandInDriver(90))
         yield launched
