@@ -13,7 +13,7 @@ from fastunet.parity import compare
 from .cases import CASES, Names, outputs
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_plain_torch_path(case, stages, dtype, seed):
     op, plain, shapes = case
     inputs = [torch.randn(shape).to(dtype) for shape in shapes]
@@ -21,6 +21,15 @@ def test_plain_torch_path(case, stages, dtype, seed):
     for got, baseline, true in zip(outputs(op(*inputs)), outputs(plain(*inputs)), truth, strict=True):
         parity = compare(got, baseline, true, stages=stages)
         assert parity.ok, str(parity)
+        assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_plain_torch_path_in_float64(case, seed):
+    """A dtype of which no truth is nearer than the baseline; only the order of sums may differ."""
+    op, plain, shapes = case
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    for got, baseline in zip(outputs(op(*inputs)), outputs(plain(*inputs)), strict=True):
+        torch.testing.assert_close(got, baseline, rtol=0, atol=1e-13, check_stride=False)
         assert got.is_contiguous(memory_format=torch.channels_last)
 
 
