@@ -73,7 +73,7 @@ $(OTHER_TRITONS:%=triton-%): triton-%: $(VENV)/triton-%/installed
 	@PYTHONPATH=$(<D) $(RUN) -c "import triton; print('Triton', triton.__version__); assert triton.__version__ == '$*'"
 	PYTHONPATH=$(<D) OMP_NUM_THREADS=1 $(RUN) -m pytest -q -rs $(TESTED_THERE)
 	PYTHONPATH=$(<D) $(COMPILED)0.05 $(RUN) -m pytest -q $(COMPILED_TESTS)
-	PYTHONPATH=$(<D):. OMP_NUM_THREADS=1 $(RUN) tests/stand_in_launches.py hopper
+	PYTHONPATH=$(<D) $(COMPILED)1 $(RUN) -m pytest -q tests/ptx/test_plans.py -k hopper
 	PYTHONPATH=$(<D) $(RUN) benchmarks/sass.py --once $(COMPILED_BY_$*)
 
 bench: $(VENV)/installed ## timings against plain PyTorch, every output checked first; rows and page

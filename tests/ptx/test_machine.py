@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from .arithmetic import function_of, multiplied
+from .gpu import Launch
 from .launches import run
 from .memory import Fault, TensorMap, swizzled
 
@@ -227,16 +228,8 @@ def launch(body: str, seed: int, rows: int = 8) -> tuple[torch.Tensor, torch.Ten
     """64 threads of it on 64 integers, poisoned, and the descriptor of (rows, 8) others; both afterwards."""
     y, other = torch.full((64,), -1, dtype=torch.int32), torch.arange(rows * 8, dtype=torch.int32).view(rows, 8)
     box = TensorMap(other.data_ptr(), (rows, 8), (32, 4), (8, 8), 4, 0)
-    tensors, dependent = [y, other], "griddepcontrol" in body
-    run(
-        PROGRAM.format(body=body),
-        [y.data_ptr(), box],
-        (1,),
-        shared=2048,
-        tensors=tensors,
-        seed=seed,
-        dependent=dependent,
-    )
+    ptx, arguments, dependent = PROGRAM.format(body=body), [y.data_ptr(), box], "griddepcontrol" in body
+    run(Launch("test", ptx, arguments, (1, 1, 1), 64, 2048, dependent, [y, other]), seed)
     return y, other
 
 
