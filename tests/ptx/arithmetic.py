@@ -15,7 +15,7 @@ Function = Callable[..., Any]
 _UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 _SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 _FLOATS = {"f16": np.float16, "f32": np.float32, "f64": np.float64}
-_BITS = {"pred": 1, "bf16": 16, "f16x2": 32, "bf16x2": 32}
+_BITS = {"pred": 1, "bf16": 16, "f16x2": 32, "bf16x2": 32, "s16x2": 32}
 
 
 def bits_of(kind: str) -> int:
@@ -209,6 +209,7 @@ _INSTRUCTIONS: list[tuple[str, Callable[..., Function]]] = [
     (r"(and|or|xor|not)\.(?:b16|b32|b64|pred)", lambda name: _LOGIC[name]),
     (r"(add|sub|mul)(?:\.rn)?\.(f32)", lambda name, kind: _of_numbers(kind, _NUMERIC[name])),
     (rf"(add|sub|neg|div|rem|min|max)\.{_INTEGER}", lambda name, kind: _of_numbers(kind, _NUMERIC[name])),
+    (r"(add)\.(s16x2)", lambda name, kind: _of_numbers(kind, _NUMERIC[name])),
     (r"min\.relu\.(s32)", lambda kind: _of_numbers(kind, lambda a, b: np.maximum(np.minimum(a, b), 0))),
     (r"(min|max)(\.NaN)?\.f32", lambda name, propagates: _of_floats(name, propagates is not None)),
     (rf"(mul|mad)\.(lo|hi|wide)\.{_INTEGER}", _product),

@@ -78,6 +78,8 @@ def test_integers_are_those_of_python(bits):
     ]
     np.testing.assert_array_equal(of("prmt.b32", a, b, np.full(32, 0x3407, np.uint32)), lanes(chosen))
     np.testing.assert_array_equal(of("setp.lt.s32", a, b), [x < y for x, y in zip(wide, others, strict=True)])
+    pairs = [(int(x) + int(y) & 0xFFFF) | ((int(x) >> 16) + (int(y) >> 16) << 16) for x, y in zip(a, b, strict=True)]
+    np.testing.assert_array_equal(of("add.s16x2", a, b), lanes(pairs))
 
 
 def as_torch(x: Any, dtype: torch.dtype) -> torch.Tensor:
