@@ -51,12 +51,15 @@ def _parameters(program: Program, values: Sequence[int | TensorMap]) -> tuple[di
 
 
 @contextmanager
-def machine(seed: int = 0, edit: Callable[[str], str] = lambda ptx: ptx) -> Iterator[list[str]]:
-    """Within the block launches are compiled for sm_90a and run here, ``edit`` made to them; gives their names."""
-    launched: list[str] = []
+def machine(seed: int = 0, edit: Callable[[str], str] = lambda ptx: ptx) -> Iterator[list[Launch]]:
+    """Within the block launches are compiled for sm_90a and run here, ``edit`` made to them.
+
+    Gives the launches, without their arguments, so that memory is not held.
+    """
+    launched: list[Launch] = []
 
     def launch(made: Launch) -> None:
-        launched.append(made.name)
+        launched.append(made._replace(arguments=[], tensors=[]))
         run(made._replace(ptx=edit(made.ptx)), seed)
 
     with pytest.MonkeyPatch.context() as patch:

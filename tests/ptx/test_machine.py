@@ -231,7 +231,8 @@ def launch(body: str, seed: int, rows: int = 8) -> tuple[torch.Tensor, torch.Ten
     y, other = torch.full((64,), -1, dtype=torch.int32), torch.arange(rows * 8, dtype=torch.int32).view(rows, 8)
     box = TensorMap(other.data_ptr(), (rows, 8), (32, 4), (8, 8), 4, 0)
     ptx, arguments, dependent = PROGRAM.format(body=body), [y.data_ptr(), box], "griddepcontrol" in body
-    run(Launch("test", ptx, arguments, (1, 1, 1), 64, 2048, dependent, [y, other]), seed)
+    one = {"grid": (1, 1, 1), "threads": 64, "shared": 2048, "dependent": dependent}
+    run(Launch("test", ptx, arguments, **one, tensors=[y, other]), seed)
     return y, other
 
 
