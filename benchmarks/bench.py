@@ -179,8 +179,8 @@ def _work(pipe: Any, place: Any, graph: Any, since: Any) -> None:
             job = pipe.recv()
         except EOFError:
             return
-        if job.device != "cpu":
-            torch.cuda.set_device(job.device)
+        if (index := torch.device(job.device).index) is not None:
+            torch.cuda.set_device(index)
         names = [provider.name for provider in job.providers]
 
         def at(name: str, is_graph: bool) -> None:

@@ -298,7 +298,7 @@ def truth_of(work: Work) -> Results:
     """The results in float64."""
     module, inputs = copy.deepcopy(work.module).double(), tuple(x.double() for x in work.inputs)
     # Without a search for the quickest algorithm: nobody waits for float64 twice.
-    with torch.backends.cudnn.flags(benchmark=False), torch.set_grad_enabled(work.target is not None):
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False), torch.set_grad_enabled(work.target is not None):
         y = module(*inputs)
         if work.target is None:
             return y if isinstance(y, tuple) else (y,)

@@ -277,7 +277,9 @@ class FastUNet(UNet):
         return x
 
     def _weights(self, x: Tensor, conv: Any, norm: Any = None, roll: int = 0) -> tuple[Tensor, Tensor | None]:
-        return prepare(self._prepared, x, conv, norm, roll)
+        # Dynamo of PyTorch 2.11 cannot look up what none of compiled code's is kept in.
+        kept = {} if torch.compiler.is_compiling() else self._prepared
+        return prepare(kept, x, conv, norm, roll)
 
 
 def _without_what_was_made(state: dict[str, Any]) -> dict[str, Any]:

@@ -51,7 +51,10 @@ def conv2d_relu(
         factor, added = bias.to(dtype).unbind()
         # Of a GPU they are not kept: in the capture of a graph they would be the graph's.
         standard = _standard if bias.device.type == "cpu" else _standard.__wrapped__
-        return batch_norm_relu(y, factor, added, 0.0, slope, *standard(len(factor), dtype, bias.device))
+        mean, variance = standard(len(factor), dtype, bias.device)
+        # Not F.batch_norm, which in PyTorch 2.11 refuses an eps of 0.
+        y = torch.batch_norm(y, factor, added, mean, variance, False, 0.0, 0.0, torch.backends.cudnn.enabled)
+        return activate_(y, slope)
     return activate_(F.conv2d(x, weight, bias, tuple(stride), zeros), slope)
 
 

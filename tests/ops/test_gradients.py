@@ -86,10 +86,9 @@ def test_gradients_of_gradients_are_refused(case, implementation, way, seed, dev
     assert str(refused.value).partition(":")[0].removeprefix("fastunet.ops.") in ops.__all__
 
 
-def test_steps_are_chosen_apart():
-    cpu = torch.device("cpu")
+def test_steps_are_chosen_apart(device):
     with dispatch.forced("triton"), dispatch.forced("torch", "wgrad"):
-        chosen = [dispatch.choose(cpu, torch.float32, step).implementation for step in dispatch.STEPS]
+        chosen = [dispatch.choose(torch.device(device), torch.float32, step).implementation for step in dispatch.STEPS]
     assert chosen == ["triton", "triton", "torch"]
     with (
         pytest.raises(ValueError, match="steps: expected some of .*, got 'backward'"),

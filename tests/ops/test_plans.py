@@ -216,7 +216,8 @@ def test_plans_hold_no_map_and_no_graph(implementation, seed, device, kept):
 
 
 @pytest.mark.parametrize(
-    "as_gradient", [lambda g: TwoTensor(g, g.clone()), lambda g: torch.ops.aten._efficientzerotensor(g.shape)]
+    "as_gradient",
+    [lambda g: TwoTensor(g, g.clone()), lambda g: torch.ops.aten._efficientzerotensor(g.shape, device=g.device)],
 )
 def test_gradients_that_are_no_plain_tensors(as_gradient, seed, device, kept):
     weight = torch.randn(4, 3, 3, 3, device=device, requires_grad=True)

@@ -63,8 +63,9 @@ def test_what_was_a_false_alarm_holds(case):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("seed", range(4))
-def test_200_random_networks_hold_on_a_gpu(seed):
-    found = fuzz(50, seed, "cuda")
+def test_20_random_networks_hold_on_a_gpu(seed):
+    """Each compiles kernels of its own, which takes longer than all else; `fastunet verify --fuzz` tries more."""
+    found = fuzz(5, seed, "cuda")
     assert found.case is None, f"{found.case}\n{found.finding}"
 
 

@@ -60,10 +60,10 @@ def test_a_train_mode_network_is_compared_in_train_mode_and_left_as_it_was(x):
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
-def test_the_kernels_pass(x):
-    model, plain = pair(norm="batch")
+def test_the_kernels_pass(x, device):
+    model, plain = (network.to(device) for network in pair(norm="batch"))
     with dispatch.forced("triton"):
-        report = fastunet.verify(model, plain, x[..., :4, :6], dtype=torch.float16)
+        report = fastunet.verify(model, plain, x[..., :4, :6].to(device), dtype=torch.float16)
     assert report.ok, str(report)
     assert {c.implementation for c in report.comparisons} == {"triton"}
     assert all(c.alone is not None and c.alone.parity.ok for c in report.comparisons if c.kind == "layer")
@@ -116,10 +116,11 @@ def test_a_network_that_trains_behind_norms_that_do_not(x):
     assert report.ok, str(report)
 
 
-def test_gradients_say_which_step_gave_them(x):
-    model, plain = pair(padding="valid", match="center_crop")
+def test_gradients_say_which_step_gave_them(x, device):
+    model, plain = (network.to(device) for network in pair(padding="valid", match="center_crop"))
+    x = torch.randn(1, x.shape[1], 44, 44, device=device)
     with dispatch.forced("triton"), dispatch.forced("torch", "wgrad"):
-        report = fastunet.verify(model, plain, torch.randn(1, x.shape[1], 44, 44), deterministic=False)
+        report = fastunet.verify(model, plain, x, deterministic=False)
     assert report.ok, str(report)
     ran_on = {c.name: c.implementation for c in report.comparisons if c.kind == "gradient"}
     assert ran_on["head.weight"] == ran_on["bottleneck.net.0.weight"] == "torch"
