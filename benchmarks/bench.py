@@ -179,8 +179,7 @@ def _work(pipe: Any, place: Any, graph: Any, since: Any) -> None:
             job = pipe.recv()
         except EOFError:
             return
-        if (index := torch.device(job.device).index) is not None:
-            torch.cuda.set_device(index)
+        use(torch.device(job.device))
         names = [provider.name for provider in job.providers]
 
         def at(name: str, is_graph: bool) -> None:
@@ -192,6 +191,12 @@ def _work(pipe: Any, place: Any, graph: Any, since: Any) -> None:
         except DeviceLost as lost:
             pipe.send(str(lost))
             os._exit(1)  # the CUDA context is past an orderly way out
+
+
+def use(device: torch.device) -> None:
+    """Make it the current one; ``cuda``, without a number, is that."""
+    if device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def measure_or_say_why(job: Job, measured: dict[str, Ceilings], at: At) -> list[Row]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import bench, measure, report, rows, timing
 from benchmarks.cases import Case, cases, quick
@@ -177,6 +178,14 @@ def test_a_budget_starts_no_case_late(monkeypatch):
     run = bench.run(chosen, ["eager"], "cpu", seconds=1, limit=9, budget=15, seed=0, on_case=started.append)
     assert [r.case for r in run] == [case.name for case in chosen[:2]]  # the second began at 10 s
     assert started == chosen[:2]
+
+
+def test_a_worker_takes_its_device(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", taken.append, raising=False)
+    for device in ("cpu", "cuda", "cuda:1"):
+        bench.use(torch.device(device))
+    assert taken == [1]
 
 
 @pytest.mark.parametrize(
