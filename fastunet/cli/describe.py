@@ -98,8 +98,9 @@ def info(arguments: argparse.Namespace) -> int:
     """Print versions, devices and where the kernels can run."""
     console = new_console()
     table = new_table("what", "version")
-    for name in ("fastunet", "torch", "triton"):
-        table.add_row(name, _version(name))
+    table.add_row("fastunet", _version("fastunet"))
+    table.add_row("torch", torch.__version__)  # with its build, as in 2.11.0+cu130
+    table.add_row("triton", _version("triton"))
     table.add_row("python", platform.python_version())
     table.add_row("CUDA", torch.version.cuda or "none: this PyTorch is built without it")
     table.add_row("cuDNN", str(torch.backends.cudnn.version() or "none"))

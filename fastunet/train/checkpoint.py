@@ -118,7 +118,8 @@ def write(out: Path, model: UNet, state: dict[str, Any], points: Sequence[Point]
     archive = io.BytesIO()
     torch.save(state, archive)  # not into the file, where it would turn a full disk into an error of the archive
     with _named(out / STATE) as path, atomic_write(path) as temporary:
-        temporary.write_bytes(archive.getbuffer())
+        # Not getbuffer(), which CPython 3.12.1 crashes on where an error's traceback is the last to hold it.
+        temporary.write_bytes(archive.getvalue())
 
 
 @contextlib.contextmanager

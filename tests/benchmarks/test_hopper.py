@@ -75,6 +75,7 @@ def test_the_script_for_a_hopper_gpu_checks_times_and_writes_the_table(monkeypat
     comparison = SimpleNamespace(parity=SimpleNamespace(ok=True), name="head", implementation="a config")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: None)  # of a PyTorch built for CUDA looks for a GPU
     monkeypatch.setattr(hopper_script, "check_configs", lambda *a, **k: iter([comparison, comparison]))
     monkeypatch.setattr(hopper_script, "check", lambda share, dtype, *_: share(0, 1, dtype, record) or (2, wrong))
     monkeypatch.setattr(hopper_script, "compile_share", lambda sizes, device, *_: compiled.append((sizes, device)))
