@@ -18,6 +18,7 @@ import argparse
 import functools
 import itertools
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ from fastunet.parity.configs import check_configs
 from fastunet.parity.launches import launches
 from fastunet.tune import key_of, measure, save
 
+CORES = len(os.sched_getaffinity(0))
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
 
 
@@ -140,7 +142,7 @@ def main() -> int:
     parser.add_argument("--size", action="append", metavar="NxHxW", help="of the inputs; default the three of the aim")
     parser.add_argument("--budget", type=float, default=450.0, metavar="SECONDS", help="of all; default 450")
     parser.add_argument(
-        "--workers", type=int, default=8, metavar="N", help="processes that check parity and compile; default 8"
+        "--workers", type=int, default=CORES, metavar="N", help=f"that check parity and compile; default here {CORES}"
     )
     parser.add_argument("--skip-parity", action="store_true", help="time at once")
     parser.add_argument("--one-layer", action="store_true", help="only launch each kind of tile, for other tools")
