@@ -24,6 +24,9 @@ TESTED_THERE := -k "half or fp16" $(addprefix tests/kernels/,test_conv.py test_u
 	test_backward.py::test_more_slabs_than_one test_backward.py::test_upsample \
 	test_backward.py::test_activation_pool_and_bias)
 
+# The oldest PyTorch and Triton we support, and with them what else pip finds: wheels for GPUs, which take their time.
+OLDEST := torch==2.11.0 triton==3.6.0 $(BESIDE_3.6.0)
+
 # Of the tests of kernels a share by each with the kernels it compiles, on the machine of tests/ptx; `make compiled`
 # takes all.
 COMPILED := OMP_NUM_THREADS=1 FASTUNET_COMPILED=
@@ -32,7 +35,7 @@ COMPILED_TESTS := tests/kernels tests/hopper/test_kernels.py tests/ptx
 .DEFAULT_GOAL := help
 # What runs on one core, two and two.
 TRITONS := $(OTHER_TRITONS:%=triton-%) triton-shipped
-.PHONY: help demo test lint types pytest fuzz compiled triton $(TRITONS) bench gpu sass
+.PHONY: help demo test lint types pytest fuzz compiled oldest triton $(TRITONS) bench gpu sass
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 10
@@ -58,6 +61,9 @@ fuzz: $(VENV)/installed ## 500 random networks on the CPU and 200 in the interpr
 
 compiled: $(VENV)/installed ## all tests of kernels, with the kernels compiled for a Hopper GPU and run on a CPU: minutes
 	$(COMPILED)1 $(RUN) -m pytest -q -n $(WORKERS) $(COMPILED_TESTS)
+
+oldest: $(VENV)/oldest/installed ## the tests by the oldest PyTorch and Triton we support: a download of gigabytes
+	$(<D)/bin/python -m pytest -q -rs -n $(WORKERS) --dist worksteal
 
 triton: $(TRITONS) ## the kernels compiled by every Triton we support
 
@@ -99,6 +105,12 @@ $(VENV)/installed: setup.py pyproject.toml constraints.txt
 	$(PIP) --constraint constraints.txt setuptools
 	$(PIP) --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	$(PIP) --constraint constraints.txt --no-deps dynamic-network-architectures
+	@touch $@
+
+$(VENV)/oldest/installed: setup.py
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(OLDEST) --editable '.[train,verify,test]'
+	$(@D)/bin/python -m pip install --quiet --no-deps dynamic-network-architectures
 	@touch $@
 
 $(VENV)/triton-%/installed: $(VENV)/installed
