@@ -24,7 +24,7 @@ TESTED_THERE := -k "half or fp16" $(addprefix tests/kernels/,test_conv.py test_u
 	test_backward.py::test_more_slabs_than_one test_backward.py::test_upsample \
 	test_backward.py::test_activation_pool_and_bias)
 
-# The oldest PyTorch and Triton we support, and with them what else pip finds: wheels for GPUs, which take their time.
+# The oldest PyTorch and Triton we support; everything else as pip resolves it. PyTorch's wheels are those for GPUs.
 OLDEST := torch==2.11.0 triton==3.6.0 $(BESIDE_3.6.0)
 
 # Of the tests of kernels a share by each with the kernels it compiles, on the machine of tests/ptx; `make compiled`
@@ -64,6 +64,7 @@ compiled: $(VENV)/installed ## all tests of kernels, with the kernels compiled f
 
 oldest: $(VENV)/oldest/installed ## the tests by the oldest PyTorch and Triton we support: a download of gigabytes
 	$(<D)/bin/python -m pytest -q -rs -n $(WORKERS) --dist worksteal
+	$(COMPILED)1 $(<D)/bin/python -m pytest -q tests/ptx/test_plans.py tests/kernels/test_tf32.py
 
 triton: $(TRITONS) ## the kernels compiled by every Triton we support
 
@@ -90,11 +91,13 @@ bench: $(VENV)/installed ## timings against plain PyTorch, every output checked 
 # benchmark's table of verdicts comes last, of what was measured by then if its time ran out.
 GPU_TESTS := tests/kernels tests/ops tests/test_model.py tests/test_training.py \
 	tests/test_kept_for_backward.py tests/test_graph.py tests/test_plan.py tests/verify
+# Of which some take 9 GB of the GPU's memory for a while.
+GPU_WORKERS ?= 8
 STEP = PYTHONPATH=. timeout --kill-after=15
 
 gpu: ## on this machine's GPU, in this checkout, with its own Python: tests, verify, the quick benchmark
 	@$(PYTHON) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'PyTorch sees no CUDA device')"
-	@$(STEP) --signal=INT 240 $(PYTHON) -m pytest -q -rs -n 15 -m "cuda or not slow" $(GPU_TESTS); tests=$$?; \
+	@$(STEP) --signal=INT 210 $(PYTHON) -m pytest -q -rs -n $(GPU_WORKERS) -m "cuda or not slow" $(GPU_TESTS); tests=$$?; \
 	$(STEP) 60 $(PYTHON) -m fastunet verify --device cuda --dtype bf16; verify=$$?; \
 	echo "exit codes: tests $$tests, verify $$verify (124: out of time)"; \
 	$(STEP) --signal=INT 220 $(PYTHON) -m fastunet bench --quick --budget 170; bench=$$?; \
@@ -109,8 +112,8 @@ $(VENV)/installed: setup.py pyproject.toml constraints.txt
 
 $(VENV)/oldest/installed: setup.py
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet $(OLDEST) --editable '.[train,verify,test]'
-	$(@D)/bin/python -m pip install --quiet --no-deps dynamic-network-architectures
+	$(@D)/bin/python -m pip install --quiet --no-compile $(OLDEST) --editable '.[train,verify,test]'
+	$(@D)/bin/python -m pip install --quiet --no-compile --no-deps dynamic-network-architectures
 	@touch $@
 
 $(VENV)/triton-%/installed: $(VENV)/installed

@@ -33,7 +33,7 @@ from fastunet.parity.configs import check_configs
 from fastunet.parity.launches import launches
 from fastunet.tune import key_of, measure, save
 
-CORES = len(os.sched_getaffinity(0))
+WORKERS = min(16, os.cpu_count() or 1)  # each with its own context and maps in the GPU's memory
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
 
 
@@ -142,7 +142,11 @@ def main() -> int:
     parser.add_argument("--size", action="append", metavar="NxHxW", help="of the inputs; default the three of the aim")
     parser.add_argument("--budget", type=float, default=450.0, metavar="SECONDS", help="of all; default 450")
     parser.add_argument(
-        "--workers", type=int, default=CORES, metavar="N", help=f"that check parity and compile; default here {CORES}"
+        "--workers",
+        type=int,
+        default=WORKERS,
+        metavar="N",
+        help=f"that check and compile; default {WORKERS} processes",
     )
     parser.add_argument("--skip-parity", action="store_true", help="time at once")
     parser.add_argument("--one-layer", action="store_true", help="only launch each kind of tile, for other tools")

@@ -78,9 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--each",
         type=float,
-        default=240.0,
+        default=480.0,
         metavar="SECONDS",
-        help="of one command, which is interrupted then; default 240",
+        help="of one command, which is interrupted then; default 480",
     )
     parser.add_argument("--only", default="", metavar="REGEX", help="in the claim or the command")
     parser.add_argument("--data", metavar="DIR", help="images and masks, for the commands that name DATA")

@@ -277,7 +277,7 @@ class FastUNet(UNet):
         return x
 
     def _weights(self, x: Tensor, conv: Any, norm: Any = None, roll: int = 0) -> tuple[Tensor, Tensor | None]:
-        # Dynamo of PyTorch 2.11 cannot look up what none of compiled code's is kept in.
+        # Compiled code keeps none, and PyTorch 2.11's Dynamo cannot trace the look-up of those that are kept.
         kept = {} if torch.compiler.is_compiling() else self._prepared
         return prepare(kept, x, conv, norm, roll)
 

@@ -6,6 +6,7 @@ result is. :func:`fastunet.parity.compare` takes that size as ``terms``.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..reference import UNet, activate_
 from ..trace import trace
 from .recording import Replay, gradients, is_folded, last_of_levels, norm_after, pools_after
+
+_SIGNS = 16  # draws
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,7 @@ def gradients_and_terms(
         backward_lost = max(least_lost, arriving / largest if largest else backward_lost)
         # Of the two factors of a term, the worse known; behind a norm, errors of all maps are in the gradient too.
         scale = max(forward.most_lost if has_norm else forward.lost.get(name, 1.0), backward_lost)
+        whole, module = module, _without_parametrizations(module)
         squares = {key: (p.detach() ** 2).requires_grad_() for key, p in module.named_parameters(recurse=False)}
         squared = _terms_of_norm(module, inputs) if _is_norm(module) else inputs**2
         squared = squared.clamp(min=smallest**2).requires_grad_()
@@ -166,12 +171,43 @@ def gradients_and_terms(
         roots = [s.max().sqrt().item() for s in sums]
         pixels = gradient.numel() // gradient.shape[1]
         terms |= {f"{name}.{key}": (scale * root, pixels) for key, root in zip(squares, roots[1:], strict=True)}
+        if whole is not module:
+            (made,) = torch.autograd.grad(module(inputs), module.weight, gradient)
+            errors = torch.maximum(sums[1 + list(squares).index("weight")].sqrt(), made.abs())
+            for key, root in _terms_of_parametrization(whole.parametrizations, errors).items():
+                terms[f"{name}.parametrizations.{key}"] = scale * root, pixels
         if inputs.shape == x.shape:
             terms["input"] = scale * roots[0], 1
         arriving = backward_lost * roots[0]
         if level.startswith("ups.") and place == "0":
             through_skips[f"downs.{decoders - 1 - int(level.removeprefix('ups.'))}"] = arriving
     return found, terms
+
+
+def _without_parametrizations(module: Any) -> Any:
+    """A copy with the weight that they make; the module itself where there are none."""
+    if not parametrize.is_parametrized(module):
+        return module
+    plain: Any = copy.deepcopy(module)
+    for key in list(plain.parametrizations):
+        parametrize.remove_parametrizations(plain, key)
+    return plain
+
+
+def _terms_of_parametrization(made: nn.ModuleDict, errors: Tensor) -> dict[str, float]:
+    """:func:`term_roots` of the gradients of what a weight is made of, by the ``errors`` of the weight's.
+
+    Each is linear in the weight's gradient; of errors of random signs the root mean square is what they add up to.
+    """
+    weight = copy.deepcopy(made).eval()["weight"]  # in training some keep a state of their own
+    parameters = {f"weight.{key}": p for key, p in weight.named_parameters()}
+    generator, total = torch.Generator(errors.device).manual_seed(0), dict.fromkeys(parameters, 0.0)
+    for _ in range(_SIGNS):
+        signs = torch.randint(2, errors.shape, generator=generator, device=errors.device) * 2 - 1
+        found = torch.autograd.grad(weight(), list(parameters.values()), signs * errors, allow_unused=True)
+        for key, gradient in zip(parameters, found, strict=True):
+            total[key] += 0.0 if gradient is None else gradient.square().max().item() / _SIGNS
+    return {key: math.sqrt(square) for key, square in total.items()}
 
 
 def _lost_in_sigmoid(network: nn.Module, y: Tensor, cotangent: Tensor, forward: Terms) -> float:

@@ -85,5 +85,7 @@ def test_the_list_itself():
     for claim, commands in found:
         for command in commands:
             assert subprocess.run(["bash", "-n", "-c", command], check=False).returncode == 0, (claim, command)
-            for code in re.findall(r'python3 -c "(.*?)"(?=;|$)', command):
-                compile(code, claim, "exec")
+            programs = re.findall(r'python3 -c "(.*?)"(?=;| &&|$)', command)
+            assert len(programs) == command.count("python3 -c")
+            for program in programs:
+                compile(program, claim, "exec")

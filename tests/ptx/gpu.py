@@ -153,6 +153,8 @@ class _Launcher(nvidia.CudaLauncher):
             super().__call__(*given)
         except RuntimeError as told:
             raise _call.failure or told from None
+        finally:  # nothing is held
+            _call.tensors, _call.failure = (), None
 
 
 class Gpu(StandInDriver):
