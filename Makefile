@@ -59,7 +59,7 @@ pytest: $(VENV)/installed ## the tests, kernels in Triton's interpreter
 fuzz: $(VENV)/installed ## 500 random networks on the CPU and 200 in the interpreter: minutes
 	$(RUN) -m pytest -q -n $(WORKERS) -m slow tests/verify/test_fuzz.py
 
-compiled: $(VENV)/installed ## all tests of kernels, with the kernels compiled for a Hopper GPU and run on a CPU: minutes
+compiled: $(VENV)/installed ## all tests of kernels, with the kernels compiled for a Hopper GPU and run on a CPU: an hour
 	$(COMPILED)1 $(RUN) -m pytest -q -n $(WORKERS) $(COMPILED_TESTS)
 
 oldest: $(VENV)/oldest/installed ## the tests by the oldest PyTorch and Triton we support: a download of gigabytes

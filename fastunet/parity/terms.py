@@ -172,9 +172,9 @@ def gradients_and_terms(
         pixels = gradient.numel() // gradient.shape[1]
         terms |= {f"{name}.{key}": (scale * root, pixels) for key, root in zip(squares, roots[1:], strict=True)}
         if whole is not module:
-            (made,) = torch.autograd.grad(module(inputs), module.weight, gradient)
-            errors = torch.maximum(sums[1 + list(squares).index("weight")].sqrt(), made.abs())
-            for key, root in _terms_of_parametrization(whole.parametrizations, errors).items():
+            made = torch.autograd.grad(module(inputs), list(module.parameters()), gradient)
+            errors = {key: torch.maximum(s.sqrt(), g.abs()) for key, s, g in zip(squares, sums[1:], made, strict=True)}
+            for key, root in _terms_of_parametrizations(whole, errors).items():
                 terms[f"{name}.parametrizations.{key}"] = scale * root, pixels
         if inputs.shape == x.shape:
             terms["input"] = scale * roots[0], 1
@@ -185,29 +185,32 @@ def gradients_and_terms(
 
 
 def _without_parametrizations(module: Any) -> Any:
-    """A copy with the weight that they make; the module itself where there are none."""
+    """A copy with what they make as its parameters; the module itself where there are none."""
     if not parametrize.is_parametrized(module):
         return module
-    plain: Any = copy.deepcopy(module)
+    plain: Any = copy.deepcopy(module).requires_grad_()  # or what they make would be no parameter
+    plain.parametrizations.eval()  # in training some go on from a state of their own
     for key in list(plain.parametrizations):
         parametrize.remove_parametrizations(plain, key)
     return plain
 
 
-def _terms_of_parametrization(made: nn.ModuleDict, errors: Tensor) -> dict[str, float]:
-    """:func:`term_roots` of the gradients of what a weight is made of, by the ``errors`` of the weight's.
+def _terms_of_parametrizations(module: Any, errors: dict[str, Tensor]) -> dict[str, float]:
+    """:func:`term_roots` of the gradients of what a module's weights are made of, by the ``errors`` of theirs.
 
     Each is linear in the weight's gradient; of errors of random signs the root mean square is what they add up to.
     """
-    weight = copy.deepcopy(made).eval()["weight"]  # in training some keep a state of their own
-    parameters = {f"weight.{key}": p for key, p in weight.named_parameters()}
-    generator, total = torch.Generator(errors.device).manual_seed(0), dict.fromkeys(parameters, 0.0)
-    for _ in range(_SIGNS):
-        signs = torch.randint(2, errors.shape, generator=generator, device=errors.device) * 2 - 1
-        found = torch.autograd.grad(weight(), list(parameters.values()), signs * errors, allow_unused=True)
-        for key, gradient in zip(parameters, found, strict=True):
-            total[key] += 0.0 if gradient is None else gradient.square().max().item() / _SIGNS
-    return {key: math.sqrt(square) for key, square in total.items()}
+    total: dict[str, float] = {}
+    for key, made in copy.deepcopy(module.parametrizations).eval().requires_grad_().items():
+        generator, error = torch.Generator(errors[key].device).manual_seed(0), errors[key]
+        names, parameters = zip(*made.named_parameters(), strict=True)
+        for _ in range(_SIGNS):
+            signs = torch.randint(2, error.shape, generator=generator, device=error.device) * 2 - 1
+            found = torch.autograd.grad(made(), parameters, signs * error, materialize_grads=True)
+            for name, gradient in zip(names, found, strict=True):
+                square = gradient.square().max().item() / _SIGNS
+                total[f"{key}.{name}"] = total.get(f"{key}.{name}", 0.0) + square
+    return {name: math.sqrt(square) for name, square in total.items()}
 
 
 def _lost_in_sigmoid(network: nn.Module, y: Tensor, cotangent: Tensor, forward: Terms) -> float:

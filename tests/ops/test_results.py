@@ -29,7 +29,7 @@ def test_plain_torch_path_in_float64(case, seed):
     op, plain, shapes = case
     inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     for got, baseline in zip(outputs(op(*inputs)), outputs(plain(*inputs)), strict=True):
-        torch.testing.assert_close(got, baseline, rtol=0, atol=1e-13, check_stride=False)
+        torch.testing.assert_close(got, baseline, rtol=0, atol=1e-13)
         assert got.is_contiguous(memory_format=torch.channels_last)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import register_parametrization
 
 import fastunet
 from fastunet import dispatch
@@ -150,11 +151,17 @@ def test_parameters_of_no_layer_have_gradients_too(x):
     model, plain = (network(2, 3, (4, 6)) for network in (Scaled, ScaledReference))
     for network in (model, plain):
         weight_norm(network.head)
+        register_parametrization(network.bottleneck.net[0], "bias", nn.Softplus())
+        weight_norm(network.bottleneck.net[2]).requires_grad_(False)
     plain.load_state_dict(model.state_dict())
     report = fastunet.verify(model, plain, x, deterministic=False)
     assert report.ok, str(report)
     names = {c.name for c in report.comparisons if c.kind == "gradient"}
-    assert {"scale", "head.parametrizations.weight.original0"} <= names
+    assert {
+        "scale",
+        "head.parametrizations.weight.original0",
+        "bottleneck.net.0.parametrizations.bias.original",
+    } <= names
 
 
 def test_a_dtype_of_no_kernel_is_refused(x):
